@@ -1,0 +1,245 @@
+"""Every setting of every command, with its default, its bounds and its help text; the only place with defaults.
+
+The docstring of a field is its `--help`. A config is frozen: what a run used is what was resolved before it started.
+Sources of a value, later ones winning: default, `--config FILE.toml`, flag.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lorafit.errors import ConfigError, did_you_mean, listed
+
+
+def _comma_list(value: Any) -> Any:
+    """`a,b` from a command line -> `[a, b]`; one name stays a string."""
+    if isinstance(value, str) and "," in value and not value.startswith("re:"):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _comma_pairs(value: Any) -> Any:
+    """`q_proj=8,*.mlp.*=4` from a command line -> a dict."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
+    if any(not pattern.strip() for pattern, _, _ in pairs):
+        raise ValueError("expected PATTERN=NUMBER, several separated by commas")
+    return {pattern.strip(): number.strip() for pattern, _, number in pairs}
+
+
+Patterns = Annotated[str | list[str], BeforeValidator(_comma_list)]
+PatternInts = Annotated[dict[str, int], BeforeValidator(_comma_pairs)]
+PatternFloats = Annotated[dict[str, float], BeforeValidator(_comma_pairs)]
+
+
+class Frozen(BaseModel):
+    """Immutable, no unknown fields, no NaN; docstrings below fields become their descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LoRAConfig(Frozen):
+    """What is adapted, and how: dW = scaling * B A on each target. Source: Hu et al. 2021, eq. 3."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the update: how many directions each layer may change in."""
+    alpha: float = Field(32.0, gt=0)
+    """Numerator of the scaling alpha / r. Default: 2 r."""
+    variant: str = "lora"
+    """The form of the update: lora, dora."""
+    targets: Patterns = "all-linear"
+    """Layers to adapt: all-linear (all but the output head), names, globs, re:REGEX; several with commas."""
+    layers: str | None = None
+    """Which blocks: last:K, first:K or 0-3,7. Default: all."""
+    rank_pattern: PatternInts = Field(default_factory=dict)
+    """Other ranks for some targets: q_proj=8,*.mlp.*=4."""
+    alpha_pattern: PatternFloats = Field(default_factory=dict)
+    """Other alphas for some targets: q_proj=16."""
+    scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """alpha/r, or alpha/sqrt(r) (rsLoRA: Kalajdzievski 2023)."""
+    init: str = "gaussian"
+    """How A starts: gaussian (standard deviation 1/r) or kaiming. B starts at 0."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's input that is dropped while training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_follows_r(cls, values: Any) -> Any:
+        """Where alpha is not given it is 2 r, so that scaling is 2 at every rank."""
+        if isinstance(values, dict) and values.get("alpha") is None and str(values.get("r", "")).isdigit():
+            return {**values, "alpha": 2.0 * int(values["r"])}
+        return values
+
+
+class TrainConfig(LoRAConfig):
+    """One training run."""
+
+    model: str
+    """A Hugging Face directory, a .gguf file, a hub id, or an installed model package (smollm2-135m)."""
+    data: str
+    """A .jsonl file of rows: messages, prompt/completion or text."""
+    output: str
+    """The run directory to write."""
+    method: str = "lora"
+    """What is trained: lora."""
+    eval: str | None = None
+    """Rows to evaluate on while training: a .jsonl file, or a share of DATA such as 10%."""
+    eval_every: int | None = Field(None, ge=1)
+    """Evaluate every N steps. Default: at the end of each epoch."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after N evaluations without a better loss. Default: never."""
+    epochs: int = Field(1, ge=1)
+    """How often each row is seen."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after N optimizer steps, whatever --epochs says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step."""
+    micro_tokens: int = Field(2048, ge=1)
+    """Tokens, padding included, per forward pass: a batch is split to stay below; the result is the same."""
+    seq_len: int = Field(2048, ge=2)
+    """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the rate goes on after the warm-up: linear and cosine fall to 0 at the last step."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps in which the rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on the adapter."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the second moment."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; a larger gradient is scaled down to it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen base: auto measures which is faster here. The adapter is always fp32."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds A, the order of rows, dropout and the split of --eval 10%."""
+    save_every: int | None = Field(None, ge=1)
+    """Write a checkpoint every N steps. Default: once a minute, and when an epoch or the run ends."""
+    memory: str | None = None
+    """Refuse to start if the predicted peak is above this, such as 2GiB. Default: what the machine has free."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+
+
+class EvalConfig(Frozen):
+    """One evaluation."""
+
+    target: str
+    """A run directory, or a model as for train."""
+    data: str
+    """A .jsonl file of rows."""
+    adapter: str | None = None
+    """An adapter directory in PEFT's format, on top of a model."""
+    scale: float = 1.0
+    """Multiplies the update: 0 is the base, 1 the tuned model, above 1 emphasises."""
+    rows: int | None = Field(None, ge=1)
+    """Only the first N rows."""
+    batch_size: int = Field(32, ge=1)
+    """Rows that are evaluated together."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer. Default: the longest expected answer and 16 tokens more."""
+    generate: bool = True
+    """Let the model answer, for exact match; off: loss alone."""
+    samples: int = Field(3, ge=0)
+    """How many rows are shown: prompt, expected, got."""
+    seq_len: int = Field(2048, ge=2)
+    """Longest row in tokens, as in training."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen base."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class ChatConfig(Frozen):
+    """One conversation."""
+
+    target: str
+    """A run directory, or a model as for train."""
+    adapter: str | None = None
+    """An adapter directory in PEFT's format, on top of a model."""
+    scale: float = 1.0
+    """Multiplies the update: 0 is the base, 1 the tuned model, above 1 emphasises."""
+    system: str | None = None
+    """The system message. Default: the training data's, where all its rows had the same; else the template's own."""
+    temperature: float = Field(0.0, ge=0)
+    """0 takes the likeliest token each time; higher is more varied."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer, in tokens."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds the sampling when temperature is above 0."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen base."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class MergeConfig(Frozen):
+    """One merge."""
+
+    run: str
+    """A run directory."""
+    output: str
+    """The directory to write: a plain Hugging Face model."""
+    scale: float = 1.0
+    """Multiplies the update before it is added."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the merged weights: the sum is taken in fp32 and cast once."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+C = TypeVar("C", bound=Frozen)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A config file as a dict. Raises ConfigError if it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist", "Check the path given to --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"config file {path} cannot be read as TOML: {error}", "Correct it, or leave it out"
+        ) from None
+
+
+def build(cls: type[C], file: dict[str, Any], flags: dict[str, Any]) -> tuple[C, dict[str, str]]:
+    """The config from a file's values and the flags that were given, and where each value came from.
+
+    Returns the config and {field: "default" | "file" | "flag"}. Raises ConfigError: the field, what it got, the fix.
+    """
+    unknown = sorted(set(file) - set(cls.model_fields))
+    if unknown:
+        hint = did_you_mean(unknown[0], cls.model_fields) or f"Known: {listed(cls.model_fields, 40)}"
+        raise ConfigError(f"the config file has an unknown setting {unknown[0]!r}", hint)
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        config = cls.model_validate({**file, **given})
+    except ValidationError as error:
+        raise _explain(error) from None
+    source = {name: "flag" if name in given else "file" if name in file else "default" for name in cls.model_fields}
+    return config, source
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "config"
+    flag = "--" + field.replace("_", "-")
+    if first["type"] == "missing":
+        return ConfigError(f"{field} is missing", f"Give it on the command line or in the config file ({field} = ...)")
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return ConfigError(f"{flag}: {reason}, got {first['input']!r}", "See --help for what it takes")

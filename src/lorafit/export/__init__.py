@@ -1,0 +1,1 @@
+"""Ship a result: merged, or as an adapter that other tools read."""

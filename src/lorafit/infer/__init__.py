@@ -1,0 +1,1 @@
+"""Use a model: evaluate it, talk to it."""

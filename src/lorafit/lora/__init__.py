@@ -1,0 +1,1 @@
+"""The mathematics of low-rank adaptation, on any dense layer of any network."""

@@ -1,0 +1,1 @@
+"""The methods that `train --method` knows: attach, state, merge."""

@@ -1,0 +1,1 @@
+"""What a model is (spec), and how it is read into memory (load)."""

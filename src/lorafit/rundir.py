@@ -1,0 +1,103 @@
+"""The run directory: its names, and how its files are read and written. Knows no config class and no tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from lorafit import files
+from lorafit.errors import RunDirError
+
+FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md", ".lock")
+
+
+class RunDir:
+    """Paths and small files of one run.
+
+    run.toml: the resolved config. run.json: what happened; it exists once the run has finished. metrics.jsonl: a line a
+    step. adapter/: the result. checkpoints/: what --resume starts from. README.md: the model card.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.run_toml = self.path / "run.toml"
+        self.run_json = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.readme = self.path / "README.md"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.run_toml.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run here has ended well."""
+        return self.run_json.is_file()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the directory for this process. Raises RunDirError if another living process trains into it."""
+        busy = RunDirError(
+            f"{self.path} is in use by another lorafit process",
+            "Wait until it ends, or choose another directory with -o",
+        )
+        return files.lock(self.path / ".lock", busy)
+
+    def check_usable(self, resume: bool) -> None:
+        """Refuse a directory that holds something else, or a run when not resuming. Raises RunDirError."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirError(f"{self.path} is a file", "Choose a directory with -o")
+        if not self.path.is_dir():
+            return
+        strangers = sorted(
+            entry.name
+            for entry in self.path.iterdir()
+            if entry.name not in FILE_NAMES and not entry.name.startswith(".")
+        )
+        if strangers and not self.exists:
+            raise RunDirError(
+                f"{self.path} already holds other files ({strangers[0]})", "Choose another directory with -o"
+            )
+        if self.exists and not resume:
+            state = "a finished run" if self.finished else "an unfinished run"
+            raise RunDirError(
+                f"{self.path} already holds {state}", "Choose another directory with -o, or go on with it by --resume"
+            )
+        if not os.access(self.path, os.W_OK):
+            raise RunDirError(f"cannot write into {self.path}", "Choose a directory that you may write to")
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write run.toml; fields that are None are left out, since TOML has no null."""
+        present = {name: value for name, value in config.items() if value is not None}
+        files.write_atomic(self.run_toml, tomli_w.dumps(present))
+
+    def read_config(self) -> dict[str, Any]:
+        """run.toml as a dict. Raises RunDirError if this is no run directory."""
+        try:
+            return tomllib.loads(self.run_toml.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirError(
+                f"{self.path} is not a run directory: it has no run.toml", "Give the directory of `lorafit train -o`"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RunDirError(f"{self.run_toml} is damaged: {error}", "Train again, or restore the file") from None
+
+    def read_result(self) -> dict[str, Any]:
+        """run.json as a dict. Raises RunDirError if the run has not finished."""
+        try:
+            result: dict[str, Any] = json.loads(self.run_json.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirError(
+                f"{self.path} holds no finished run: it has no run.json", "Finish it by `lorafit train --resume`"
+            ) from None
+        except ValueError as error:
+            raise RunDirError(f"{self.run_json} is damaged: {error}", "Train again, or restore the file") from None
+        return result
