@@ -61,7 +61,7 @@ class LoRAConfig(Frozen):
     alpha_pattern: PatternFloats = Field(default_factory=dict)
     """Other alphas for some targets: q_proj=16."""
     scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
-    """alpha/r, or alpha/sqrt(r) (rsLoRA: Kalajdzievski 2023)."""
+    """How alpha becomes the scaling; alpha/sqrt(r) is rsLoRA (Kalajdzievski 2023)."""
     init: str = "gaussian"
     """How A starts: gaussian (standard deviation 1/r) or kaiming. B starts at 0."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -86,7 +86,7 @@ class TrainConfig(LoRAConfig):
     output: str
     """The run directory to write."""
     method: str = "lora"
-    """What is trained: lora."""
+    """What is trained: lora. More methods are to come."""
     eval: str | None = None
     """Rows to evaluate on while training: a .jsonl file, or a share of DATA such as 10%."""
     eval_every: int | None = Field(None, ge=1)

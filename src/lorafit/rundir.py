@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tomllib
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +15,8 @@ import tomli_w
 from lorafit import files
 from lorafit.errors import RunDirError
 
-FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md", ".lock")
+FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md")
+LOCK = ".lock"
 
 
 class RunDir:
@@ -49,7 +51,7 @@ class RunDir:
             f"{self.path} is in use by another lorafit process",
             "Wait until it ends, or choose another directory with -o",
         )
-        return files.lock(self.path / ".lock", busy)
+        return files.lock(self.path / LOCK, busy)
 
     def check_usable(self, resume: bool) -> None:
         """Refuse a directory that holds something else, or a run when not resuming. Raises RunDirError."""
@@ -73,6 +75,15 @@ class RunDir:
             )
         if not os.access(self.path, os.W_OK):
             raise RunDirError(f"cannot write into {self.path}", "Choose a directory that you may write to")
+
+    def clean(self) -> None:
+        """Remove what a killed process left half-written. Call it under the lock."""
+        for directory in (self.path, self.checkpoints):
+            for entry in directory.glob(".*") if directory.is_dir() else ():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name != LOCK:
+                    entry.unlink(missing_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write run.toml; fields that are None are left out, since TOML has no null."""

@@ -1,0 +1,5 @@
+"""`python -m lorafit`."""
+
+from lorafit.cli import main
+
+main()

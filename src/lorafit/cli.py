@@ -1,0 +1,250 @@
+"""argv -> config -> one library call -> print. Thin: what is heavy is imported inside its command.
+
+Options are made from the fields of the config classes, so that a default and a help text stand in one place.
+"""
+
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from lorafit import __version__
+from lorafit.config import ChatConfig, EvalConfig, Frozen, MergeConfig, TrainConfig, build, read_toml
+from lorafit.errors import LorafitError
+
+app = typer.Typer(
+    name="lorafit",
+    help="Fine-tune models by low-rank adaptation (LoRA) on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
+ALIASES = {"output": ("-o", "--output"), "schedule": ("--schedule", "--lr-schedule")}
+
+
+def options_of(
+    config: type[Frozen], arguments: tuple[str, ...]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of `config`; the fields in `arguments` are positional.
+
+    The command is called with `given`, a dict of what the user typed, besides the parameters it declares itself.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in inspect.signature(command).parameters.values()
+            if p.name != "given"
+        ]
+
+        def called(**values: Any) -> None:
+            given = {name: values.pop(name) for name in config.model_fields}
+            command(given=given, **values)
+
+        parameters = [
+            _parameter(config, name, name in arguments) for name in (*arguments, *_options(config, arguments))
+        ]
+        # Typer reads the parameters from these two.
+        called.__signature__ = inspect.Signature(parameters + own)  # type: ignore[attr-defined]  # a real attribute
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters + own}
+        called.__doc__ = command.__doc__
+        called.__name__ = command.__name__
+        return called
+
+    return decorate
+
+
+def _options(config: type[Frozen], arguments: tuple[str, ...]) -> list[str]:
+    return [name for name in config.model_fields if name not in arguments]
+
+
+def _parameter(config: type[Frozen], name: str, positional: bool) -> inspect.Parameter:
+    """One typer parameter. Values stay text until pydantic reads them: its messages name the field and the bounds."""
+    field = config.model_fields[name]
+    help_text = field.description or ""
+    if positional:
+        kind: Any = typer.Argument(metavar=name.upper(), help=help_text, show_default=False)
+        return _keyword(name, Annotated[str | None, kind])
+    if field.annotation is bool:
+        kind = typer.Option("--" + name.replace("_", "-"), help=help_text, show_default=False)
+        return _keyword(name, Annotated[bool | None, kind])
+    names = ALIASES.get(name, ("--" + name.replace("_", "-"),))
+    metavar = _metavar(str(field.annotation))
+    kind = typer.Option(*names, help=help_text + _choices_and_default(field), metavar=metavar, show_default=False)
+    return _keyword(name, Annotated[str | None, kind])
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _metavar(annotation: str) -> str:
+    return "N" if annotation.startswith(("<class 'int'", "int |")) else "X" if "float" in annotation else "TEXT"
+
+
+def _choices_and_default(field: FieldInfo) -> str:
+    """` One of a, b. Default: a.`, as far as there are such and the help text does not say so itself."""
+    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+    one_of = f" One of {', '.join(choices)}." if choices else ""
+    silent = field.is_required() or field.default_factory is not None or field.default in (None, "")
+    return one_of if silent or "Default:" in (field.description or "") else f"{one_of} Default: {field.default}."
+
+
+@app.command(rich_help_panel="Find, prove, train")
+@options_of(TrainConfig, ("model", "data"))
+def train(
+    given: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A TOML file of settings, such as a run's run.toml; flags win.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; starts fresh where there is none.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if the plan says that it does not fit.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Fine-tune MODEL on DATA and write a run directory.
+
+    lorafit train smollm2-135m messages.jsonl -o runs/first
+
+    lorafit train ./llama-3.2-1b train.jsonl -o runs/b --r 8 --targets q_proj,v_proj --eval 10% --epochs 3
+
+    lorafit train --config runs/first/run.toml -o runs/again
+    """
+    resolved, source = build(TrainConfig, read_toml(config) if config else {}, given)
+
+    from lorafit.run import Start, train
+
+    result = train(resolved, source, Start(resume, force, PROCESS_STARTED_AT), Console(stderr=True))
+    if as_json:
+        _print_json(result)
+
+
+@app.command("eval", rich_help_panel="Use")
+@options_of(EvalConfig, ("target", "data"))
+def evaluate(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Loss, perplexity, exact match and accuracy of a run or a model on DATA.
+
+    lorafit eval runs/first test.jsonl
+
+    lorafit eval runs/first test.jsonl --scale 0        (the base model, for comparison)
+
+    lorafit eval smollm2-135m test.jsonl --rows 100 --json
+    """
+    resolved, _ = build(EvalConfig, {}, given)
+
+    from lorafit import use
+
+    result = use.evaluate(resolved, Console(stderr=True))
+    if as_json:
+        _print_json(result)
+    else:
+        use.print_evaluation(result, Console())
+
+
+@app.command(rich_help_panel="Use")
+@options_of(ChatConfig, ("target",))
+def chat(given: dict[str, Any]) -> None:
+    """Talk to a run or a model. While it runs: /scale 0.5, /base, /reset, /help.
+
+    lorafit chat runs/first
+
+    lorafit chat runs/first --scale 1.3 --temperature 0.7
+    """
+    resolved, _ = build(ChatConfig, {}, given)
+
+    from lorafit import use
+
+    use.chat(resolved, Console(stderr=True), sys.stdin, sys.stdout)
+
+
+@app.command(rich_help_panel="Ship")
+@options_of(MergeConfig, ("run",))
+def merge(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Add a run's update to its base model and write a plain Hugging Face model.
+
+    lorafit merge runs/first -o merged
+
+    lorafit merge runs/first -o merged-bf16 --dtype bf16 --scale 0.8
+    """
+    resolved, _ = build(MergeConfig, {}, given)
+
+    from lorafit import use
+
+    result = use.merge(resolved, Console(stderr=True))
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Start here")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the run.")] = Path("runs/demo"),
+    as_json: JSON = False,
+) -> None:
+    """Train SmolLM2-135M for a customer service, on data that comes with lorafit, and show base against tuned.
+
+    lorafit demo
+    """
+    from lorafit.demo.run import demonstrate
+
+    result = demonstrate(output, PROCESS_STARTED_AT, Console(stderr=True), Console(stderr=as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _process_started_at() -> float:
+    """Seconds since the epoch at which this process began, so that a load time includes Python and its imports."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+PROCESS_STARTED_AT = _process_started_at()
+
+
+def main() -> None:
+    """Run the command line. Exits 0 when all went well, 2 where the user can mend it, 1 for our own faults."""
+    # Hugging Face's libraries fork nothing here; their warning about it would only alarm.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except LorafitError as error:
+        print(f"lorafit: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("lorafit: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a frozen model and its adapter are run: which precision, which positions reach the loss."""

@@ -1,0 +1,175 @@
+"""Merging: the update becomes part of the base's weights, checked on probes, saved as a plain Hugging Face model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lorafit import files
+from lorafit.errors import AdapterError, MergeError, RunDirError
+from lorafit.lora.base import KINDS, kind_name
+from lorafit.lora.inject import detach, lora_layers, merge, unmerge
+
+PROBE_ROWS = 4
+PROBE_TOKENS = 24
+PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a, b):\n    return a + b",
+    "1, 1, 2, 3, 5, 8, 13, 21",
+    "Où est la bibliothèque? 图书馆在哪里?",
+)
+
+
+@dataclass(frozen=True)
+class ProbeDifference:
+    """How far logits moved. difference: ||after - before|| / ||before|| over the logits of the worst probe.
+
+    tolerance: what rounding explains, see `tolerance`.
+    """
+
+    difference: float
+    tolerance: float
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains the difference; never where it is not a number."""
+        return self.difference <= self.tolerance
+
+
+def merge_into_base(model: nn.Module, tokenizer: Any | None) -> ProbeDifference:
+    """Write the update at its present scale into the base's weights and take the adapter off; the model is plain then.
+
+    The logits of the merged model are held against those of the unmerged one on fixed pseudo-random token ids and,
+    given a tokenizer, on a few texts. Load the base in float32 to merge without loss, whatever is saved afterwards.
+    Raises AdapterError if there is no adapter, MergeError if the difference is more than rounding explains or the
+    weights are not finite; the model is then as it was.
+    """
+    if not lora_layers(model):
+        raise AdapterError("the model has no adapter to merge", "Attach or load one first")
+    probes = _probes(model, tokenizer)
+    before = _logits(model, probes)
+    merge(model)
+    found = ProbeDifference(_difference(before, _logits(model, probes)), tolerance(model))
+    if not found.explained:
+        unmerge(model)
+        raise MergeError(
+            f"the merged model's logits differ from the unmerged one's by {found.difference:.1e} of their norm, and "
+            f"rounding explains {found.tolerance:.1e}",
+            "Nothing was written. Use the adapter unmerged; does the model use an adapted weight in a second place?",
+        )
+    _forget_originals(model)
+    return found
+
+
+def save_merged(model: Any, tokenizer: Any | None, directory: Path, dtype: torch.dtype) -> ProbeDifference:
+    """Cast a merged model to `dtype`, in place, and write it as a plain Hugging Face directory, all of it or nothing.
+
+    model: a transformers model, as `merge_into_base` left it. Tied weights are written once. Each weight is cast once,
+    from the merged one. Returns how far the cast moved the logits, 0 where there was nothing to cast: a report, not
+    a check, since this loss was asked for.
+    Raises RunDirError if the directory is not empty or can't be written, AdapterError if an adapter is still attached,
+    MergeError if the cast makes a logit infinite or NaN.
+    """
+    check_output(directory)
+    if lora_layers(model):
+        raise AdapterError("the model still has its adapter", "Call merge_into_base first")
+    moved = _cast(model, tokenizer, dtype)
+
+    def fill(temporary: Path) -> None:
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # what its writer raises in place of an OSError
+            raise RunDirError(
+                f"cannot write {directory}: {error}", "Free some space or choose another place"
+            ) from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+    files.write_dir_atomic(directory, fill)
+    return moved
+
+
+def check_output(directory: Path) -> None:
+    """Raises RunDirError if `directory` is a file or holds anything."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        what = "already holds files" if directory.is_dir() else "is a file"
+        raise RunDirError(f"{directory} {what}", "Choose another directory with -o")
+
+
+def tolerance(model: nn.Module) -> float:
+    """The relative difference of two logits that are equal but for rounding: 2 (eps32 sqrt(k L) + eps sqrt(L)).
+
+    A logit stands at the end of a chain of L layers, each a sum of at most k products. Sums are kept in float32 (eps32;
+    in float64 for a float64 model): k L roundings, each relative to the partial sum by at most eps32, and independent
+    in sign, so that they add up in quadrature to eps32 sqrt(k L). Weights and activations are rounded to the base's
+    own dtype once a layer: eps sqrt(L) likewise. Both runs are off by that much: 2. The unit roundoff is eps / 2, and
+    the half that is left over is for what the chain amplifies (normalisation, softmax).
+    Source for independent roundings: Higham and Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis".
+    """
+    kinds = [KINDS[name](module) for module in model.modules() if (name := kind_name(module)) is not None]
+    sums = [kind for kind in kinds if kind.feature_dim is not None]  # an embedding is looked up, not summed
+    length = len(kinds)
+    width = max((kind.in_features for kind in sums), default=1)
+    eps = max(torch.finfo(kind.weight.dtype).eps for kind in kinds)
+    eps_sum = min(eps, torch.finfo(torch.float32).eps)
+    return 2 * (eps_sum * math.sqrt(width * length) + eps * math.sqrt(length))
+
+
+def _probes(model: nn.Module, tokenizer: Any | None) -> list[Tensor]:
+    """Token ids, each (1, tokens): pseudo-random ones, the same every time, and encoded texts."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
+    device, vocabulary = embeddings.weight.device, embeddings.weight.shape[0]
+    longest = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    ids = torch.randint(vocabulary, (PROBE_ROWS, longest), generator=torch.Generator().manual_seed(0))
+    probes = [row[None] for row in ids]
+    if tokenizer is not None:
+        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in PROBE_TEXTS]
+        probes += [torch.tensor([row]) for row in encoded if row and max(row) < vocabulary]
+    return [probe.to(device) for probe in probes]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, probes: list[Tensor]) -> list[Tensor]:
+    """Logits in float64, without dropout: (1, tokens, vocabulary) a probe."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return [model(input_ids=probe).logits.double() for probe in probes]
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _difference(before: list[Tensor], after: list[Tensor]) -> float:
+    differences = [float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)]
+    return math.nan if any(math.isnan(d) for d in differences) else max(differences)
+
+
+def _forget_originals(model: nn.Module) -> None:
+    """Take the adapter off and leave the merged weights: `detach` puts back what originals it finds, so drop them."""
+    for layer in lora_layers(model).values():
+        layer.shared.original = None
+    detach(model)
+
+
+def _cast(model: nn.Module, tokenizer: Any | None, dtype: torch.dtype) -> ProbeDifference:
+    """Cast what is saved, and only that: buffers that a model computes itself (rotary frequencies) stay as they are."""
+    saved = model.state_dict(keep_vars=True).values()
+    to_cast = [tensor for tensor in saved if tensor.is_floating_point() and tensor.dtype != dtype]
+    if not to_cast:
+        return ProbeDifference(0.0, tolerance(model))
+    probes = _probes(model, tokenizer)
+    before = _logits(model, probes)
+    for tensor in to_cast:
+        tensor.data = tensor.data.to(dtype)  # in place: what is tied stays tied
+    after = _logits(model, probes)
+    if not all(logits.isfinite().all() for logits in after):
+        name = str(dtype).removeprefix("torch.")
+        raise MergeError(f"the merged model's logits are not finite in {name}", "Use --dtype bf16 or fp32")
+    return ProbeDifference(_difference(before, after), tolerance(model))

@@ -1,0 +1,57 @@
+"""DoRA: the weight's rows keep a learned length m, and LoRA turns their direction.
+
+W' = m * (W0 + scaling * B A) / ||W0 + scaling * B A||, row by row, with the norm held constant in the gradient.
+Source: Liu et al. 2024 (DoRA), eq. 5, and section 4.3 for the detached norm.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorafit.lora.base import Kind
+from lorafit.lora.update import delta_weight
+
+if TYPE_CHECKING:
+    from lorafit.lora.layer import LoRALayer
+
+
+def row_norm(W: Tensor) -> Tensor:
+    """||W|| of each row. W: (out, in). Returns (out,), never zero: a row of zeros stays zero instead of NaN."""
+    norm: Tensor = torch.linalg.vector_norm(W, dim=1)
+    return norm.clamp_min(torch.finfo(W.dtype).tiny)
+
+
+class DoRA:
+    """W' = m * V / ||V||, V = W0 + scaling * B A. The extra tensor `magnitude` m is (out_features,)."""
+
+    works_transposed = False  # a norm per row of W is not a norm per row of W^T
+
+    def init(self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Tensor]:
+        """The magnitude ||V|| row by row, so that W' = W0 at the start."""
+        W = base.read_weight().to(lora_A.dtype)
+        return {"magnitude": row_norm(W + delta_weight(lora_A, lora_B, scaling))}
+
+    def forward(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:
+        """(g - 1) * (y - bias) + g * scaling * B A x, g = m / ||V||: what the update adds to y; the bias is not scaled.
+
+        x may carry dropout; y never does, so that dropout thins the update and not the frozen weight.
+        """
+        g = self._gain(layer, layer.original_matrix())
+        bias = layer.kind.bias
+        linear = y if bias is None else y - layer.kind.per_output(bias)
+        minus_one = layer.kind.per_output(g - 1).to(y.dtype)
+        return minus_one * linear + layer.kind.per_output(g).to(y.dtype) * layer.low_rank(x)
+
+    def merged_weight(self, layer: LoRALayer, W: Tensor) -> Tensor:
+        """The weight m * V / ||V||. W: (out_features, in_features), float32 or float64."""
+        return self._gain(layer, W)[:, None] * (W + layer.delta_weight().to(W.dtype))
+
+    def _gain(self, layer: LoRALayer, W: Tensor) -> Tensor:
+        magnitude: Tensor = layer.magnitude
+        with torch.no_grad():
+            delta = layer.delta_weight()
+            norm = row_norm(W.to(delta.dtype) + delta)
+        return magnitude / norm

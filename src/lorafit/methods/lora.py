@@ -1,0 +1,48 @@
+"""Low-rank adaptation: W0 frozen, dW = scaling * B A trained. Source: Hu et al. 2021, eq. 3."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lorafit.config import LoRAConfig
+from lorafit.lora import inject
+from lorafit.methods.method import Attached, Method
+from lorafit.units import format_count
+
+
+def attach(model: nn.Module, config: LoRAConfig, seed: int) -> Attached:
+    """Freeze the model and adapt what `config` names. Raises TargetError, RankError or ConfigError."""
+    report = inject.attach(
+        model,
+        r=config.r,
+        alpha=config.alpha,
+        targets=config.targets,
+        variant=config.variant,
+        rule=config.scaling_rule,
+        init=config.init,
+        dropout=config.dropout,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        layers=config.layers,
+        seed=seed,
+    )
+    ranks = sorted({layer.r for layer in report.adapted.values()})
+    summary = f"{config.variant} of rank {', '.join(map(str, ranks))} on {format_count(len(report.adapted))} layers"
+    return Attached(report.trainable_params, report.total_params, summary, report.notes)
+
+
+def before_forward(model: nn.Module, seed: int, step: int, row_ids: Tensor) -> None:
+    """Turn the adapters' dropout on and key it; the frozen base stays in eval mode."""
+    for layer in inject.lora_layers(model).values():
+        layer.training = True
+    key = inject.dropout_key(model)
+    key.seed, key.step, key.rows = seed, step, row_ids
+
+
+METHOD = Method(
+    attach=attach,
+    trainable=inject.adapter_parameters,
+    state=inject.adapter_state,
+    load_state=inject.load_adapter_state,
+    before_forward=before_forward,
+)

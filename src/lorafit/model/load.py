@@ -1,0 +1,171 @@
+"""A model and its tokenizer in memory: safetensors directories by transformers, GGUF files by our own reader.
+
+GGUF goes its own way for speed: SmolLM2-135M takes transformers about 14 s and its tokenizer 4 s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from lorafit.errors import ModelError, listed
+from lorafit.model import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
+from lorafit.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+GENERATING = ("ForCausalLM", "LMHeadModel")  # how the classes of causal language models end
+UNSET_LENGTH = 10**20  # transformers' model_max_length is 1e30 where nobody set it
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its tokenizer, and the spec both were read by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+
+
+def load(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
+    """Read the weights into `dtype` and build the tokenizer. Nothing is downloaded.
+
+    Code that comes with a model runs only if `trust_remote_code`. Raises ModelError if the checkpoint and the
+    architecture disagree about a parameter, if the model is no causal language model, or if it needs its own code.
+    """
+    _refuse_own_code(spec, trust_remote_code)
+    with _quiet():
+        if spec.kind == "hf":
+            return _load_hf(spec, dtype, trust_remote_code)
+        return _load_gguf(spec, dtype)
+
+
+def _load_gguf(spec: ModelSpec, dtype: torch.dtype) -> Loaded:
+    header = gguf_header.read_header(spec.path)
+    if reason := gguf_config.unsupported(header):
+        log.warning("%s: %s is read by transformers' own GGUF loader, which is slower", spec.name, reason)
+        return Loaded(_model_by_transformers(spec, dtype), _tokenizer_by_transformers(spec, header), spec)
+    config = gguf_config.config_dict(header)
+    model_class = getattr(transformers, config["architectures"][0])
+    model, info = model_class.from_pretrained(
+        None, config=model_class.config_class(**config), state_dict=gguf_tensors.state_dict(header, dtype), dtype=dtype,
+        output_loading_info=True,
+    )  # fmt: skip
+    _check_keys(spec, info)
+    return Loaded(model, gguf_tokenizer.build(header) or _tokenizer_by_transformers(spec, header), spec)
+
+
+def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = _explained(spec, "config", lambda: transformers.AutoConfig.from_pretrained(spec.path, **options))
+    if not trust_remote_code:
+        _refuse_other_tasks(spec, config)
+    model, info = _explained(
+        spec, "weights",
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(
+            spec.path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        ),
+    )  # fmt: skip
+    _check_keys(spec, info)
+    tokenizer = _explained(
+        spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.path, **options)
+    )
+    if tokenizer.model_max_length > UNSET_LENGTH and spec.max_positions:
+        tokenizer.model_max_length = spec.max_positions
+    return Loaded(model, tokenizer, spec)
+
+
+def _model_by_transformers(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    def read() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            spec.path.parent, gguf_file=spec.path.name, dtype=dtype, local_files_only=True, output_loading_info=True,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )  # fmt: skip
+
+    model, info = _explained(spec, "weights", read)
+    _check_keys(spec, info)
+    return model  # type: ignore[no-any-return]  # transformers' Auto classes are untyped
+
+
+def _tokenizer_by_transformers(spec: ModelSpec, header: gguf_header.Header) -> PreTrainedTokenizerBase:
+    log.warning("%s: the tokenizer is read by transformers' own GGUF converter, which is slower", spec.name)
+    settings = gguf_tokenizer.settings(header)
+
+    def read() -> Any:
+        return transformers.AutoTokenizer.from_pretrained(
+            spec.path.parent, gguf_file=spec.path.name, local_files_only=True, **settings
+        )
+
+    return _explained(spec, "tokenizer", read)  # type: ignore[no-any-return]  # transformers' Auto classes are untyped
+
+
+def _explained(spec: ModelSpec, what: str, read: Any) -> Any:
+    """What `read` returns, or a ModelError in place of whatever transformers raises about the files."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the {what} of {spec.name} cannot be read: {first_line}", "Check the files of the model") from error
+
+
+def _refuse_own_code(spec: ModelSpec, trust_remote_code: bool) -> None:
+    """Raise ModelError for a model that only its own code can build. What transformers knows too, it builds itself."""
+    modules = spec.config.get("auto_map")
+    if modules and not trust_remote_code and spec.config.get("model_type") not in transformers.CONFIG_MAPPING:
+        files = sorted({str(name).split(".")[0] + ".py" for name in dict(modules).values()})
+        raise ModelError(
+            f"{spec.name} comes with code of its own ({listed(files, 3)}), which would run on your machine",
+            "Read it, then pass --trust-remote-code",
+        )
+
+
+def _refuse_other_tasks(spec: ModelSpec, config: Any) -> None:
+    """Raise ModelError for an encoder, a classifier or a translator: the config's class is not one that generates."""
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    stated = config.architectures or []
+    generates = type(config) in known and (
+        not stated or any(name.endswith(GENERATING) or name == known[type(config)].__name__ for name in stated)
+    )
+    if not generates:
+        raise ModelError(
+            f"{spec.name} is no causal language model but {listed(stated) or spec.architecture}",
+            "Give a model that generates text, as Llama, Qwen or Gemma",
+        )
+
+
+def _check_keys(spec: ModelSpec, info: Mapping[str, Any]) -> None:
+    """Raise ModelError for parameters that the checkpoint lacks or has in another shape; log those it has too many."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    for keys, what in ((missing, "lacks"), (mismatched, "has in another shape")):
+        if keys:
+            raise ModelError(
+                f"the checkpoint of {spec.name} {what} {len(keys)} parameters: {listed(keys, 4)}",
+                "Download it again; is it the model that its config describes?",
+            )
+    if info["error_msgs"]:
+        raise ModelError(f"the checkpoint of {spec.name} cannot be read: {info['error_msgs'][0]}", "Download it again")
+    if unexpected := sorted(info["unexpected_keys"]):
+        log.warning("%s: %d tensors are not used: %s", spec.name, len(unexpected), listed(unexpected, 4))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar over a model that is loaded in a moment."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -1,0 +1,366 @@
+"""`lorafit train` as one straight line: read this first.
+
+config -> model spec -> rows -> plan -> model + adapter -> token ids and masks -> loop -> adapter, run.json, model card.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lorafit import files
+from lorafit.config import TrainConfig
+from lorafit.data.formats import Chat, Example, read_examples, unused_columns
+from lorafit.data.load import Row, read_rows, split
+from lorafit.data.mask import EncodedSet, encode_all
+from lorafit.data.pack import micro_batches
+from lorafit.engine import precision
+from lorafit.engine.loss import supervised_nll
+from lorafit.errors import CheckpointError, ConfigError, DoesNotFitError, did_you_mean, listed
+from lorafit.export import card, peft
+from lorafit.methods.method import Attached, Method
+from lorafit.methods.table import METHODS
+from lorafit.model import load as model_load
+from lorafit.model import spec as model_spec
+from lorafit.plan import machine, memory
+from lorafit.rundir import RunDir
+from lorafit.train import checkpoint
+from lorafit.train.checkpoint import Checkpoint, Progress
+from lorafit.train.loop import Work, fit
+from lorafit.train.reporting import ConsoleReporter, MetricsLog
+from lorafit.train.signals import stop_on_signals
+from lorafit.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
+
+VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
+# What may differ between a run and its resumption without changing a number.
+FREE_TO_CHANGE = frozenset({"output", "save_every", "memory"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: whether it may go on with an earlier one, whether it ignores the plan, when it was called."""
+
+    resume: bool
+    force: bool
+    started_at: float
+    """Seconds since the epoch; load_s counts from here, so that imports are included."""
+
+
+def train(config: TrainConfig, source: dict[str, str], start: Start, console: Console) -> dict[str, Any]:
+    """Train, and write the run directory. Returns the content of run.json.
+
+    source: where each setting came from, for the printed table. Raises LorafitError for whatever the user can mend.
+    """
+    method = _method(config)
+    run = RunDir(config.output)
+    run.check_usable(start.resume)
+    if run.finished:
+        console.print(f"{run.path} holds a finished run; nothing to do")
+        return run.read_result()
+    with run.lock():
+        torch.set_num_threads(config.threads or machine.physical_cores())
+        run.clean()
+        earlier = _earlier(run, console) if start.resume else None
+        inputs = _read_inputs(config)
+        chosen = _chosen(config, earlier)
+        identity = _identity(config, inputs, chosen)
+        if earlier:
+            _check_same_run(earlier.identity, identity, console)
+        _print_config(config, source, chosen, console)
+
+        loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
+        encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
+        estimate = _plan(config, inputs.spec, chosen["precision"], encoded, start.force, console)
+        loaded.model.eval()
+        attached = method.attach(loaded.model, config, config.seed)
+        _print_attached(attached, console)
+        work = Work(
+            model=loaded.model,
+            method=method,
+            rows=list(encoded.encoded),
+            pad_id=_pad_id(loaded.tokenizer),
+            config=config,
+            identity=identity,
+            evaluate=_evaluation(loaded.model, held_out, config, _pad_id(loaded.tokenizer)) if held_out else None,
+        )
+        load_s = time.time() - start.started_at
+        run.write_config(config.model_dump())
+        progress = _fit(run, work, earlier, console)
+
+        peft.save(loaded.model, run.adapter, config, base=config.model, tokenizer=loaded.tokenizer)
+        result = _result(config, inputs, attached, progress, identity, estimate, load_s)
+        files.write_atomic(run.readme, card.render(result))
+        files.write_json(run.run_json, result)
+    _print_result(run, result, console)
+    return result
+
+
+# --- before the loop ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user named, read and hashed."""
+
+    spec: model_spec.ModelSpec
+    examples: list[Example]
+    held_out: list[Example]
+    unused_columns: dict[str, int]
+    hashes: dict[str, str]
+
+
+def _method(config: TrainConfig) -> Method:
+    if config.method not in METHODS:
+        hint = did_you_mean(config.method, METHODS) or f"Known: {listed(METHODS)}"
+        raise ConfigError(f"--method {config.method!r} is unknown", hint)
+    return METHODS[config.method]
+
+
+def _read_inputs(config: TrainConfig) -> Inputs:
+    spec = model_spec.read(config.model)
+    rows = read_rows(Path(config.data))
+    hashes = {"model": model_spec.sha256(spec), "data": files.sha256(Path(config.data))}
+    held_out: list[Row] = []
+    if config.eval and config.eval.endswith("%"):
+        rows, held_out = split(rows, _share(config.eval), config.seed)
+    elif config.eval:
+        held_out = read_rows(Path(config.eval))
+        hashes["eval"] = files.sha256(Path(config.eval))
+    return Inputs(
+        spec=spec,
+        examples=read_examples(rows),
+        held_out=read_examples(held_out) if held_out else [],
+        unused_columns=unused_columns(rows),
+        hashes=hashes,
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 10%, or a file")
+    return share
+
+
+def _encode(
+    config: TrainConfig, inputs: Inputs, tokenizer: Any, console: Console
+) -> tuple[EncodedSet, EncodedSet | None]:
+    encoded = encode_all(inputs.examples, tokenizer, config.seq_len)
+    console.print(f"train: {encoded.summary}", highlight=False)
+    for column, count in inputs.unused_columns.items():
+        console.print(f"column {column!r} of {format_count(count)} rows is not used", style="yellow")
+    if not inputs.held_out:
+        return encoded, None
+    held_out = encode_all(inputs.held_out, tokenizer, config.seq_len)
+    console.print(f"held out: {held_out.summary}", highlight=False)
+    return encoded, held_out
+
+
+def _plan(
+    config: TrainConfig, spec: model_spec.ModelSpec, dtype: str, encoded: EncodedSet, force: bool, console: Console
+) -> memory.MemoryEstimate:
+    """The predicted peak, shown. Raises DoesNotFitError when it is above --memory or what the machine has free."""
+    tokens = max(encoded.longest, min(config.micro_tokens, encoded.longest * config.batch_size))
+    share = encoded.supervised_tokens / encoded.tokens
+    estimate = memory.estimate(spec, config, dtype, tokens, math.ceil(share * tokens))
+    console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
+    limit = _bytes(config.memory) if config.memory else machine.available_bytes() + machine.rss_bytes()
+    if estimate.peak_bytes > limit and not force:
+        raise DoesNotFitError(
+            f"this run is predicted to need {format_bytes(estimate.peak_bytes)}, above the {format_bytes(limit)} "
+            + ("of --memory" if config.memory else "that this machine has free"),
+            "Lower --micro-tokens, --seq-len or --r, use --precision bf16, or try it anyway with --force",
+        )
+    return estimate
+
+
+def _bytes(text: str) -> int:
+    for unit, size in {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}.items():
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdigit():
+            return round(float(number) * size)
+    raise ConfigError(f"--memory {text!r} is not a size", "Give one such as 2GiB, 1500MiB or 4GB")
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any id serves: padding is masked by position."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def _evaluation(model: torch.nn.Module, held_out: EncodedSet, config: TrainConfig, pad_id: int) -> Callable[[], float]:
+    """A function that gives the mean loss per supervised token over the held-out rows, without dropout."""
+
+    def evaluate() -> float:
+        model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in micro_batches(held_out.encoded, range(held_out.pieces), config.micro_tokens, pad_id):
+                losses = supervised_nll(model, batch.input_ids, batch.attention_mask, batch.supervised)
+                total, count = total + float(losses.double().sum()), count + losses.numel()
+        return total / count
+
+    return evaluate
+
+
+# --- a run and its resumption -------------------------------------------------------------------------------------
+
+
+def _chosen(config: TrainConfig, earlier: Checkpoint | None) -> dict[str, Any]:
+    """What is chosen by measuring is chosen once: a resumed run uses what the first one found."""
+    if earlier:
+        return dict(earlier.identity["chosen"])
+    return {"precision": precision.choose(config.precision), "threads": torch.get_num_threads()}
+
+
+def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be the same: settings, inputs, choices, versions."""
+    settings = {name: value for name, value in config.model_dump().items() if name not in FREE_TO_CHANGE}
+    return {"config": settings, "sha256": inputs.hashes, "chosen": chosen, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONED}
+
+
+def _earlier(run: RunDir, console: Console) -> Checkpoint | None:
+    found, complaints = checkpoint.newest(run.checkpoints)
+    for complaint in complaints:
+        console.print(complaint, style="yellow")
+    console.print(f"resuming after step {found.progress.step}" if found else "no checkpoint to resume: starting fresh")
+    return found
+
+
+def _check_same_run(earlier: dict[str, Any], now: dict[str, Any], console: Console) -> None:
+    """Refuse to resume under other settings or inputs. Raises CheckpointError that shows each difference."""
+    changed = [
+        f"{name} was {earlier[part].get(name)!r}, now {now[part].get(name)!r}"
+        for part in ("config", "sha256")
+        for name in sorted(earlier[part].keys() | now[part].keys())
+        if earlier[part].get(name) != now[part].get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"this run was started otherwise: {'; '.join(changed)}",
+            "Resume with the same settings and files, or start anew in another directory with -o",
+        )
+    if earlier["versions"] != now["versions"]:
+        console.print(
+            "versions differ from those the run began with: the result may differ in rounding", style="yellow"
+        )
+
+
+def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, console: Console) -> Progress:
+    done = earlier.progress.step if earlier else 0
+    log = MetricsLog(run.metrics, done)
+
+    def save(state: Checkpoint) -> None:
+        checkpoint.write(run.checkpoints, state)
+
+    with ConsoleReporter(log, console, work.total_steps, done) as report, stop_on_signals() as stop:
+        return fit(work, earlier, save, stop, report)
+
+
+# --- after the loop -------------------------------------------------------------------------------------------------
+
+
+def _result(
+    config: TrainConfig,
+    inputs: Inputs,
+    attached: Attached,
+    progress: Progress,
+    identity: dict[str, Any],
+    estimate: memory.MemoryEstimate,
+    load_s: float,
+) -> dict[str, Any]:
+    return {
+        "model": config.model,
+        "data": config.data,
+        "method": config.method,
+        "variant": config.variant,
+        "r": config.r,
+        "alpha": config.alpha,
+        "train_s": progress.train_s,
+        "load_s": load_s,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped_steps,
+        "stopped_early": progress.stopped_early,
+        "tokens_seen": progress.tokens_seen,
+        "tokens_supervised": progress.tokens_supervised,
+        "tokens_computed": progress.tokens_computed,
+        "peak_rss_bytes": machine.peak_rss_bytes(),
+        "predicted_peak_bytes": estimate.peak_bytes,
+        "trainable_params": attached.trainable_params,
+        "total_params": attached.total_params,
+        "train_loss": progress.last_loss,
+        "eval_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "seed": config.seed,
+        "precision": identity["chosen"]["precision"],
+        "threads": identity["chosen"]["threads"],
+        "system": _common_system(inputs.examples),
+        "versions": identity["versions"],
+        "data_sha256": inputs.hashes["data"],
+        "model_sha256": inputs.hashes["model"],
+    }
+
+
+def _common_system(examples: list[Example]) -> str | None:
+    """The system message that all training rows began with, for chat; None where they differ or have none."""
+    systems = {
+        example.messages[0]["content"] if isinstance(example, Chat) and example.messages[0]["role"] == "system" else None
+        for example in examples
+    }
+    return systems.pop() if len(systems) == 1 else None
+
+
+def _print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, Any], console: Console) -> None:
+    """What was given, a line each with where it came from; the defaults in one paragraph."""
+    shown = {name: repr(value) for name, value in config.model_dump().items()}
+    if config.precision == "auto":
+        shown["precision"] += f" (measured: {chosen['precision']})"
+    given = {name: source[name] for name in shown if source.get(name, "default") != "default"}
+    for name, where in given.items():
+        console.print(f"  {name} = {shown[name]}  ({where})", markup=False, highlight=False)
+    rest = ", ".join(f"{name} = {value}" for name, value in shown.items() if name not in given)
+    console.print(f"  by default: {rest}", style="dim", markup=False, highlight=False)
+
+
+def _print_attached(attached: Attached, console: Console) -> None:
+    share = format_share(attached.trainable_params, attached.total_params)
+    console.print(
+        f"{attached.summary}: {format_count(attached.trainable_params)} trainable parameters, {share} of "
+        f"{format_count(attached.total_params)}",
+        highlight=False,
+    )
+    for note in attached.notes:
+        console.print(note, style="yellow", highlight=False)
+
+
+def _print_result(run: RunDir, result: dict[str, Any], console: Console) -> None:
+    speed = result["tokens_seen"] / result["train_s"] if result["train_s"] else 0.0
+    console.print(
+        f"trained {result['steps']} steps in {format_seconds(result['train_s'])} ({speed:,.0f} tokens/s), loading took "
+        f"{format_seconds(result['load_s'])}; peak memory {format_bytes(result['peak_rss_bytes'])} "
+        f"(predicted {format_bytes(result['predicted_peak_bytes'])})",
+        highlight=False,
+    )
+    console.print(f"wrote {run.path}. Next:")
+    for command in (
+        f"lorafit eval {run.path} TEST.jsonl",
+        f"lorafit chat {run.path}",
+        f"lorafit merge {run.path} -o DIR",
+    ):
+        console.print(f"  {command}", highlight=False, markup=False)

@@ -1,0 +1,55 @@
+"""AdamW over the adapter, and how its rate goes over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def adamw(
+    parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """torch's fused AdamW. Source: Loshchilov and Hutter 2019, algorithm 2."""
+    return torch.optim.AdamW(list(parameters), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def rate(step: int, total_steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The learning rate of step 0 <= step < total_steps.
+
+    Rises linearly over the first ceil(warmup * total_steps) steps, the first of which is above 0 already; then `constant`,
+    or falls to 0 one step after the last as `linear` or `cosine`.
+    """
+    rising = math.ceil(warmup * total_steps)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    done = (step - rising) / max(1, total_steps - rising)
+    return peak * SCHEDULES[schedule](done)
+
+
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's moments and step counts as named tensors, in the order of its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, parameter in zip(names, parameters, strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_state`; parameters without an entry start fresh."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        own = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
+        if own:
+            optimizer.state[parameter] = own

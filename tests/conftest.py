@@ -1,0 +1,19 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits for the first
+
+# No deadline: what a test takes depends on the machine. The same examples every time: a red law is red for all.
+settings.register_profile(
+    "lorafit",
+    deadline=None,
+    derandomize=True,
+    max_examples=200,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("lorafit")

@@ -1,0 +1,77 @@
+"""Tiny real models and tokenizers on disk, and data files, for tests that run whole commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: one token a byte, and two special tokens. pad == eos, as in SmolLM2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<|im_start|>", "<|im_end|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        model_max_length=512,
+    )
+    fast.chat_template = template
+    return fast
+
+
+def llama(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama of 2 layers, width 32, tied embeddings: 258 tokens, as the tokenizer above."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_range=0.2,  # wide enough that logits can tell tokens apart
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def write_model(directory: Path, seed: int = 0) -> Path:
+    """The model and its tokenizer as a Hugging Face directory."""
+    llama(seed).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def chat_row(question: str, answer: str) -> dict[str, Any]:
+    """One `messages` row."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """Rows as JSONL."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_chat(path: Path, count: int = 10) -> Path:
+    """`count` short question and answer rows, of differing lengths."""
+    return write_rows(path, [chat_row(f"What is {n} and {n * 7}?", f"{n + n * 7}{'!' * (n % 4)}") for n in range(count)])
