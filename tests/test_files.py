@@ -15,7 +15,9 @@ from lorafit import files
 from lorafit.errors import RunDirError
 
 
-def test_an_atomic_write_leaves_the_old_file_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_atomic_write_leaves_the_old_file_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "state.json"
     files.write_atomic(path, "old")
 
@@ -64,7 +66,9 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_replacing_a_directory_leaves_only_the_new_files(tmp_path: Path) -> None:
     for name in ("old", "new"):
-        files.write_dir_atomic(tmp_path / "d", lambda directory, name=name: (directory / name).write_text(name) and None)
+        files.write_dir_atomic(
+            tmp_path / "d", lambda directory, name=name: (directory / name).write_text(name) and None
+        )
     assert [entry.name for entry in (tmp_path / "d").iterdir()] == ["new"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
 

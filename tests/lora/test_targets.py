@@ -3,8 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, MixtralConfig
-from transformers import MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lorafit.errors import TargetError
 from lorafit.lora.targets import check_patterns, matches, pattern_value, select, select_layers
@@ -79,7 +85,8 @@ def test_all_linear_leaves_out_the_projection_of_multihead_attention_and_says_so
     found = select(nn.TransformerEncoderLayer(4, 2, 6), "all-linear")
     assert found.names == ["linear1", "linear2"]
     assert found.notes == [
-        "self_attn.out_proj is left out: it belongs to nn.MultiheadAttention, which reads its weight and never calls it",
+        "self_attn.out_proj is left out: it belongs to nn.MultiheadAttention, which reads its weight and never calls "
+        "it",
         "1 weight matrices in MultiheadAttention are bare parameters, not layers, and are not adapted",
     ]
 
@@ -124,12 +131,12 @@ def test_what_a_glob_matches_besides_is_counted(llama):
         ),
         (
             "mlp",
-            "target 'mlp' means model.layers.0.mlp, which is a LlamaMLP, which has no low-rank update here. "
+            "target 'mlp' means model.layers.0.mlp; it is a LlamaMLP, which has no low-rank update here. "
             "Adaptable layers in it: gate_proj, up_proj, down_proj.",
         ),
         (
             ["q_proj", "input_layernorm"],
-            "target 'input_layernorm' means model.layers.0.input_layernorm, which is a LlamaRMSNorm, which has no "
+            "target 'input_layernorm' means model.layers.0.input_layernorm; it is a LlamaRMSNorm, which has no "
             "low-rank update here. Leave it out of targets.",
         ),
         (

@@ -128,7 +128,9 @@ def llama3_divisors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
     divisors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * np.pi * rope["rope_theta"] ** (i / head_dim)
-        longest, shortest = (rope["original_max_position_embeddings"] / rope[f"{k}_freq_factor"] for k in ("low", "high"))
+        longest, shortest = (
+            rope["original_max_position_embeddings"] / rope[f"{k}_freq_factor"] for k in ("low", "high")
+        )
         if wavelength < shortest:
             divisors.append(1.0)
         elif wavelength > longest:

@@ -82,8 +82,8 @@ def _result(run: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes, int, float]:
-    """The settings, the adapter of a run left alone, how many durable calls it made and how long it took."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes, int]:
+    """The settings, the adapter of a run left alone, and how many durable calls it made."""
     directory = tmp_path_factory.mktemp("kill")
     model, data = tiny.write_model(directory / "model"), tiny.write_chat(directory / "rows.jsonl", 14)
     settings = {**SETTINGS, "model": str(model), "data": str(data)}
@@ -91,16 +91,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     process = _start(alone, counted=directory / "count")
     process.join(60)
     assert process.exitcode == 0
-    started = time.monotonic()  # the first run also waited for the server's imports
-    _finish({**settings, "output": str(directory / "again")})
-    assert _result(directory / "again") == _result(directory / "alone")
-    return settings, _result(directory / "alone"), int((directory / "count").read_text()), time.monotonic() - started
+    return settings, _result(directory / "alone"), int((directory / "count").read_text())
 
 
 def test_killed_before_any_durable_call_and_resumed_the_adapter_is_the_same(
-    reference: tuple[dict[str, Any], bytes, int, float], tmp_path: Path
+    reference: tuple[dict[str, Any], bytes, int], tmp_path: Path
 ) -> None:
-    settings, expected, calls, _ = reference
+    settings, expected, calls = reference
     assert calls > 40
     for die_at in range(1, calls + 1, 3):
         run = {**settings, "output": str(tmp_path / str(die_at))}
@@ -114,16 +111,19 @@ def test_killed_before_any_durable_call_and_resumed_the_adapter_is_the_same(
 
 
 def test_killed_at_random_moments_again_and_again_the_adapter_is_the_same(
-    reference: tuple[dict[str, Any], bytes, int, float], tmp_path: Path
+    reference: tuple[dict[str, Any], bytes, int], tmp_path: Path
 ) -> None:
-    settings, expected, _, run_s = reference
+    settings = {**reference[0], "epochs": 12, "output": str(tmp_path / "alone")}
+    started = time.monotonic()
+    _finish(settings)
+    run_s, expected = time.monotonic() - started, _result(tmp_path / "alone")
     chance = random.Random(5)
     kills = 0
-    for round_ in range(4):
+    for round_ in range(8):
         run = {**settings, "output": str(tmp_path / str(round_))}
-        for _ in range(6):
+        for _ in range(4):
             process = _start(run)
-            process.join(chance.uniform(0.05, 0.95) * run_s)
+            process.join(chance.uniform(0.05, 0.5) * run_s)
             if process.exitcode is not None:
                 break
             process.kill()

@@ -86,9 +86,7 @@ def test_the_loss_is_that_of_transformers_over_the_same_labels() -> None:
     batch = micro_batches(job.rows, [0, 5, 9], 4096, 1)[0]
     losses = supervised_nll(job.model, batch.input_ids, batch.attention_mask, batch.supervised)
     with torch.no_grad():
-        expected = job.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        ).loss
+        expected = job.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     assert losses.shape == (batch.supervised_tokens,)
     assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -203,7 +201,9 @@ def test_the_best_adapter_is_kept_and_training_stops_early() -> None:
     # A loss that an evaluation gives in this order; what is kept is the adapter at the lowest.
     losses = iter([3.0, 1.0, 2.0, 2.5, 0.1])
     seen: list[dict[str, torch.Tensor]] = []
-    job = work(evaluate=lambda model: (seen.append(METHODS["lora"].state(model)), next(losses))[1], epochs=5, patience=2)
+    job = work(
+        evaluate=lambda model: (seen.append(METHODS["lora"].state(model)), next(losses))[1], epochs=5, patience=2
+    )
     heard = Heard()
     progress = fit(job, None, lambda state: None, StopRequest(), heard)
     assert [loss for _, loss, _ in heard.evaluations] == [3.0, 1.0, 2.0, 2.5]

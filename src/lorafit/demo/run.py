@@ -57,7 +57,7 @@ def _print(output: Path, result: dict[str, Any], scored: dict[str, Any], console
     console.print(f"peak memory           {format_bytes(result['peak_rss_bytes'])}")
     console.print(f"training took         {format_seconds(result['train_s'])}\n", highlight=False)
     sample = {name: scored[name]["samples"][0] for name in scored}
-    console.print(f"message   {_last_user(sample['base'])}", markup=False, highlight=False)
+    console.print(f"message   {sample['base']['prompt']}", markup=False, highlight=False)
     console.print(f"base      {sample['base']['got']}", markup=False, highlight=False)
     console.print(f"tuned     {sample['tuned']['got']}\n", markup=False, highlight=False)
     console.print("Next:")

@@ -213,7 +213,7 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     )
     try:
         layers = lora_layers(model)
-        _check_layers(model, layers, names, found)
+        _check_same_function(model, layers, found)
         load_adapter_state(model, from_peft(model, layers, tensors, found.ties))
     except AdapterError:
         detach(model)
@@ -242,12 +242,8 @@ def _lora_config(model: nn.Module, names: list[str], found: AdapterConfig) -> Lo
     )
 
 
-def _check_layers(model: nn.Module, layers: dict[str, LoRALayer], names: list[str], found: AdapterConfig) -> None:
-    lost = [name for name in names if name not in layers]
-    if lost:
-        raise AdapterError(
-            f"the adapter targets modules that can't be adapted: {listed(lost, 6)}", "Load it with PEFT instead"
-        )
+def _check_same_function(model: nn.Module, layers: dict[str, LoRALayer], found: AdapterConfig) -> None:
+    """Refuse an adapter of PEFT's on a layer for which its update is another function than ours."""
     other = _unlike_peft(model, layers)
     if other and found.peft_type == PEFT_TYPE:
         raise AdapterError(

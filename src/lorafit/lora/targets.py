@@ -174,7 +174,7 @@ def _adaptable(pattern: str, hits: list[str], modules: dict[str, nn.Module], fou
         name, reason = next(iter(refused.items()))
         below = [n for n in modules if n.startswith(f"{name}.") and refusal(modules[n]) is None]
         inside = f"Adaptable layers in it: {listed(leaf_names(below))}" if below else "Leave it out of targets"
-        raise TargetError(f"target {pattern!r} means {name}, which {reason}", inside)
+        raise TargetError(f"target {pattern!r} means {name}; it {reason}", inside)
     for name, reason in refused.items():
         _skip(name, modules[name], reason, found)
     return good

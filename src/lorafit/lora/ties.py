@@ -51,7 +51,7 @@ def tied_groups(model: nn.Module, names: Sequence[str], works_transposed: bool, 
 def _check_tie(name: str, module: nn.Module, other: str, tied: nn.Module, works_transposed: bool, variant: str) -> None:
     reason = refusal(tied)
     if reason is not None:
-        raise TargetError(f"{name} shares its weight with {other}, which {reason}", f"Leave {name} out of targets")
+        raise TargetError(f"{name} shares its weight with {other}, and that {reason}", f"Leave {name} out of targets")
     if make_kind(module).transposed != make_kind(tied).transposed and not works_transposed:
         raise TargetError(
             f"variant {variant!r} can't adapt {name}: its weight is also that of {other}, transposed, and a length per "

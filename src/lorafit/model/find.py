@@ -139,7 +139,9 @@ def _shards(directory: Path) -> list[Path]:
     names = sorted(set(shards.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ModelError(f"{directory / INDEX} points outside its directory: {listed(outside)}", "Do not use this model")
+        raise ModelError(
+            f"{directory / INDEX} points outside its directory: {listed(outside)}", "Do not use this model"
+        )
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelError(

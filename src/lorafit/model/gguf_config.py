@@ -68,7 +68,7 @@ TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padd
 
 
 def _size(header: Header, key: str, default: int | None = None) -> int:
-    """An integer key; of a list with one entry a layer, the largest. Raises ModelError where it is needed and missing."""
+    """An integer key; of a list with one entry a layer, the largest. Raises ModelError if it is needed and missing."""
     value = header.get(key, default)
     value = max(value) if isinstance(value, list) and value else value
     if not isinstance(value, int):

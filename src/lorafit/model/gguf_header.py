@@ -26,7 +26,19 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32  # bytes; `general.alignment` overrides it
 MAX_DIMS = 8
 STRING, ARRAY = 8, 9
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type id -> struct
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # type id -> struct
 
 
 class _CorruptError(Exception):
@@ -112,7 +124,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Read metadata and tensor table. Raises ModelError if the file is no GGUF, damaged, cut short or one part of many."""
+    """Read metadata and tensor table. Raises ModelError if the file is no GGUF, damaged, cut short or one of many."""
     with _mapped(path) as blob, _explained(path):
         cursor = _Cursor(blob)
         version, tensor_count, pair_count = _read_preamble(path, cursor)
@@ -161,7 +173,9 @@ def _read_preamble(path: Path, cursor: _Cursor) -> tuple[int, int, int]:
     if version not in VERSIONS:
         big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         what = "written for a big-endian machine" if big_endian else f"of version {version}"
-        raise ModelError(f"{path} is a GGUF file {what}; read here are versions 2 and 3, little-endian", "Convert it again")
+        raise ModelError(
+            f"{path} is a GGUF file {what}; read here are versions 2 and 3, little-endian", "Convert it again"
+        )
     tensor_count, pair_count = cursor.take("QQ")
     return version, tensor_count, pair_count
 

@@ -33,7 +33,7 @@ def state_dict(header: Header, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     unknown = [name for name, found in names.items() if found is None]
     if unknown:
         raise ModelError(
-            f"{header.path} has {len(unknown)} tensors that a {header.architecture} model does not: {listed(unknown, 4)}",
+            f"{header.path} has {len(unknown)} tensors unknown to {header.architecture}: {listed(unknown, 4)}",
             "Use the safetensors version of the model",
         )
     undo = _undone(header)
@@ -125,8 +125,8 @@ def _q4_0(raw: torch.Tensor) -> torch.Tensor:
 
 def _q4_1(raw: torch.Tensor) -> torch.Tensor:
     blocks = raw.view(-1, 20)
-    scale, least = _half(blocks[:, :4]).split(1, dim=1)
-    return _nibbles(blocks[:, 4:]).mul_(scale[..., None]).add_(least[..., None])
+    scale, least = _half(blocks[:, :4]).unbind(dim=1)
+    return _nibbles(blocks[:, 4:]).mul_(scale[:, None, None]).add_(least[:, None, None])
 
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:

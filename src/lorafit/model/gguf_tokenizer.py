@@ -28,9 +28,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _LLAMA3 = rf"{_CONTRACTION}|{_BEFORE}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN2 = rf"{_CONTRACTION}|{_BEFORE}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_TEKKEN = (
-    rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
+_TEKKEN = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 _GPT4O = (
     rf"{_BEFORE}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_BEFORE}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -44,7 +42,14 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before merging; the names ar
     "tekken": _TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
-WHOLE_TOKENS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}  # a word in the vocabulary is not merged
+WHOLE_TOKENS_FIRST = {
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "pixtral",
+    "tekken",
+}  # a word in the vocabulary is not merged
 ADD_BOS = WHOLE_TOKENS_FIRST  # and these start with bos where the file does not say
 
 
@@ -78,7 +83,7 @@ def _wrap(header: Header, backend: Tokenizer, add_bos: bool) -> PreTrainedTokeni
     tokens = header.array("tokenizer.ggml.tokens")
     ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED.items()}
     named = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and i < len(tokens)}
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers is partly untyped
         tokenizer_object=backend,
         add_bos_token=header.metadata.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in named,
         add_eos_token=header.metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in named,
@@ -94,7 +99,9 @@ def _build_explained(header: Header, build_backend: Any) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception for a merge of unknown tokens
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{header.path} holds a tokenizer that contradicts itself: {error}", "Convert it again") from error
+        raise ModelError(
+            f"{header.path} holds a tokenizer that contradicts itself: {error}", "Convert it again"
+        ) from error
     _add_tokens(header, backend)
     return backend
 
@@ -154,7 +161,7 @@ def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, s
 
 
 def _add_tokens(header: Header, backend: Tokenizer) -> None:
-    """Tokens that are matched whole in the text: control tokens, skipped in decoding, and user-defined ones, not skipped."""
+    """Tokens that are matched whole in the text: control tokens, which decoding can skip, and user-defined ones."""
     tokens, kinds = header.array("tokenizer.ggml.tokens"), header.array("tokenizer.ggml.token_type")
     vocabulary = backend.get_vocab()
     for kind, add, special in (

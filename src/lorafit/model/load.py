@@ -76,9 +76,7 @@ def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Lo
         ),
     )  # fmt: skip
     _check_keys(spec, info)
-    tokenizer = _explained(
-        spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.path, **options)
-    )
+    tokenizer = _explained(spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.path, **options))
     if tokenizer.model_max_length > UNSET_LENGTH and spec.max_positions:
         tokenizer.model_max_length = spec.max_positions
     return Loaded(model, tokenizer, spec)
@@ -114,7 +112,9 @@ def _explained(spec: ModelSpec, what: str, read: Any) -> Any:
         return read()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the {what} of {spec.name} cannot be read: {first_line}", "Check the files of the model") from error
+        raise ModelError(
+            f"the {what} of {spec.name} cannot be read: {first_line}", "Check the files of the model"
+        ) from error
 
 
 def _refuse_own_code(spec: ModelSpec, trust_remote_code: bool) -> None:
@@ -133,7 +133,8 @@ def _refuse_other_tasks(spec: ModelSpec, config: Any) -> None:
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     stated = config.architectures or []
     generates = type(config) in known and (
-        not stated or any(name.endswith(GENERATING) or name == known[type(config)].__name__ for name in stated)
+        not stated
+        or any(name.endswith(GENERATING) or name == getattr(known[type(config)], "__name__", "") for name in stated)
     )
     if not generates:
         raise ModelError(
@@ -163,9 +164,9 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly untyped
     try:
         yield
     finally:
         if shown:
-            bars.enable_progress_bar()
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly untyped

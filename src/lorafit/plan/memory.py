@@ -67,5 +67,11 @@ def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: i
 
 def adapter_params(spec: ModelSpec, r: int) -> int:
     """Numbers in a LoRA over every two-dimensional weight of the blocks: r (in + out) each."""
-    return sum(r * sum(shape) for name, shape in spec.tensors.items() if len(shape) == 2 and "embed" not in name
-               and "lm_head" not in name and name not in ("token_embd.weight", "output.weight"))
+    return sum(
+        r * sum(shape)
+        for name, shape in spec.tensors.items()
+        if len(shape) == 2
+        and "embed" not in name
+        and "lm_head" not in name
+        and name not in ("token_embd.weight", "output.weight")
+    )

@@ -90,7 +90,9 @@ def read(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             if files.sha256(path / name) != expected:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its hash", "It is passed over")
+                raise CheckpointError(
+                    f"checkpoint {path} is damaged: {name} does not match its hash", "It is passed over"
+                )
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = {
             name: load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in manifest else {}

@@ -221,4 +221,6 @@ def _evaluate(loop: _Loop, evaluate: Callable[[], float], report: Reporter) -> N
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
     report.evaluated(progress.step, loss, better)
     if progress.stopped_early:
-        report.note(progress.step, f"stopped early: {progress.evaluations_without_gain} evaluations without a better loss")
+        report.note(
+            progress.step, f"stopped early: {progress.evaluations_without_gain} evaluations without a better loss"
+        )

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorafit.config import TrainConfig
+from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
+from lorafit.run import Start, train
+from tests import tiny
+
+KEYS = {
+    "train_s", "load_s", "steps", "tokens_seen", "tokens_supervised", "tokens_computed", "peak_rss_bytes",
+    "predicted_peak_bytes", "trainable_params", "total_params", "train_loss", "eval_loss", "seed", "versions",
+    "data_sha256", "model_sha256",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("inputs")
+    model, data = tiny.write_model(directory / "model"), tiny.write_chat(directory / "rows.jsonl")
+    settings = {"r": 3, "alpha": 7.0, "batch_size": 4, "precision": "fp32", "threads": 1}
+    return {"model": str(model), "data": str(data), **settings}
+
+
+def run(settings: dict[str, Any], resume: bool = False, force: bool = False) -> tuple[dict[str, Any], str]:
+    """The result and everything that was printed."""
+    heard = io.StringIO()
+    result = train(TrainConfig(**settings), {}, Start(resume, force, time.time()), Console(file=heard, width=1000))
+    return result, heard.getvalue()
+
+
+def test_a_run_writes_its_whole_directory(inputs: dict[str, Any], tmp_path: Path) -> None:
+    result, printed = run({**inputs, "output": str(tmp_path / "run"), "eval": "20%"})
+    names = {entry.name for entry in (tmp_path / "run").iterdir()} - {".lock"}
+    assert names == {"run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md"}
+    assert KEYS <= result.keys()
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == result
+    assert result["tokens_supervised"] < result["tokens_seen"] <= result["tokens_computed"]
+    assert result["steps"] == 2
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        entry.name for entry in (tmp_path / "run" / "adapter").iterdir()
+    }
+    assert "lorafit chat" in printed
+    assert "trainable parameters" in printed
+
+
+def test_a_run_is_repeated_bitwise_from_its_run_toml(inputs: dict[str, Any], tmp_path: Path) -> None:
+    from lorafit.config import build, read_toml
+
+    first = {**inputs, "output": str(tmp_path / "first"), "dropout": 0.1, "rank_pattern": {"q_proj": 2}, "epochs": 2}
+    run(first)
+    config, source = build(
+        TrainConfig, read_toml(tmp_path / "first" / "run.toml"), {"output": str(tmp_path / "second")}
+    )
+    assert (source["dropout"], source["output"]) == ("file", "flag")
+    run(config.model_dump())
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("first", "second")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_resuming_a_finished_run_changes_nothing(inputs: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**inputs, "output": str(tmp_path / "run")}
+    first, _ = run(settings)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    again, printed = run(settings, resume=True)
+    assert again == first
+    assert "finished run; nothing to do" in printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_resume_starts_fresh_where_there_is_nothing(inputs: dict[str, Any], tmp_path: Path) -> None:
+    _, printed = run({**inputs, "output": str(tmp_path / "run")}, resume=True)
+    assert "no checkpoint to resume: starting fresh" in printed
+
+
+def _unfinished(settings: dict[str, Any]) -> None:
+    """A run as a kill before its end leaves it: checkpoints, no adapter, no run.json."""
+    import shutil
+
+    run(settings)
+    output = Path(settings["output"])
+    (output / "run.json").unlink()
+    shutil.rmtree(output / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("shown", "changed"), [("r was 3, now 4", {"r": 4}), ("lr was 0.001, now 0.5", {"lr": 0.5}), ("data was", "data")]
+)
+def test_resuming_otherwise_is_refused_with_the_difference(
+    shown: str, changed: Any, inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**inputs, "output": str(tmp_path / "run"), "data": str(tiny.write_chat(tmp_path / "rows.jsonl", 9))}
+    _unfinished(settings)
+    if changed == "data":
+        tiny.write_chat(tmp_path / "rows.jsonl", 10)
+        changed = {}
+    with pytest.raises(CheckpointError, match=shown):
+        run({**settings, **changed}, resume=True)
+
+
+def test_where_to_write_and_how_often_to_save_may_differ(inputs: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**inputs, "output": str(tmp_path / "run"), "save_every": 1}
+    _unfinished(settings)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run({**settings, "output": str(tmp_path / "moved"), "save_every": 2}, resume=True)
+    assert (tmp_path / "moved" / "run.json").exists()
+
+
+def test_an_existing_run_is_never_overwritten(inputs: dict[str, Any], tmp_path: Path) -> None:
+    run({**inputs, "output": str(tmp_path / "run")})
+    with pytest.raises(RunDirError, match="already holds a finished run.*--resume"):
+        run({**inputs, "output": str(tmp_path / "run")})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunDirError, match="already holds other files"):
+        run({**inputs, "output": str(tmp_path / "other")})
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "settings"),
+    [
+        (DataError, "missing.jsonl", {"data": "missing.jsonl"}),
+        (LorafitError, "missing-model", {"model": "missing-model"}),
+        (ConfigError, "'lorra' is unknown. Did you mean 'lora'", {"method": "lorra"}),
+        (ConfigError, "--eval '0%' is not a share", {"eval": "0%"}),
+        (ConfigError, "--memory '2 gigs' is not a size", {"memory": "2 gigs"}),
+        (DoesNotFitError, "above the 1.0 MiB of --memory", {"memory": "1MiB"}),
+        (LorafitError, "q_porj.*Did you mean 'q_proj'", {"targets": "q_porj"}),
+        (LorafitError, "at most", {"r": 33}),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_directory(
+    error: type[LorafitError], sentence: str, settings: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=sentence) as caught:
+        run({**inputs, "output": str(tmp_path / "run"), **settings})
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_starts_what_the_plan_refuses(inputs: dict[str, Any], tmp_path: Path) -> None:
+    result, _ = run({**inputs, "output": str(tmp_path / "run"), "memory": "1MiB"}, force=True)
+    assert result["predicted_peak_bytes"] > 1 << 20
+
+
+def test_the_metrics_hold_one_line_a_step_also_after_a_resume(inputs: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**inputs, "output": str(tmp_path / "run"), "epochs": 2, "eval": "20%", "save_every": 1}
+    run(settings)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    _drop_after(tmp_path / "run", 3)
+    run(settings, resume=True)
+    again = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    kinds = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in again]
+    assert kinds == [("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4), ("eval", 4)]
+    assert [_timeless(line) for line in again] == [_timeless(line) for line in lines]
+
+
+def _drop_after(output: Path, step: int) -> None:
+    """As a kill after `step` leaves it, half a line of metrics included."""
+    import shutil
+
+    (output / "run.json").unlink()
+    for path in (output / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')
+
+
+def _timeless(line: str) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(line).items() if key != "step_s"}
