@@ -48,7 +48,7 @@ def test_a_bad_value_names_the_flag_and_what_it_got(sentence: str, flags: dict[s
 
 
 def test_a_missing_or_misspelt_setting_says_which() -> None:
-    with pytest.raises(ConfigError, match="data is missing. Give it on the command line"):
+    with pytest.raises(ConfigError, match=r"data is missing\. Give it on the command line"):
         build(TrainConfig, {}, {"model": "m", "output": "o"})
     with pytest.raises(ConfigError, match=r"unknown setting 'epoch'. Did you mean 'epochs'\?"):
         build(TrainConfig, {"epoch": 3}, NEEDED)

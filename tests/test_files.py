@@ -25,7 +25,7 @@ def test_an_atomic_write_leaves_the_old_file_when_the_disk_is_full(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunDirError, match="the disk is full. Free some space"):
+    with pytest.raises(RunDirError, match=r"the disk is full\. Free some space"):
         files.write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]

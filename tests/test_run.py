@@ -40,7 +40,7 @@ def test_a_run_writes_its_whole_directory(inputs: dict[str, Any], tmp_path: Path
     result, printed = run({**inputs, "output": str(tmp_path / "run"), "eval": "20%"})
     names = {entry.name for entry in (tmp_path / "run").iterdir()} - {".lock"}
     assert names == {"run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md"}
-    assert KEYS <= result.keys()
+    assert result.keys() >= KEYS
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == result
     assert result["tokens_supervised"] < result["tokens_seen"] <= result["tokens_computed"]
     assert result["steps"] == 2
@@ -115,7 +115,7 @@ def test_where_to_write_and_how_often_to_save_may_differ(inputs: dict[str, Any],
 
 def test_an_existing_run_is_never_overwritten(inputs: dict[str, Any], tmp_path: Path) -> None:
     run({**inputs, "output": str(tmp_path / "run")})
-    with pytest.raises(RunDirError, match="already holds a finished run.*--resume"):
+    with pytest.raises(RunDirError, match=r"already holds a finished run.*--resume"):
         run({**inputs, "output": str(tmp_path / "run")})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")

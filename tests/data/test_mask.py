@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.formats import Chat, Completion, Example, Message, Plain
@@ -102,6 +103,34 @@ def test_a_reply_equal_to_the_question_or_the_template_is_found_by_position(chat
         assert f"{text}<|im_end|>" == supervised_text(row, chatml)
 
 
+def test_a_merge_that_cannot_be_taken_apart_is_refused() -> None:
+    """SentencePiece puts a space before each text, so the reply alone is another text than after its prompt."""
+    pieces = ["</s>", *"\u2581A:Paris", "\u2581P"]
+    backend = Tokenizer(models.BPE({piece: k for k, piece in enumerate(dict.fromkeys(pieces))}, [("\u2581", "P")]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert "merges the end of the prompt with the start of reply 1" in refusal(
+        Completion("A: ", "Paris", "f:1"), tokenizer
+    )
+    (row,) = encode(Completion("A:", " Paris", "f:1"), tokenizer, LONG)
+    assert supervised_text(row, tokenizer) == "Paris</s>"
+
+
+def test_an_added_token_of_mere_whitespace_does_not_end_a_reply(build: Build) -> None:
+    tokenizer = build(CHATML_BODY.replace("<|im_end|>", "\n<|im_end|>").replace("BODY", "m['content']") + PROMPT)
+    tokenizer.add_tokens(["\n"])
+    (row,) = encode(chat("a", "one"), tokenizer, LONG)
+    assert supervised_text(row, tokenizer) == "one\n<|im_end|>"
+
+
+def test_a_reply_is_told_from_the_same_word_in_what_the_template_writes_before_it(build: Build) -> None:
+    body = CHATML_BODY.replace("BODY", "('<s>think</s>' if m['role'] == 'assistant' else '') + m['content']")
+    tokenizer = build(body + PROMPT, eos="<|im_end|>")
+    (row,) = encode(chat("a", "think"), tokenizer, LONG)
+    assert supervised_text(row, tokenizer) == "<s>think</s>think<|im_end|>"
+
+
 # --- templates that cannot be learned from --------------------------------------------------------------------------
 
 CHATML_BODY = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
@@ -136,6 +165,8 @@ def test_a_template_without_an_end_of_turn_token_is_refused(build: Build) -> Non
     template = template.replace("{{ PROMPT }}", "{% if add_generation_prompt %}assistant:{% endif %}")
     assert "writes no end-of-turn token" in refusal(chat("a", "one"), build(template))
     assert "writes no end-of-turn token" in refusal(chat("a", "one", "b", "two"), build(template))
+    opens_only = build(CHATML_BODY.replace("<|im_end|>", "").replace("BODY", "m['content']") + PROMPT)
+    assert "writes no end-of-turn token" in refusal(chat("a", "one", "b", "two"), opens_only)
 
 
 def test_two_bos_tokens_are_refused(build: Build) -> None:

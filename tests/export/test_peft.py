@@ -1,4 +1,4 @@
-"""Adapter directories: what is written, that it is written whole, and every sentence with which a bad one is refused."""
+"""Adapter directories: what is written, that it is written whole, and the sentence that refuses each bad one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import tiny
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -19,7 +20,6 @@ from lorafit.errors import AdapterError, RunDirError, TargetError
 from lorafit.export import peft
 from lorafit.lora.inject import attach, lora_layers
 from lorafit.lora.variants import VARIANTS
-from tests import tiny
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -386,6 +386,15 @@ def test_half_precision_is_loaded_into_float32(directory):
     assert {p.dtype for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)} == {
         torch.float32
     }
+
+
+def test_an_adapter_with_dropout_drops_nothing_in_a_model_that_is_in_eval_mode(tmp_path):
+    config = LoRAConfig(r=4, alpha=10, dropout=0.5)
+    peft.save(adapted(tiny.llama(), config), tmp_path / "a", config, base="b", tokenizer=None)
+    model, ids = tiny.llama(), torch.arange(9)[None]
+    assert peft.load(model, tmp_path / "a").dropout == 0.5
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
 
 
 # --- weights of the base, and shared ones ---------------------------------------------------------------------------

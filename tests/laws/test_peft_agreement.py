@@ -1,4 +1,4 @@
-"""What PEFT loads of ours, and what we load of PEFT's, gives the same logits: the same formula, summed in another order.
+"""What PEFT loads of ours, and what we load of PEFT's, gives the same logits: one formula, summed in another order.
 
 Held to `merge.tolerance`: both sides compute W x + scaling B A x in float32 and differ by rounding alone.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,15 @@ def _converted(name: str, weight: torch.Tensor, config: Any, architecture: str) 
 
 def _gguf_name(name: str, architecture: str) -> str:
     """By the tables of the package gguf, not by ours."""
-    kind = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    found = gguf.get_tensor_name_map(kind, 64).get_name(name, try_suffixes=(".weight", ".bias"))
+    found = _name_map(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, name
     return found
+
+
+@cache
+def _name_map(architecture: str) -> gguf.TensorNameMap:
+    kind = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    return gguf.get_tensor_name_map(kind, 8)
 
 
 @pytest.fixture(scope="session")

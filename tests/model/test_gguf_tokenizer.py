@@ -15,7 +15,8 @@ from lorafit.model.load import load
 TEXTS = [
     "", " ", "hello world", "Hello, world! It's 2024; don't we'll I'M", "  leading", "trailing  ", "a   b\t\tc",
     "line\nline\r\n\n\n  indented\n", "def f(x):\n    return x + 1  # done\n", "1 22 333 4444 3.14159 1e10",
-    "naïve café Ünïcödé", "日本語のテキスト", "Привет мир", "مرحبا بالعالم", "😀 👩‍👩‍👧 🏳️‍🌈", "e\u0301 \u200b \xa0 \ufeff",
+    "naïve café Ünïcödé", "日本語のテキスト", "Привет мир", "مرحبا بالعالم",
+    "😀 👩‍👩‍👧 🏳️‍🌈", "e\u0301 \u200b \xa0 \ufeff",
     "<|im_start|>user\nhi<|im_end|>\n", "x<|im_end|>y <think> z</think>", "<|im_end", "https://example.org/a?b=c&d=%20",
     "\u2581hello\u2581", "¡¿«»…—", "½²Ⅷ٣", "\x00\x01\x7f",
 ]  # fmt: skip
@@ -120,8 +121,8 @@ def test_sentencepiece_equals_transformers_without_leading_space(gguf_of) -> Non
 
 
 def test_gemma_tokenizer_equals_transformers(gguf_of) -> None:
-    tokens = [*SPM, "  ", "   "]
-    path = gguf_of("gemma3", **spm(tokens=tokens, types=[*SPM_TYPES, 4, 4], scores=[*SPM_SCORES, -1000.0, -1000.0]))
+    spaces = {"tokens": [*SPM, "  ", "   "], "types": [*SPM_TYPES, 4, 4], "scores": [*SPM_SCORES, -1e3, -1e3]}
+    path = gguf_of("gemma3", **spm(**spaces, space_prefix=False))
     converted, tokenizer = theirs(path), ours(path)
     for text in TEXTS:
         assert converted.encode(text) == tokenizer.encode(text), text

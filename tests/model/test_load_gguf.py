@@ -121,6 +121,16 @@ def test_missing_tensor_is_refused(tmp_path, gguf_of) -> None:
         load(spec.read(str(path)), torch.float32)
 
 
+def test_sizes_that_contradict_the_tensors_are_refused(gguf_of) -> None:
+    path = gguf_of()
+    key = b"llama.attention.head_count\x04\x00\x00\x00"
+    data = path.read_bytes()
+    assert key in data
+    path.write_bytes(data.replace(key + b"\x04", key + b"\x07"))
+    with pytest.raises(ModelError, match="the weights of .* cannot be read|in another shape"):
+        load(spec.read(str(path)), torch.float32)
+
+
 def test_another_architecture_goes_through_transformers_with_a_note(gguf_of, tiny_models, caplog) -> None:
     read = spec.read(str(gguf_of("gpt2")))
     with caplog.at_level(logging.WARNING, "lorafit"):

@@ -57,6 +57,11 @@ def test_missing_path_names_its_neighbour(gguf_of) -> None:
     refused("/no/such/place/at/all", "there is no directory /no/such/place/at")
 
 
+def test_path_that_no_system_can_have_is_refused() -> None:
+    refused("/" + "x" * 300, "cannot read /xxx")
+    refused("~nobody-of-that-name/model", "cannot read ~nobody")
+
+
 def test_hub_id_offline_asks_only_the_cache(tmp_path) -> None:
     code = "from lorafit.model import spec\ntry: spec.read('org/name')\nexcept spec.ModelError as e: print(e)"
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}

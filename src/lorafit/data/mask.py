@@ -284,12 +284,9 @@ def _supervise_turns(row: Draft, ids: Ids, offsets: Offsets, prompts: list[Ids],
 
 
 def _turn_end(turn: Turn, start: int, ids: Ids, offsets: Offsets, marks: Marks) -> int | None:
-    """One past the end-of-turn token: the first added token after the reply's text, in the text of its turn."""
+    """One past the end-of-turn token: the first added token after the reply's text; None if there is none."""
     for number in range(start, len(ids)):
-        first, last = offsets[number]
-        if last > turn.turn_end:
-            return None
-        if first >= turn.reply_end and ids[number] in marks.control:
+        if offsets[number][0] >= turn.reply_end and ids[number] in marks.control:
             return number + 1
     return None
 

@@ -28,7 +28,7 @@ def render(
         )
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template is a program that came with the model: it may raise anything
         raise DataError(

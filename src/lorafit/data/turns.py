@@ -23,13 +23,11 @@ SHOWN_CHARS = 30
 class Turn:
     """One reply with a loss.
 
-    prompt: the row's text before it. reply_end: one past its last character that is no whitespace. turn_end: one past
-    the last character that the template writes for this turn.
+    prompt: the row's text before it. reply_end: one past its last character that is no whitespace.
     """
 
     prompt: str
     reply_end: int
-    turn_end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ def draft(example: Example, tokenizer: PreTrainedTokenizerBase) -> Draft:
     if isinstance(example, Plain):
         return Draft(example.text, (), example.origin, templated=False)
     text = example.prompt + example.completion
-    return Draft(text, (Turn(example.prompt, len(text), len(text)),), example.origin, templated=False)
+    return Draft(text, (Turn(example.prompt, len(text)),), example.origin, templated=False)
 
 
 def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Draft:
@@ -73,7 +71,7 @@ def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Draft:
         if not text.startswith(turn):
             raise _not_a_prefix(origin, number, "rewrites an earlier reply once others follow", turn, text)
         reply_end = _reply_end(turn, len(prompt), messages[number]["content"].strip(), origin, number)
-        turns.append(Turn(prompt, reply_end, len(turn)))
+        turns.append(Turn(prompt, reply_end))
     return Draft(text, tuple(turns), origin, templated=True)
 
 

@@ -1,8 +1,8 @@
 """The loss of a causal language model over supervised positions only.
 
-Logits are the largest tensor of a step (tokens x vocabulary), and a chat row is supervised on a tenth of its tokens. So the
-output head sees just the hidden states that predict a supervised token. A hook in front of the head does this for any
-architecture, and whatever the model does to logits afterwards (soft-capping, scaling) still happens.
+Logits are the largest tensor of a step (tokens x vocabulary), and a chat row is supervised on a tenth of its tokens.
+So the output head sees just the hidden states that predict a supervised token. A hook in front of the head does this
+for any architecture, and whatever the model does to logits afterwards (soft-capping, scaling) still happens.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def supervised_nll(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 
 @contextmanager
 def _head_sees(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """While this holds, the output head gets (count, hidden) for the true `positions` instead of (rows, tokens, hidden)."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """While this holds, the output head gets (count, hidden), for the true `positions`, not (rows, tokens, hidden)."""
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
     if not isinstance(head, nn.Module):
         raise ModelError("this model has no output head, so it predicts no tokens", "Choose a causal language model")
 

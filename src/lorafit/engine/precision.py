@@ -1,4 +1,7 @@
-"""Which type the frozen base computes in. On a CPU without native bf16 it is far slower than fp32: measure, never assume."""
+"""Which type the frozen base computes in.
+
+On a CPU without native bf16 it is far slower than fp32: measure, never assume.
+"""
 
 from __future__ import annotations
 

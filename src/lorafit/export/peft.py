@@ -189,8 +189,8 @@ def _unlike_peft(model: nn.Module, layers: dict[str, LoRALayer]) -> str | None:
 def load(model: nn.Module, directory: Path) -> LoRAConfig:
     """Attach the adapter in `directory`, ours or PEFT's own, to a base model, and load its weights, strictly.
 
-    Returns the config that would attach the same one again, its targets resolved to module names. The model is left as
-    it was if anything is wrong. Raises AdapterError with the field or the key for whatever can't be loaded whole and
+    Returns the config that would attach the same one again, its targets resolved to module names. Each adapter is in
+    training or eval mode as its base is. The model is left as it was if anything is wrong. Raises AdapterError with the field or the key for whatever can't be loaded whole and
     exactly: see `read_config` and `peft_tensors.from_peft`; and TargetError or RankError where a layer can't hold it.
     """
     found = read_config(directory)
@@ -218,6 +218,10 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     except AdapterError:
         detach(model)
         raise
+    for layer in layers.values():
+        layer.training = (
+            layer.base.training
+        )  # a fresh module is in training mode, and would drop in a model that is not
     return config
 
 

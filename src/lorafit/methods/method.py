@@ -27,9 +27,10 @@ class Attached:
 class Method:
     """The operations of a method on a model.
 
-    attach(model, config, seed): add what is trained, freeze the rest. trainable(model): {name: parameter}. state(model)
-    and load_state(model, state): every trained tensor by name, strict. before_forward(model, seed, step, row_ids): called
-    before each forward pass of training; what it draws at random depends on its arguments alone. row_ids: (rows,) int64.
+    attach(model, config, seed): add what is trained, freeze the rest. trainable(model): {name: parameter}.
+    state(model) and load_state(model, state): every trained tensor by name, strict.
+    before_forward(model, seed, step, row_ids): called before each forward pass of training; what it draws at random
+    depends on its arguments alone. row_ids: (rows,) int64.
     """
 
     attach: Callable[[nn.Module, LoRAConfig, int], Attached]

@@ -25,6 +25,13 @@ def resolve(model: str) -> Path:
     What exists on disk wins over a name. A hub id is downloaded into, or found in, Hugging Face's cache; with
     HF_HUB_OFFLINE=1 only the cache is asked. Raises ModelError, with what is known, where nothing is found.
     """
+    try:
+        return _resolved(model)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home directory of `~name` is unknown
+        raise ModelError(f"cannot read {model}: {error}", "Check the path and its permissions") from error
+
+
+def _resolved(model: str) -> Path:
     path = Path(model).expanduser()
     if model and path.exists():
         return _checked(path)

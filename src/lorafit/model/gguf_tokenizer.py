@@ -42,15 +42,8 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before merging; the names ar
     "tekken": _TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
-WHOLE_TOKENS_FIRST = {
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon3",
-    "pixtral",
-    "tekken",
-}  # a word in the vocabulary is not merged
-ADD_BOS = WHOLE_TOKENS_FIRST  # and these start with bos where the file does not say
+# A word that is in the vocabulary is taken whole, whatever the merges say; bos comes first where the file is silent.
+WHOLE_TOKENS_FIRST = ADD_BOS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
 
 
 def build(header: Header) -> PreTrainedTokenizerFast | None:

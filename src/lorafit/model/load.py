@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GENERATING = ("ForCausalLM", "LMHeadModel")  # how the classes of causal language models end
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_keys` raises, with the names
 UNSET_LENGTH = 10**20  # transformers' model_max_length is 1e30 where nobody set it
 
 
@@ -53,15 +54,18 @@ def _load_gguf(spec: ModelSpec, dtype: torch.dtype) -> Loaded:
     header = gguf_header.read_header(spec.path)
     if reason := gguf_config.unsupported(header):
         log.warning("%s: %s is read by transformers' own GGUF loader, which is slower", spec.name, reason)
-        return Loaded(_model_by_transformers(spec, dtype), _tokenizer_by_transformers(spec, header), spec)
+        return Loaded(_model_by_transformers(spec, dtype), _tokenizer(spec, header), spec)
     config = gguf_config.config_dict(header)
     model_class = getattr(transformers, config["architectures"][0])
-    model, info = model_class.from_pretrained(
-        None, config=model_class.config_class(**config), state_dict=gguf_tensors.state_dict(header, dtype), dtype=dtype,
-        output_loading_info=True,
+    model, info = _explained(
+        spec, "weights",
+        lambda: model_class.from_pretrained(
+            None, config=model_class.config_class(**config), state_dict=gguf_tensors.state_dict(header, dtype),
+            dtype=dtype, **REPORTED,
+        ),
     )  # fmt: skip
     _check_keys(spec, info)
-    return Loaded(model, gguf_tokenizer.build(header) or _tokenizer_by_transformers(spec, header), spec)
+    return Loaded(model, _tokenizer(spec, header), spec)
 
 
 def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
@@ -72,7 +76,7 @@ def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Lo
     model, info = _explained(
         spec, "weights",
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            spec.path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            spec.path, config=config, dtype=dtype, use_safetensors=True, **REPORTED, **options
         ),
     )  # fmt: skip
     _check_keys(spec, info)
@@ -85,7 +89,7 @@ def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Lo
 def _model_by_transformers(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
     def read() -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(
-            spec.path.parent, gguf_file=spec.path.name, dtype=dtype, local_files_only=True, output_loading_info=True,
+            spec.path.parent, gguf_file=spec.path.name, dtype=dtype, local_files_only=True, **REPORTED,
             quantization_config=transformers.GgufConfig(dequantize=True),
         )  # fmt: skip
 
@@ -94,7 +98,9 @@ def _model_by_transformers(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedMod
     return model  # type: ignore[no-any-return]  # transformers' Auto classes are untyped
 
 
-def _tokenizer_by_transformers(spec: ModelSpec, header: gguf_header.Header) -> PreTrainedTokenizerBase:
+def _tokenizer(spec: ModelSpec, header: gguf_header.Header) -> PreTrainedTokenizerBase:
+    if ours := gguf_tokenizer.build(header):
+        return ours
     log.warning("%s: the tokenizer is read by transformers' own GGUF converter, which is slower", spec.name)
     settings = gguf_tokenizer.settings(header)
 
@@ -145,7 +151,7 @@ def _refuse_other_tasks(spec: ModelSpec, config: Any) -> None:
 
 def _check_keys(spec: ModelSpec, info: Mapping[str, Any]) -> None:
     """Raise ModelError for parameters that the checkpoint lacks or has in another shape; log those it has too many."""
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    missing, mismatched = sorted(info["missing_keys"]), sorted(key[0] for key in info["mismatched_keys"])
     for keys, what in ((missing, "lacks"), (mismatched, "has in another shape")):
         if keys:
             raise ModelError(
@@ -160,13 +166,19 @@ def _check_keys(spec: ModelSpec, info: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar over a model that is loaded in a moment."""
+    """Without transformers' progress bar and without its table of keys, of which `_check_keys` makes one line."""
     from transformers.utils import logging as bars
 
-    shown = bars.is_progress_bar_enabled()
+    shown, reports = bars.is_progress_bar_enabled(), logging.getLogger("transformers.modeling_utils")
     bars.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly untyped
+    reports.addFilter(_is_no_report)
     try:
         yield
     finally:
+        reports.removeFilter(_is_no_report)
         if shown:
             bars.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is partly untyped
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

@@ -66,7 +66,7 @@ class ModelSpec:
 
 
 def read(model: str) -> ModelSpec:
-    """Find `model` and read its headers. Raises ModelError if it is missing, damaged, a pickle or quantized by others."""
+    """Find `model` and read its headers. Raises ModelError if it is missing, damaged, pickled or quantized."""
     path = resolve(model)
     return _read_gguf(model, path) if path.is_file() else _read_hf(model, path)
 

@@ -1,8 +1,8 @@
 """A first estimate of a run's peak memory, in parts, from shapes alone.
 
-Counted: the runtime, frozen weights, the adapter with its gradients and moments, activations kept for the backward pass, and
-the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that keeps no
-score matrix.
+Counted: the runtime, frozen weights, the adapter with its gradients and moments, activations kept for the backward pass,
+and the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that keeps
+no score matrix.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def estimate(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int, supe
 def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int) -> int:
     """What one micro-batch keeps for its backward pass.
 
-    Per token and layer: the two norms' inputs in fp32 and their outputs, q, k, v and the attention's output, the gate, its
-    activation, up and their product, the outputs that are added to the residual, and seven adapters' r-wide products.
+    Per token and layer: the two norms' inputs in fp32 and their outputs, q, k, v and the attention's output, the gate,
+    its activation, up and their product, the outputs that are added to the residual, and seven adapters' r-wide
+    products.
     """
     attention = spec.heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim
     wide = 6 * spec.hidden + 3 * attention + 5 * spec.intermediate + 7 * config.r

@@ -75,7 +75,7 @@ def write(directory: Path, checkpoint: Checkpoint) -> Path:
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, or None; and a sentence for each newer one that is not."""
-    complaints = []
+    complaints: list[str] = []
     for path in _numbered(directory):
         try:
             return read(path), complaints

@@ -1,12 +1,14 @@
-"""The training loop, readable top to bottom. What it does depends on its inputs and the step number alone, so that a run
-that was killed and resumed ends where one left alone does.
+"""The training loop, readable top to bottom.
+
+What it does depends on its inputs and the step number alone, so that a run that was killed and resumed ends where one
+left alone does.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +55,10 @@ class Work:
 def fit(
     work: Work, start: Checkpoint | None, save: Callable[[Checkpoint], None], stop: StopRequest, report: Reporter
 ) -> Progress:
-    """Train to the end, or until `stop` is asked for. The adapter ends as the best that an evaluation found, if any did.
+    """Train to the end, or until `stop` is asked for. The adapter ends as the best that an evaluation found, if any.
 
-    Raises Interrupted after saving when stopped, NumericsError when the loss is not finite three times in a row or a part
-    of the adapter does not learn.
+    Raises Interrupted after saving when stopped, NumericsError when the loss is not finite three times in a row or a
+    part of the adapter does not learn.
     """
     loop = _Loop(work, start, save)
     config, progress = work.config, loop.progress
@@ -69,7 +71,7 @@ def fit(
             loop.save()
         if stop.signal and progress.step < work.total_steps:
             raise Interrupted(
-                f"stopped by signal {stop.signal} after step {progress.step} of {work.total_steps}; everything is saved",
+                f"stopped by signal {stop.signal} after step {progress.step} of {work.total_steps}; all is saved",
                 "Run the same command with --resume to go on",
                 stop.signal,
             )
@@ -175,8 +177,8 @@ def _apply(loop: _Loop, lr: float) -> None:
         _check_everything_learns(loop.parameters, before)
 
 
-def _check_everything_learns(parameters: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    """After the first step every adapted layer must have a tensor that moved. Raises NumericsError with those that did not.
+def _check_everything_learns(parameters: Mapping[str, Tensor], before: dict[str, Tensor]) -> None:
+    """After the first step every adapted layer must have a tensor that moved. Raises NumericsError.
 
     A starts random and B at 0, so at the first step B alone has a gradient: that a layer moved means that its B did.
     """
@@ -209,7 +211,7 @@ def _count_bad_step(loop: _Loop, row_ids: list[int], loss: float, grad_norm: flo
 
 
 def _evaluate(loop: _Loop, evaluate: Callable[[], float], report: Reporter) -> None:
-    """Measure the held-out loss, keep the adapter if it is the best so far, and stop early when it no longer improves."""
+    """Measure the held-out loss, keep the adapter if it is the best so far, stop early when it no longer improves."""
     progress, config = loop.progress, loop.work.config
     loss = evaluate()
     better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)

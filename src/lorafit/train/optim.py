@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from torch import Tensor
 def adamw(
     parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW. Source: Loshchilov and Hutter 2019, algorithm 2."""
+    """The fused AdamW. Source: Loshchilov and Hutter 2019, algorithm 2."""
     return torch.optim.AdamW(list(parameters), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def rate(step: int, total_steps: int, peak: float, schedule: str, warmup: float) -> float:
     """The learning rate of step 0 <= step < total_steps.
 
-    Rises linearly over the first ceil(warmup * total_steps) steps, the first of which is above 0 already; then `constant`,
-    or falls to 0 one step after the last as `linear` or `cosine`.
+    Rises linearly over the first ceil(warmup * total_steps) steps, the first of which is above 0 already; then
+    `constant`, or falls to 0 one step after the last as `linear` or `cosine`.
     """
     rising = math.ceil(warmup * total_steps)
     if step < rising:
@@ -29,7 +29,7 @@ def rate(step: int, total_steps: int, peak: float, schedule: str, warmup: float)
     return peak * SCHEDULES[schedule](done)
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
