@@ -209,6 +209,15 @@ def test_scale_zero_is_bitwise_the_base(case):
     assert torch.equal(case.layer(case.x), expected)
 
 
+@given(cases(trained=True))
+def test_scale_zero_skips_the_branch_even_where_it_is_not_finite(case):
+    expected = case.layer.base(case.x)
+    case.layer.lora_B.data.fill_(torch.inf)
+    case.layer.set_scale(0.0)
+    assert torch.equal(case.layer(case.x), expected)
+    assert torch.equal(case.layer.merged_weight(), case.layer.kind.weight)
+
+
 @given(cases(trained=True), st.sampled_from([1.0, 0.3, 2.5, -1.0]))
 def test_merged_output_equals_unmerged_output(case, scale):
     case.layer.set_scale(scale)

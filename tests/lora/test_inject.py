@@ -613,8 +613,21 @@ def test_the_padding_row_of_an_embedding_has_no_update():
 
 def test_a_layer_compiles_in_one_graph():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    attach_with(model, targets="all-linear", dropout=0.2)
-    model.train()
+    attach_with(model, targets="all-linear")
+    train(model)
     x = torch.randn(2, 5, 4)
     expected = model(x)
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_a_compiled_layer_takes_the_dropout_of_each_step_without_compiling_again():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    attach_with(model, targets="all-linear", dropout=0.2)
+    train(model)
+    x = torch.randn(2, 5, 4)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(1, 4):
+            dropout_key(model).step = step
+            assert torch.equal(compiled(x), model(x))

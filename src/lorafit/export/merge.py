@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,17 +18,17 @@ from lorafit.lora.inject import detach, lora_layers, merge, unmerge
 
 PROBE_ROWS = 4
 PROBE_TOKENS = 24
-PROBE_TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "def add(a, b):\n    return a + b",
-    "1, 1, 2, 3, 5, 8, 13, 21",
-    "Où est la bibliothèque? 图书馆在哪里?",
-)
+PROBE_TEXT = """The quick brown fox jumps over the lazy dog. Où est la bibliothèque? 图书馆在哪里?
+def fibonacci(n: int) -> int:
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+1, 1, 2, 3, 5, 8, 13, 21, 34, 55. Dear Sir or Madam, thank you for your letter of 7 May.
+"""
 
 
 @dataclass(frozen=True)
 class ProbeDifference:
-    """How far logits moved. difference: ||after - before|| / ||before|| over the logits of the worst probe.
+    """How far logits moved. difference: ||after - before|| / ||before|| over the logits of the worst row.
 
     tolerance: what rounding explains, see `tolerance`.
     """
@@ -121,34 +121,36 @@ def tolerance(model: nn.Module) -> float:
     return 2 * (eps_sum * math.sqrt(width * length) + eps * math.sqrt(length))
 
 
-def _probes(model: nn.Module, tokenizer: Any | None) -> list[Tensor]:
-    """Token ids, each (1, tokens): pseudo-random ones, the same every time, and encoded texts."""
+def _probes(model: nn.Module, tokenizer: Any | None) -> Tensor:
+    """Token ids (rows, tokens) without padding: pseudo-random ones, the same every time, then rows of encoded text."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
     device, vocabulary = embeddings.weight.device, embeddings.weight.shape[0]
-    longest = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
-    ids = torch.randint(vocabulary, (PROBE_ROWS, longest), generator=torch.Generator().manual_seed(0))
-    probes = [row[None] for row in ids]
+    tokens = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    rows = [torch.randint(vocabulary, (PROBE_ROWS, tokens), generator=torch.Generator().manual_seed(0))]
     if tokenizer is not None:
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in PROBE_TEXTS]
-        probes += [torch.tensor([row]) for row in encoded if row and max(row) < vocabulary]
-    return [probe.to(device) for probe in probes]
+        text = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+        whole = torch.tensor(text[: min(PROBE_ROWS, len(text) // tokens) * tokens], dtype=torch.int64)
+        rows.append(whole.clamp(max=vocabulary - 1).reshape(-1, tokens))  # a tokenizer may know more than the model
+    return torch.cat(rows).to(device)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, probes: list[Tensor]) -> list[Tensor]:
-    """Logits in float64, without dropout: (1, tokens, vocabulary) a probe."""
+def _logits(model: nn.Module, probes: Tensor) -> Tensor:
+    """Logits without dropout, in float32 at least: (rows, tokens, vocabulary)."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return [model(input_ids=probe).logits.double() for probe in probes]
+        logits = cast(Tensor, model(input_ids=probes).logits)
     finally:
         for module in training:
             module.training = True
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _difference(before: list[Tensor], after: list[Tensor]) -> float:
-    differences = [float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)]
-    return math.nan if any(math.isnan(d) for d in differences) else max(differences)
+def _difference(before: Tensor, after: Tensor) -> float:
+    """||after - before|| / ||before|| of the worst row; NaN if one is."""
+    rows = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    return float(rows.max())
 
 
 def _forget_originals(model: nn.Module) -> None:
@@ -169,7 +171,7 @@ def _cast(model: nn.Module, tokenizer: Any | None, dtype: torch.dtype) -> ProbeD
     for tensor in to_cast:
         tensor.data = tensor.data.to(dtype)  # in place: what is tied stays tied
     after = _logits(model, probes)
-    if not all(logits.isfinite().all() for logits in after):
+    if not after.isfinite().all():
         name = str(dtype).removeprefix("torch.")
         raise MergeError(f"the merged model's logits are not finite in {name}", "Use --dtype bf16 or fp32")
     return ProbeDifference(_difference(before, after), tolerance(model))

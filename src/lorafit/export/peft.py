@@ -190,8 +190,9 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     """Attach the adapter in `directory`, ours or PEFT's own, to a base model, and load its weights, strictly.
 
     Returns the config that would attach the same one again, its targets resolved to module names. Each adapter is in
-    training or eval mode as its base is. The model is left as it was if anything is wrong. Raises AdapterError with the field or the key for whatever can't be loaded whole and
-    exactly: see `read_config` and `peft_tensors.from_peft`; and TargetError or RankError where a layer can't hold it.
+    training or eval mode as its base is. The model is left as it was if anything is wrong. Raises AdapterError with the
+    field or the key for whatever can't be loaded whole and exactly: see `read_config` and `peft_tensors.from_peft`; and
+    TargetError or RankError where a layer can't hold it.
     """
     found = read_config(directory)
     tensors = read_tensors(directory / WEIGHTS_NAME)

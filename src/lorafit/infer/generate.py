@@ -1,8 +1,9 @@
 """Answers to prompts: many side by side, or one token by token. Greedy at temperature 0.
 
-What is done for speed, none of which changes an answer but for ties of floats: the beginning that all prompts of a
-batch share (a system message) is computed once; a row that has ended leaves the batch; the output head sees the last
-position alone. Measured with SmolLM2 on 32 prompts of 112 to 152 tokens: transformers' `generate` does none of this.
+Three things are done for speed, none of which changes an answer but for ties of floats: the beginning that all prompts
+of a batch share (a system message) is computed once, rows that have ended leave the batch, and the output head sees the
+last position alone. With SmolLM2, 32 prompts of 112 to 152 tokens and 40 new ones each, this gives 1.5 times the
+tokens/s of transformers' `generate` on a CPU, in fp32 and bf16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +53,8 @@ def answer(
 
     batch_size: most prompts that are decoded together; those of like length are. temperature: 0 takes the likeliest
     token, above that tokens are drawn by `seed` and the prompt's number. on_answer: called as each answer ends.
-    Raises DataError for a prompt that is empty or fills the model's context, NumericsError for logits that are not finite.
+    Raises DataError for a prompt that is empty or fills the model's context, NumericsError for logits that are not
+    finite.
     """
     ability, stops = Ability.of(model), end_tokens(model, tokenizer)
     limits = [_limit(model, len(prompt), max_new_tokens) for prompt in prompts]
@@ -89,7 +90,7 @@ def stream(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's and the model's end of sequence, and the template's end of turn."""
+    """Every token that ends an answer: the ends of sequence of tokenizer and model, and the template's end of turn."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = stated if isinstance(stated, list) else [] if stated is None else [stated]
     return stop_ids(tokenizer) | frozenset(int(token) for token in listed)
@@ -295,7 +296,7 @@ class _Chooser:
 
 
 def _batches(prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of prompts that are decoded together, the longest first, so that like lengths meet and memory peaks at once."""
+    """Numbers of prompts decoded together, longest first: like lengths meet, and memory peaks at once."""
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     while order:
         count = max(1, min(batch_size, MOST_PROMPT_TOKENS // len(prompts[order[0]])))
@@ -304,8 +305,10 @@ def _batches(prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int
 
 
 def _shared_tokens(prompts: list[list[int]]) -> int:
-    """How many first tokens all prompts have in common, at least one token of each left over; 0 if it is not worth it."""
-    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    """How many first tokens all prompts share, at least one of each left over; 0 where sharing is not worth it."""
+    first, last = min(prompts), max(prompts)  # of all in order: what these two share, all share
+    common = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared = min(common, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     return shared if shared >= LEAST_SHARED_TOKENS else 0
 
 

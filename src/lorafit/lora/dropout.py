@@ -46,6 +46,8 @@ def drop(x: Tensor, *, p: float, key: DropoutKey, layer: int, feature_dim: int) 
     return x.masked_fill(dropped.movedim(-1, feature_dim), 0) * (1 / (1 - p))
 
 
+# Compiled, the key's step would be a constant of the graph, and inductor overflows when it folds the hash's constants.
+@torch.compiler.disable
 def drop_mask(shape: Sequence[int], *, p: float, key: DropoutKey, layer: int, device: torch.device) -> Tensor:
     """True where an element is dropped. shape: (rows, ..., features); the middle axes are tokens in their order."""
     *lead, features = shape

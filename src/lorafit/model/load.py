@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from lorafit.errors import ModelError, listed
 from lorafit.model import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GENERATING = ("ForCausalLM", "LMHeadModel")  # how the classes of causal language models end
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, StrictDataclassError)
+MAX_REASON = 300  # characters of a foreign error message
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_keys` raises, with the names
 UNSET_LENGTH = 10**20  # transformers' model_max_length is 1e30 where nobody set it
 
@@ -116,10 +119,11 @@ def _explained(spec: ModelSpec, what: str, read: Any) -> Any:
     """What `read` returns, or a ModelError in place of whatever transformers raises about the files."""
     try:
         return read()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        shown = reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
         raise ModelError(
-            f"the {what} of {spec.name} cannot be read: {first_line}", "Check the files of the model"
+            f"the {what} of {spec.name} cannot be read: {shown}", "Check the files of the model"
         ) from error
 
 

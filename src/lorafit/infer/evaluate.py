@@ -1,0 +1,204 @@
+"""How good a model is on rows: its loss on supervised tokens, and whether its own answers are the expected ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorafit.data.formats import Chat, Completion, Example
+from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
+from lorafit.data.pack import micro_batches
+from lorafit.engine.loss import supervised_nll
+from lorafit.errors import NumericsError
+from lorafit.infer.generate import PAD_ID, Answer, answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENS_BEYOND_EXPECTED = 16  # room for an answer that goes on where it should have ended
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row as it went. prompt: the last message before the reply. right: as exact_match counts."""
+
+    prompt: str
+    expected: str
+    got: str
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """What an evaluation measured.
+
+    loss: nats per supervised token, the mean over all of them. perplexity: exp(loss), infinite where that overflows.
+    exact_match: share of rows whose answer is the expected last reply, whitespace around both left out. accuracy: share
+    of rows whose answer is right; for rows with a reply, right means an exact match. valid_json: share of answers that
+    are a JSON object, where every expected reply is one. These three are None where nothing was generated: running
+    text, or generate=False.
+    rows: evaluated. tokens_supervised: tokens with a loss. cut_rows: rows that lost their end to seq_len.
+    cut_answers: answers that a limit ended, not the model. samples: the first rows, in order.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    accuracy: float | None
+    valid_json: float | None
+    rows: int
+    tokens_supervised: int
+    cut_rows: int
+    cut_answers: int
+    seconds: float
+    samples: tuple[Sample, ...]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None,
+    generate: bool,
+    samples: int,
+    seq_len: int,
+    micro_tokens: int,
+    console: Console,
+) -> EvalResult:
+    """Measure `model` on `examples`, in eval mode and greedily; a progress bar is shown where `console` is a terminal.
+
+    batch_size: most rows that answer together. max_new_tokens: of an answer; None: the longest expected reply's tokens
+    and 16 more. generate: whether the model answers at all. samples: how many of the first rows are kept to be shown.
+    seq_len: most tokens of a row, as in training; the prompt of an answer is never cut.
+    micro_tokens: most tokens of a forward pass that measures the loss. Raises DataError for rows that do not fit the
+    model, NumericsError for a loss or logits that are not finite.
+    """
+    started = time.perf_counter()
+    model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+    encoded = encode_all(examples, tokenizer, seq_len)
+    replies = [reply for example in examples if (reply := expected_reply(example)) is not None] if generate else []
+    with _bar(console) as bar:
+        loss = mean_loss(model, encoded, micro_tokens, _counter(bar, "loss", encoded.pieces))
+        answers = _answers(model, tokenizer, examples, replies, batch_size, max_new_tokens, bar) if replies else []
+    right = [got.text.strip() == reply.strip() for got, reply in zip(answers, replies, strict=True)]
+    share = sum(right) / len(right) if right else None
+    return EvalResult(
+        loss=loss,
+        perplexity=perplexity(loss),
+        exact_match=share,
+        accuracy=share,
+        valid_json=_valid_json(answers, replies),
+        rows=len(examples),
+        tokens_supervised=encoded.supervised_tokens,
+        cut_rows=encoded.cut_rows,
+        cut_answers=sum(not got.ended for got in answers),
+        seconds=time.perf_counter() - started,
+        samples=tuple(
+            Sample(_question(example), reply, got.text, is_right)
+            for example, reply, got, is_right in zip(examples[:samples], replies, answers, right, strict=False)
+        ),
+    )
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]) -> float:
+    """Nats per supervised token, the mean over all of them. on_rows: called with how many rows were just measured.
+
+    Raises NumericsError if it is not finite.
+    """
+    total, count = 0.0, 0
+    for batch in micro_batches(encoded.encoded, range(encoded.pieces), micro_tokens, PAD_ID):
+        losses = supervised_nll(model, batch.input_ids, batch.attention_mask, batch.supervised)
+        total, count = total + float(losses.double().sum()), count + losses.numel()
+        on_rows(len(batch.row_ids))
+    if not math.isfinite(total):
+        raise NumericsError(
+            f"the loss is {total}, not a finite number",
+            "Lower --scale, use --precision fp32, or check the adapter's weights",
+        )
+    return total / count
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss): among how many equally likely tokens the model seems to choose. Infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    replies: list[str],
+    batch_size: int,
+    max_new_tokens: int | None,
+    bar: Progress,
+) -> list[Answer]:
+    """The model's own reply to each row."""
+    longest = max(len(ids) for ids in tokenizer(replies, add_special_tokens=False)["input_ids"])
+    count = _counter(bar, "answers", len(replies))
+    return answer(
+        model,
+        tokenizer,
+        [prompt_ids(example, tokenizer) for example in examples],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens or longest + TOKENS_BEYOND_EXPECTED,
+        temperature=0.0,
+        seed=0,
+        on_answer=lambda: count(1),
+    )
+
+
+def _question(example: Example) -> str:
+    if isinstance(example, Chat):
+        return example.messages[-2]["content"] if len(example.messages) > 1 else ""
+    return example.prompt if isinstance(example, Completion) else ""
+
+
+def _valid_json(answers: list[Answer], replies: list[str]) -> float | None:
+    if not replies or not all(map(_is_json_object, replies)):
+        return None
+    return sum(_is_json_object(got.text) for got in answers) / len(answers)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text, parse_constant=_no_constant), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _no_constant(name: str) -> None:
+    """Python reads NaN and Infinity, which JSON has not."""
+    raise ValueError(name)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("rows, left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _counter(bar: Progress, name: str, total: int) -> Callable[[int], None]:
+    """A line of the bar; call it with how many rows are done now."""
+    task = bar.add_task(name, total=total)
+    return lambda rows: bar.advance(task, rows)

@@ -1,0 +1,328 @@
+"""`eval`, `chat` and `merge`, each as one straight line.
+
+target -> base model + adapter -> rows -> measures; -> a conversation; -> a plain model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer
+
+from lorafit.config import ChatConfig, EvalConfig, MergeConfig
+from lorafit.data.formats import read_examples
+from lorafit.data.load import read_rows
+from lorafit.engine import precision
+from lorafit.errors import AdapterError, ConfigError, ModelError
+from lorafit.export import merge as export_merge
+from lorafit.export import peft
+from lorafit.infer import chat as infer_chat
+from lorafit.infer import evaluate as infer_evaluate
+from lorafit.lora.inject import set_scale
+from lorafit.model import load as model_load
+from lorafit.model import spec as model_spec
+from lorafit.plan import machine
+from lorafit.rundir import RunDir
+from lorafit.units import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The adapter's tokenizer, with the chat template it was trained with, wins over the model's.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+# --- what is opened -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to run, its adapter attached at the scale asked for.
+
+    system: the system message that all training rows began with, if they did. base: the model's name as it was given
+    or as the run knows it. precision: what it computes in.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: model_spec.ModelSpec
+    system: str | None
+    base: str
+    has_adapter: bool
+    precision: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a target means, before anything large is read. What only a run knows is None elsewhere."""
+
+    base: str
+    adapter: Path | None
+    system: str | None = None
+    precision: str | None = None
+    model_sha256: str | None = None
+
+
+def open_target(
+    target: str, adapter: str | None, scale: float, precision_name: str, trust_remote_code: bool, console: Console
+) -> Opened:
+    """Load a run, a model, or a model and an adapter, and set the scale. Says on `console` what it opened.
+
+    target: a run directory, a model as for training, or an adapter directory that names its base. adapter: a directory
+    in PEFT's format, for a model alone. precision_name: `auto` takes what a run was trained in, so that its figures can
+    be compared; for anything else it measures.
+    Raises ConfigError for a scale that is not finite or scales nothing, RunDirError for an unfinished run, AdapterError
+    for an adapter that does not belong to the model, ModelError.
+    """
+    if not math.isfinite(scale):
+        raise ConfigError(f"--scale must be a finite number, got {scale}", "0 is the base model, 1 the tuned one")
+    found = _find(target, adapter)
+    if found.adapter is None and scale != 1:
+        raise ConfigError(
+            f"--scale {scale:g} scales an adapter, and {target} is a model without one",
+            "Give a run directory, or an adapter with --adapter DIR",
+        )
+    with _naming_the_way(target, found):
+        spec = model_spec.read(found.base)
+    _check_same_model(target, found, spec)
+    chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
+    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code)
+    tokenizer = loaded.tokenizer
+    if found.adapter is not None:
+        peft.load(loaded.model, found.adapter)
+        set_scale(loaded.model, scale)
+        tokenizer = _tokenizer(found.adapter, loaded)
+    loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+    what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
+    console.print(f"opened {what} in {chosen}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    return Opened(
+        model=loaded.model,
+        tokenizer=tokenizer,
+        spec=spec,
+        system=found.system,
+        base=found.base,
+        has_adapter=found.adapter is not None,
+        precision=chosen,
+    )
+
+
+def _find(target: str, adapter: str | None) -> _Found:
+    """What `target` is. Raises ConfigError if it has an adapter of its own and another one is given."""
+    run, path = RunDir(target), Path(target)
+    is_adapter = (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+    if adapter is not None:
+        if run.exists or is_adapter:
+            raise ConfigError(
+                f"{target} has an adapter already, and --adapter {adapter} is a second one",
+                "Give a model as the target, or leave --adapter out",
+            )
+        return _Found(target, Path(adapter))
+    if run.exists:
+        result = run.read_result()
+        return _Found(
+            result["model"], run.adapter, result.get("system"), result.get("precision"), result.get("model_sha256")
+        )
+    return _Found(_base_of(path), path) if is_adapter else _Found(target, None)
+
+
+def _base_of(adapter: Path) -> str:
+    base = peft.read_config(adapter).base
+    if not base:
+        raise AdapterError(
+            f"{adapter} is an adapter that does not name its base model", f"Give it: MODEL --adapter {adapter}"
+        )
+    return base
+
+
+@contextmanager
+def _naming_the_way(target: str, found: _Found) -> Iterator[None]:
+    """A base model that the user did not type himself is named as such where it cannot be found. Raises ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        if found.base == target:
+            raise
+        raise ModelError(
+            f"the base model of {target} cannot be read: {error.what}",
+            f"Give it and the adapter: MODEL --adapter {found.adapter}",
+        ) from error
+
+
+def _check_same_model(target: str, found: _Found, spec: model_spec.ModelSpec) -> None:
+    """The base must hold the bytes that the run was trained on. Raises AdapterError."""
+    if found.model_sha256 is not None and model_spec.sha256(spec) != found.model_sha256:
+        raise AdapterError(
+            f"{found.base} is not the model that {target} was trained on: its SHA-256 differs from the one in run.json",
+            f"Put the original back, or try the adapter on this one: {found.base} --adapter {found.adapter}",
+        )
+
+
+def _tokenizer(adapter: Path, loaded: model_load.Loaded) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter, else the model's. Raises AdapterError for a damaged or too large one."""
+    if not all((adapter / name).is_file() for name in TOKENIZER_FILES):
+        return loaded.tokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    except Exception as error:  # tokenizers raises a plain Exception for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"the tokenizer in {adapter} cannot be read: {reason}",
+            f"Copy the adapter again, or remove {' and '.join(TOKENIZER_FILES)} to use the model's own",
+        ) from error
+    embeddings: Any = loaded.model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if len(tokenizer) > known:
+        raise AdapterError(
+            f"the tokenizer in {adapter} has {len(tokenizer)} tokens, the model knows {known}",
+            "Is it the adapter of another model?",
+        )
+    return tokenizer
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
+    """Measure a run or a model on rows. Returns the JSON object; perplexity is None where it overflows.
+
+    Raises LorafitError for whatever the user can mend.
+    """
+    torch.set_num_threads(config.threads or machine.physical_cores())
+    examples = read_examples(read_rows(Path(config.data))[: config.rows], None)
+    opened = open_target(
+        config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
+    )
+    result = infer_evaluate.evaluate(
+        opened.model,
+        opened.tokenizer,
+        examples,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        generate=config.generate,
+        samples=config.samples,
+        seq_len=config.seq_len,
+        micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
+        console=console,
+    )
+    what = {"target": config.target, "base": opened.base, "data": config.data, "adapter": config.adapter}
+    how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
+    # JSON has no infinity.
+    finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
+    return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}
+
+
+MEANINGS = {
+    "loss": "nats per token with a loss",
+    "perplexity": "e^loss",
+    "exact_match": "answers that are the expected reply",
+    "accuracy": "rows answered right",
+    "valid_json": "answers that are a JSON object",
+}
+SHOWN_CHARS = 400  # of each text of a sample; --json gives all of it
+
+
+def print_evaluation(report: dict[str, Any], console: Console) -> None:
+    """What `evaluate` returned, for people: a table of the measures, what was cut, and the first rows."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, meaning in MEANINGS.items():
+        if name in ("loss", "perplexity"):
+            table.add_row(name, "above 1e308" if report[name] is None else f"{report[name]:.4g}", meaning)
+        elif report[name] is not None:
+            table.add_row(name, f"{100 * report[name]:.1f}%", meaning)
+    console.print(table)
+    scale = "" if report["scale"] is None else f" at scale {report['scale']:g}"
+    rows, tokens = format_count(report["rows"]), format_count(report["tokens_supervised"])
+    line = (
+        f"{report['target']}{scale} ({report['precision']}) on {rows} rows of {report['data']}, "
+        f"{tokens} tokens with a loss: {format_seconds(report['seconds'])}"
+    )
+    console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for count, what in (
+        (report["cut_rows"], "rows were cut at --seq-len"),
+        (report["cut_answers"], "answers were cut at --max-new-tokens or the model's context"),
+    ):
+        if count:
+            console.print(f"{format_count(count)} {what}", style="yellow", highlight=False)
+    _print_samples(report["samples"], rows, console)
+
+
+def _print_samples(samples: list[dict[str, Any]], rows: str, console: Console) -> None:
+    if samples:
+        console.print(f"\nThe first {len(samples)} of {rows} rows:", highlight=False)
+    for sample in samples:
+        mark, style = ("right", "green") if sample["right"] else ("wrong", "red")
+        console.print(Text(f"\n{mark}", style))
+        for name in ("prompt", "expected", "got"):
+            text = sample[name] if len(sample[name]) <= SHOWN_CHARS else sample[name][:SHOWN_CHARS] + "..."
+            console.print(Text(f"{name:>9}  ", "dim") + Text(text, style if name == "got" else ""))
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+
+def chat(config: ChatConfig, console: Console, stdin: TextIO, stdout: TextIO) -> None:
+    """Talk to a run or a model; see `infer.chat`. Raises LorafitError for whatever the user can mend."""
+    torch.set_num_threads(config.threads or machine.physical_cores())
+    opened = open_target(
+        config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
+    )
+    session = infer_chat.Session(
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        has_adapter=opened.has_adapter,
+        scale=config.scale,
+        system=opened.system if config.system is None else config.system,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    infer_chat.chat(session, stdin, stdout, console)
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------
+
+
+def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
+    """Add a run's update to its base and write a plain model. Returns what was written and how exactly.
+
+    difference: how far merging moved the logits, relative to their norm; tolerance: what rounding explains.
+    cast_difference: how far the cast to `dtype` moved them. Raises LorafitError for whatever the user can mend.
+    """
+    torch.set_num_threads(machine.physical_cores())
+    output = Path(config.output)
+    export_merge.check_output(output)
+    opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console)
+    if not opened.has_adapter:
+        raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
+    merged = export_merge.merge_into_base(opened.model, opened.tokenizer)
+    cast = export_merge.save_merged(opened.model, opened.tokenizer, output, precision.DTYPES[config.dtype])
+    moved = f", and by {cast.difference:.1e} in the cast to {config.dtype}" if cast.difference else ""
+    console.print(
+        f"merged {config.run} at scale {config.scale:g}: logits moved by {merged.difference:.1e} of their norm "
+        f"(rounding explains {merged.tolerance:.1e}){moved}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(f"wrote {output}. Next:", highlight=False, markup=False, soft_wrap=True)
+    for command in (f"lorafit eval {output} TEST.jsonl", f"lorafit chat {output}"):
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    return {
+        "run": config.run,
+        "base": opened.base,
+        "output": config.output,
+        "scale": config.scale,
+        "dtype": config.dtype,
+        "difference": merged.difference,
+        "tolerance": merged.tolerance,
+        "cast_difference": cast.difference,
+    }
