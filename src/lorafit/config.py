@@ -66,6 +66,8 @@ class LoRAConfig(Frozen):
     """How A starts: gaussian (standard deviation 1/r) or kaiming. B starts at 0."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's input that is dropped while training."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds A, dropout, the order of rows and the split of --eval 10%."""
 
     @model_validator(mode="before")
     @classmethod
@@ -119,8 +121,6 @@ class TrainConfig(LoRAConfig):
     """Largest gradient norm; a larger gradient is scaled down to it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base: auto measures which is faster here. The adapter is always fp32."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seeds A, the order of rows, dropout and the split of --eval 10%."""
     save_every: int | None = Field(None, ge=1)
     """Write a checkpoint every N steps. Default: once a minute, and when an epoch or the run ends."""
     memory: str | None = None

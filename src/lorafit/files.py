@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,11 +22,19 @@ HASH_CHUNK_BYTES = 1 << 22
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError from writing `path` into a sentence that says what to do. Raises RunDirError."""
+    """Turn an OSError from writing `path` into a sentence that says what to do. Raises RunDirError.
+
+    safetensors reports the system's error as text in an exception of its own.
+    """
     try:
         yield
     except OSError as error:
         raise _explain(error, path) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise _explain(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
 
 
 def _explain(error: OSError, path: Path) -> LorafitError:

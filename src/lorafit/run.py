@@ -80,8 +80,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
         encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
         estimate = _plan(config, inputs.spec, chosen["precision"], encoded, start.force, console)
-        loaded.model.eval()
-        attached = method.attach(loaded.model, config, config.seed)
+        loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+        attached = method.attach(loaded.model, config)
         _print_attached(attached, console)
         work = Work(
             model=loaded.model,

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tests import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafit.errors import AdapterError, MergeError, RunDirError
 from lorafit.export.merge import ProbeDifference, check_output, merge_into_base, save_merged, tolerance
 from lorafit.lora.inject import attach, lora_layers, set_scale
+from tests import tiny
 
 IDS = torch.randint(258, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -120,6 +120,21 @@ def test_the_merged_directory_loads_in_plain_transformers_with_the_adapted_model
     assert is_tied == (name != "llama, untied")
     assert ("lm_head.weight" in keys(tmp_path / "merged")) == (name == "llama, untied")
     assert not [key for key in keys(tmp_path / "merged") if "lora" in key or ".base." in key]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps32", "eps"),
+    [
+        (torch.float64, 2.0**-52, 2.0**-52),
+        (torch.float32, 2.0**-23, 2.0**-23),
+        (torch.bfloat16, 2.0**-23, 2.0**-7),
+    ],
+)
+def test_the_tolerance_is_the_derived_one(dtype, eps32, eps):
+    longest_sum, layers = 48, 2 * 7 + 2  # seven projections a block, the embedding and the head
+    expected = 2 * (eps32 * math.sqrt(longest_sum * layers) + eps * math.sqrt(layers))
+    assert tolerance(llama(tied=True).to(dtype)) == pytest.approx(expected)
+    assert tolerance(adapt(llama(tied=True).to(dtype), "all-linear")) == pytest.approx(expected)
 
 
 def test_nothing_of_the_adapter_is_left_in_the_model():

@@ -1,57 +1,16 @@
-"""A tiny model that has learned five replies by heart: its adapter knows them, its base knows none."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
-import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorafit.data.formats import Example, read_examples
-from lorafit.data.load import Row
-from lorafit.data.mask import encode_all
-from lorafit.data.pack import micro_batches
-from lorafit.engine.loss import supervised_nll
-from lorafit.lora.inject import attach, lora_layers, set_scale, trainable_parameters
-from tests import tiny
-
-LEARNED = [
-    ("Where is my card?", '{"intent": "card"}'),
-    ("What is 雨?", '{"is": "rain 🌧"}'),
-    ("Hi", '{"a": 1}'),
-    ("Please block the PIN of my other card at once", '{"intent": "pin", "ok": true}'),
-    ("top up", '{"intent": "Ärger"}'),
-]
-
-
-@dataclass(frozen=True)
-class Learned:
-    model: LlamaForCausalLM
-    tokenizer: PreTrainedTokenizerFast
-    examples: list[Example]
-
-
-def examples_of(pairs: list[tuple[str, str]]) -> list[Example]:
-    return read_examples([Row(tiny.chat_row(*pair), f"rows.jsonl:{n + 1}") for n, pair in enumerate(pairs)])
+from lorafit.lora.inject import lora_layers, set_scale
+from tests.infer.learned import Learned, learn
 
 
 @pytest.fixture(scope="session")
 def trained() -> Learned:
-    model, tokenizer, examples = tiny.llama(), tiny.tokenizer(), examples_of(LEARNED)
-    attach(
-        model, r=8, alpha=24.0, targets="all-linear", variant="lora", rule="alpha/r", init="gaussian", dropout=0.0,
-        rank_pattern={}, alpha_pattern={}, layers=None, seed=0,
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2, weight_decay=0.0)
-    rows = encode_all(examples, tokenizer, 512).encoded
-    (batch,) = micro_batches(rows, range(len(rows)), 4096, 0)
-    for _ in range(120):
-        supervised_nll(model, batch.input_ids, batch.attention_mask, batch.supervised).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return Learned(model, tokenizer, examples)
+    return learn()
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from lorafit.errors import DataError, NumericsError
 from lorafit.infer import generate
 from lorafit.infer.generate import Ability, Answer, Pieces, answer, decode, end_tokens, stream
 from tests import tiny
-from tests.infer.conftest import LEARNED, Learned, examples_of
+from tests.infer.learned import LEARNED, Learned
 
 END = 1
+TOKENIZER = tiny.tokenizer()
 
 
 def ask(model: PreTrainedModel, prompts: list[list[int]], count: int = 24, **settings: Any) -> list[Answer]:
@@ -155,9 +156,10 @@ def test_a_limit_ends_an_answer_and_says_so(learned: Learned) -> None:
     got = ask(learned.model, prompts, 3, on_answer=lambda: done.append(1))
     assert [(a.text, a.ended) for a in got] == [(reply[:3], False) for _, reply in LEARNED]
     assert len(done) == len(prompts)
-    reply = LEARNED[2][1]  # its end token is one token more than the limit
-    assert ask(learned.model, prompts[2:3], len(reply))[0] == Answer(got[2].ids + list(ask(learned.model, prompts[2:3], len(reply))[0].ids[3:]), reply, False)
-    assert ask(learned.model, prompts[2:3], len(reply) + 1)[0].ended
+    reply = LEARNED[2][1]  # one token a byte, and the end token is one more
+    at_limit, above = (ask(learned.model, prompts[2:3], len(reply) + more)[0] for more in (0, 1))
+    assert (at_limit.text, at_limit.ended) == (reply, False)
+    assert (above.text, above.ended) == (reply, True)
 
 
 def test_every_end_token_counts() -> None:
@@ -185,9 +187,8 @@ def test_the_stream_is_the_answer(learned: Learned) -> None:
 
 @given(st.lists(st.integers(0, 257), max_size=24))
 def test_pieces_together_are_the_text_whatever_the_bytes(ids: list[int]) -> None:
-    tokenizer = TOKENIZER
-    pieces = Pieces(tokenizer)
-    assert "".join(map(pieces.push, ids)) + pieces.rest() == decode(tokenizer, ids)
+    pieces = Pieces(TOKENIZER)
+    assert "".join(map(pieces.push, ids)) + pieces.rest() == decode(TOKENIZER, ids)
 
 
 @given(st.text(max_size=12))
@@ -210,9 +211,6 @@ def test_pieces_keep_the_spaces_of_a_tokenizer_that_drops_the_first() -> None:
         pieces = Pieces(tokenizer)
         assert "".join(map(pieces.push, ids)) + pieces.rest() == decode(tokenizer, ids)
     assert decode(tokenizer, [1, 0, 2, 3, 4, 5, 2]) == "Hello you雨 you"
-
-
-TOKENIZER = tiny.tokenizer()
 
 
 def test_drawn_answers_depend_on_seed_and_prompt_alone() -> None:
@@ -258,7 +256,3 @@ def test_a_broken_model_is_a_sentence() -> None:
 
 def test_no_prompts_no_answers() -> None:
     assert ask(tiny.llama(), []) == []
-
-
-def test_examples_have_prompts() -> None:
-    assert prompt_ids(examples_of(LEARNED)[2], TOKENIZER)[0] == 0

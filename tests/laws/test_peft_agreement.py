@@ -5,6 +5,7 @@ Held to `merge.tolerance`: both sides compute W x + scaling B A x in float32 and
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lorafit.config import LoRAConfig
 from lorafit.export import peft
@@ -179,6 +181,10 @@ def test_peft_loads_what_we_save(name, case, settings, tmp_path):
     expected = logits(model)
     peft.save(model, tmp_path / "adapter", config, base="base", tokenizer=None)
 
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["fan_in_fan_out"] == any(isinstance(layer.base, Conv1D) for layer in lora_layers(model).values())
+    assert fields["task_type"] == (None if name == "bert" else "CAUSAL_LM")
+
     with peft_may_warn():
         theirs = PeftModel.from_pretrained(base(name), tmp_path / "adapter")
 
@@ -270,14 +276,6 @@ class Convolutional(nn.Module):
         return self.third(self.second(self.first(x).relu()).relu().flatten(2))
 
 
-class Dilated(Convolutional):
-    """The same with a convolution whose update PEFT would compute without its dilation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=2, dilation=2)
-
-
 def convolutional(cls: type[Convolutional]) -> Convolutional:
     torch.manual_seed(0)
     return cls().eval()
@@ -310,15 +308,35 @@ def test_convolutions_agree_both_ways(variant, tmp_path):
         assert torch.equal(again(IMAGES), expected)
 
 
-def test_peft_refuses_a_dilated_convolution_that_it_would_compute_otherwise_and_we_load_it(tmp_path):
-    ours = convolutional(Dilated)
-    config = LoRAConfig(r=3, alpha=10, targets=["first"])
+UNLIKE_PEFT = {
+    "dilation": ("first", lambda: nn.Conv2d(3, 8, 3, stride=2, padding=2, dilation=2)),
+    "padding mode": ("first", lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="reflect")),
+    "groups": ("second", lambda: nn.Conv2d(8, 6, (1, 2), groups=2)),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE_PEFT)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_peft_refuses_a_convolution_that_it_would_compute_otherwise_and_we_load_it(case, variant, tmp_path):
+    name, make = UNLIKE_PEFT[case]
+
+    def model() -> Convolutional:
+        whole = convolutional(Convolutional)
+        setattr(whole, name, make())
+        torch.manual_seed(5)
+        for parameter in whole.parameters():
+            nn.init.normal_(parameter)
+        return whole.eval()
+
+    ours = model()
+    config = LoRAConfig(r=2, alpha=5, targets=["first", "second"], variant=variant)
     attach_ours(ours, config)
     draw_B(ours)
     peft.save(ours, tmp_path, config, base="", tokenizer=None)
     with pytest.raises(KeyError, match="LORAFIT_LORA"):
-        PeftModel.from_pretrained(convolutional(Dilated), tmp_path)
-    again = convolutional(Dilated)
+        PeftModel.from_pretrained(model(), tmp_path)
+    again = model()
     peft.load(again, tmp_path)
     with torch.no_grad():
         assert torch.equal(again(IMAGES), ours(IMAGES))
+        assert not torch.allclose(again(IMAGES), model()(IMAGES))

@@ -620,6 +620,7 @@ def test_a_layer_compiles_in_one_graph():
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it, not we
 def test_a_compiled_layer_takes_the_dropout_of_each_step_without_compiling_again():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     attach_with(model, targets="all-linear", dropout=0.2)

@@ -58,7 +58,7 @@ def work(
     config = TrainConfig(model="tiny", data="rows", output="out", **{**defaults, **settings})
     rows = [Row(tiny.chat_row(*pair), f"rows.jsonl:{n + 1}") for n, pair in enumerate(questions or QUESTIONS)]
     encoded = encode_all(read_examples(rows), tiny.tokenizer(), config.seq_len)
-    METHODS["lora"].attach(model, config, config.seed)
+    METHODS["lora"].attach(model, config)
     return Work(
         model=model,
         method=METHODS["lora"],

@@ -34,7 +34,7 @@ PICKLE_NAME = "adapter_model.bin"
 
 PEFT_TYPE = "LORA"
 OWN_TYPE = "LORAFIT_LORA"  # what PEFT has no layer for
-BIASES = "none"
+NO_BIAS = "none"
 MOST_ALPHA_PER_RANK = 1e6
 
 PEFT_TIES = ("embed_tokens", "lm_head")
@@ -139,7 +139,7 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
         "use_rslora": USE_RSLORA[config.scaling_rule],
         "use_dora": USE_DORA[config.variant],
         "init_lora_weights": WRITTEN_INIT[config.init],
-        "bias": BIASES,
+        "bias": NO_BIAS,
         "fan_in_fan_out": any(
             layer.kind.transposed and layer.kind.feature_dim is not None for layer in layers.values()
         ),
@@ -314,7 +314,7 @@ def _check_features(fields: dict[str, Any]) -> None:
     refused = [name for name, value in fields.items() if name not in READ | WITHOUT_EFFECT and value]
     if fields.get("peft_type") not in (PEFT_TYPE, OWN_TYPE):
         refused = ["peft_type"]
-    elif fields.get("bias", BIASES) != BIASES:
+    elif fields.get("bias", NO_BIAS) != NO_BIAS:
         refused.append("bias")
     init = fields.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in INITS:

@@ -53,8 +53,9 @@ def from_peft(
     extra = [key for key in tensors if key not in wanted and not _is_base_weight(model, key, tensors[key])]
     if missing or extra:
         raise _misfit(missing, extra)
-    for key in wanted.keys() & tensors.keys():
-        _check_tensor(key, tensors[key], wanted[key])
+    for key, tensor in wanted.items():
+        if key in tensors:
+            _check_tensor(key, tensors[key], tensor)
     state = {
         key: t for name, layer in layers.items() if not layer.tied_to for key, t in _own(name, layer, tensors).items()
     }

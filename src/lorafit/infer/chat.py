@@ -61,16 +61,13 @@ def chat(session: Session, stdin: TextIO, stdout: TextIO, console: Console) -> N
     talk = _Talk(session, stdin, stdout, console)
     if talk.interactive:
         console.print("/help lists the commands, Ctrl-D ends", style="dim")
-    while (line := talk.read_line()) is not None:
+    while talk.goes_on:
         try:
-            if not talk.take(line):
-                return
+            talk.take(talk.read_line())
         except LorafitError as error:
             if not talk.interactive:
                 raise
             console.print(str(error), style="yellow", highlight=False, markup=False)
-        except UnicodeError:
-            raise DataError("the input is not UTF-8", "Convert it first, for example with iconv") from None
 
 
 class _Talk:
@@ -79,44 +76,48 @@ class _Talk:
     def __init__(self, session: Session, stdin: TextIO, stdout: TextIO, console: Console) -> None:
         self.session = session
         self.interactive = stdin.isatty() and stdout.isatty()
+        self.goes_on = True
         self._stdin, self._stdout, self._console = stdin, stdout, console
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
-    def read_line(self) -> str | None:
-        """The next line; None at the end of input and, at a prompt, for Ctrl-C."""
-        if not self.interactive:
-            return self._stdin.readline() or None
+    def read_line(self) -> str:
+        """The next line, line break included; empty at the end and for Ctrl-C at a prompt. Raises DataError."""
+        try:
+            line = self._prompted_line() if self.interactive else self._stdin.readline()
+            line.encode()  # bytes that are no UTF-8 may have been read as halves of surrogate pairs
+        except UnicodeError:
+            raise DataError("the input is not UTF-8", "Convert it first, for example with iconv") from None
+        return line
+
+    def _prompted_line(self) -> str:
         try:
             if self._stdin is sys.stdin:
                 import readline  # noqa: F401  # gives input() line editing and history
 
-                return input(PROMPT)
+                return input(PROMPT) + "\n"
             self._write(PROMPT)
-            return self._stdin.readline() or None
+            return self._stdin.readline()
         except (EOFError, KeyboardInterrupt):
             self._write("\n")
-            return None
+            return ""
 
-    def take(self, line: str) -> bool:
-        """Do what a line asks for. Returns whether the conversation goes on."""
+    def take(self, line: str) -> None:
+        """Do what a line asks for."""
         text = line.strip()
-        if line.startswith("/"):
+        if not line:
+            self.goes_on = False
+        elif line.startswith("/"):
             name, _, rest = text.partition(" ")
-            return self._command(name, rest.strip())
-        if text:
-            text.encode()  # half a surrogate pair, as undecodable input leaves it, is no character
+            self._command(name, rest.strip())
+        elif text:
             self._turn(text)
-        return True
 
-    def _command(self, name: str, rest: str) -> bool:
-        if name in ("/quit", "/exit"):
-            return False
+    def _command(self, name: str, rest: str) -> None:
         if name not in COMMANDS:
-            hint = did_you_mean(name, [*COMMANDS, "/quit"]) or f"There are {listed([*COMMANDS, '/quit'])}."
+            hint = did_you_mean(name, COMMANDS) or f"There are {listed(COMMANDS)}."
             raise ConfigError(f"{name!r} is no command", f"{hint} To send it as a message, put a space in front")
         COMMANDS[name].do(self, rest)
-        return True
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -139,8 +140,8 @@ class _Talk:
             del messages[:2]
             prompt = encode_prompt([*start, *messages], session.tokenizer)
         if len(messages) < before:
-            turns = (before - len(messages)) // 2
-            self._note(f"the oldest {turns} turns are left out from here on: the model reads {context} tokens at most")
+            left_out = f"{(before - len(messages)) // 2} of {before // 2}"
+            self._note(f"the oldest turns ({left_out}) are left out from here on: the model reads {context} tokens")
         return prompt
 
     def _say(self, prompt: list[int]) -> str:
@@ -230,7 +231,10 @@ class _Talk:
         """List the commands."""
         for name, command in COMMANDS.items():
             self._note(f"{f'{name} {command.argument}':<15} {command.help}")
-        self._note(f"{'/quit':<15} end, as Ctrl-D does; Ctrl-C stops an answer")
+
+    def quit(self, rest: str) -> None:
+        """End the conversation."""
+        self.goes_on = False
 
     def _need_adapter(self, name: str) -> None:
         if not self.session.has_adapter:
@@ -250,4 +254,5 @@ COMMANDS = {
     "/system": _Command("TEXT", "set the system message; without TEXT the template's own", _Talk.system),
     "/reset": _Command("", "forget what was said", _Talk.reset),
     "/help": _Command("", "list the commands", _Talk.help),
+    "/quit": _Command("", "end, as Ctrl-D does; Ctrl-C stops an answer", _Talk.quit),
 }

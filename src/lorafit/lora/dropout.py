@@ -47,7 +47,7 @@ def drop(x: Tensor, *, p: float, key: DropoutKey, layer: int, feature_dim: int) 
 
 
 # Compiled, the key's step would be a constant of the graph, and inductor overflows when it folds the hash's constants.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def drop_mask(shape: Sequence[int], *, p: float, key: DropoutKey, layer: int, device: torch.device) -> Tensor:
     """True where an element is dropped. shape: (rows, ..., features); the middle axes are tokens in their order."""
     *lead, features = shape

@@ -10,7 +10,7 @@ from lorafit.methods.method import Attached, Method
 from lorafit.units import format_count
 
 
-def attach(model: nn.Module, config: LoRAConfig, seed: int) -> Attached:
+def attach(model: nn.Module, config: LoRAConfig) -> Attached:
     """Freeze the model and adapt what `config` names. Raises TargetError, RankError or ConfigError."""
     report = inject.attach(
         model,
@@ -24,7 +24,7 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int) -> Attached:
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         layers=config.layers,
-        seed=seed,
+        seed=config.seed,
     )
     ranks = sorted({layer.r for layer in report.adapted.values()})
     summary = f"{config.variant} of rank {', '.join(map(str, ranks))} on {format_count(len(report.adapted))} layers"

@@ -27,13 +27,13 @@ class Attached:
 class Method:
     """The operations of a method on a model.
 
-    attach(model, config, seed): add what is trained, freeze the rest. trainable(model): {name: parameter}.
+    attach(model, config): add what is trained, freeze the rest. trainable(model): {name: parameter}.
     state(model) and load_state(model, state): every trained tensor by name, strict.
     before_forward(model, seed, step, row_ids): called before each forward pass of training; what it draws at random
     depends on its arguments alone. row_ids: (rows,) int64.
     """
 
-    attach: Callable[[nn.Module, LoRAConfig, int], Attached]
+    attach: Callable[[nn.Module, LoRAConfig], Attached]
     trainable: Callable[[nn.Module], dict[str, nn.Parameter]]
     state: Callable[[nn.Module], dict[str, Tensor]]
     load_state: Callable[[nn.Module, dict[str, Tensor]], None]

@@ -1,7 +1,7 @@
 """A first estimate of a run's peak memory, in parts, from shapes alone.
 
-Counted: the runtime, frozen weights, the adapter with its gradients and moments, activations kept for the backward pass,
-and the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that keeps
+Counted: the runtime, frozen weights, the adapter with its gradients and moments, activations kept for the backward
+pass, and the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that keeps
 no score matrix.
 """
 
