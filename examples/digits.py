@@ -35,30 +35,30 @@ def main() -> None:
     test = slice(1400, None)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    train(model, list(model.parameters()), x[:1400], y[:1400], epochs=30, lr=1e-3)
-    print(
-        f"base:   upright digits {accuracy(model, x[test], y[test]):.1%}, inverted {accuracy(model, inverted[test], y[test]):.1%}"
-    )
+    def shown() -> str:
+        upright, turned = accuracy(model, x[test], y[test]), accuracy(model, inverted[test], y[test])
+        return f"upright digits {upright:.1%}, inverted {turned:.1%}"
 
-    config = LoRAConfig(r=4, alpha=8)
+    train(model, list(model.parameters()), x[:1400], y[:1400], epochs=60, lr=2e-3)
+    print(f"base:      {shown()}")
+
+    config = LoRAConfig(r=8, alpha=16)
     done = attach(model, config)
-    print(f"adapter: {done.trainable_params:,} trainable parameters beside {done.total_params:,} frozen ones")
-    train(model, trainable_parameters(model), inverted[:1400], y[:1400], epochs=40, lr=1e-2)
+    print(f"adapter:   {done.trainable_params:,} trainable parameters beside {done.total_params:,} frozen ones")
+    train(model, trainable_parameters(model), inverted[:1400], y[:1400], epochs=100, lr=3e-3)
     for scale in (0.0, 0.5, 1.0):
         set_scale(model, scale)
-        print(
-            f"scale {scale}: inverted {accuracy(model, inverted[test], y[test]):.1%}, upright {accuracy(model, x[test], y[test]):.1%}"
-        )
+        print(f"scale {scale}: {shown()}")
 
     save(model, "digits-adapter", config)
     tuned = model(inverted[test])
     merge(model)
-    print(f"merged: the logits differ by {(model(inverted[test]) - tuned).abs().max():.0e} at most")
+    print(f"merged:    the logits differ by {(model(inverted[test]) - tuned).abs().max():.0e} at most")
     unmerge(model)
     detach(model)
-    print(f"detached, the base is back: inverted {accuracy(model, inverted[test], y[test]):.1%}")
+    print(f"detached:  {shown()}")
     load(model, "digits-adapter")
-    print(f"loaded:  inverted {accuracy(model, inverted[test], y[test]):.1%}")
+    print(f"loaded:    {shown()}")
 
 
 if __name__ == "__main__":

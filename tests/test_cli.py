@@ -50,7 +50,8 @@ def _called(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 def test_help_and_bad_settings_never_import_torch() -> None:
-    watch = "import sys; sys.argv = ['lorafit', *{}]\ntry:\n  from lorafit.cli import main; main()\nexcept SystemExit: pass\n"
+    watch = "import sys; sys.argv = ['lorafit', *{}]\ntry:\n  from lorafit.cli import main; main()\n"
+    watch += "except SystemExit: pass\n"
     for arguments in (["--help"], ["train", "--help"], ["train", "m", "d", "-o", "o", "--r", "x"], ["--version"]):
         code = watch.format(arguments) + "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0, arguments
@@ -214,4 +215,8 @@ def test_the_readme_example_on_digits_runs_and_learns(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
-    assert lines["loaded"].split()[-1] == lines["scale 1.0"].split(",")[0].split()[-1]
+    assert lines["detached"].split() == lines["base"].split()
+    assert lines["loaded"].split() == lines["scale 1.0"].split()
+    base, tuned = (float(lines[name].split()[-1].rstrip("%")) for name in ("base", "loaded"))
+    assert base < 10
+    assert tuned > 70

@@ -632,3 +632,9 @@ def test_a_compiled_layer_takes_the_dropout_of_each_step_without_compiling_again
         for step in range(1, 4):
             dropout_key(model).step = step
             assert torch.equal(compiled(x), model(x))
+
+
+def test_a_model_in_eval_mode_drops_nothing_after_attach() -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    attach_with(model, dropout=0.5)
+    assert [layer.training for layer in lora_layers(model).values()] == [False]

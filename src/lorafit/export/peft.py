@@ -219,10 +219,6 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     except AdapterError:
         detach(model)
         raise
-    for layer in layers.values():
-        layer.training = (
-            layer.base.training
-        )  # a fresh module is in training mode, and would drop in a model that is not
     return config
 
 

@@ -60,7 +60,7 @@ def chat(session: Session, stdin: TextIO, stdout: TextIO, console: Console) -> N
         )
     talk = _Talk(session, stdin, stdout, console)
     if talk.interactive:
-        console.print("/help lists the commands, Ctrl-D ends", style="dim")
+        console.print("/help lists the commands, Ctrl-D ends", style="dim", highlight=False)
     while talk.goes_on:
         try:
             talk.take(talk.read_line())

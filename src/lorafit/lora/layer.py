@@ -68,6 +68,7 @@ class LoRALayer(nn.Module):
         transposed: bool,
     ) -> None:
         super().__init__()
+        self.training = base.training  # a fresh module trains, and would drop inputs in a model that does not
         self.base = base
         self.kind: Kind = make_kind(base)
         self.name, self.r, self.alpha, self.scaling = name, r, alpha, scaling
