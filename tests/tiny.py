@@ -48,7 +48,6 @@ def llama(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
-        pad_token_id=1,
         initializer_range=0.2,  # wide enough that logits can tell tokens apart
     )
     return LlamaForCausalLM(config).eval()

@@ -232,6 +232,10 @@ def main() -> None:
     """Run the command line. Exits 0 when all went well, 2 where the user can mend it, 1 for our own faults."""
     # Hugging Face's libraries fork nothing here; their warning about it would only alarm.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # OpenMP's threads wait for each other in a busy loop of about 10 ms by default. On a machine that does anything
+    # else they take the cores from those they wait for, and a step takes 4 times as long (docs/log.md). To be set
+    # before torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
     except LorafitError as error:

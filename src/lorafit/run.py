@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -22,11 +22,10 @@ from lorafit.config import TrainConfig
 from lorafit.data.formats import Chat, Example, read_examples, unused_columns
 from lorafit.data.load import Row, read_rows, split
 from lorafit.data.mask import EncodedSet, encode_all
-from lorafit.data.pack import micro_batches
 from lorafit.engine import precision
-from lorafit.engine.loss import supervised_nll
 from lorafit.errors import CheckpointError, ConfigError, DoesNotFitError, did_you_mean, listed
 from lorafit.export import card, peft
+from lorafit.infer.evaluate import mean_loss
 from lorafit.methods.method import Attached, Method
 from lorafit.methods.table import METHODS
 from lorafit.model import load as model_load
@@ -39,6 +38,9 @@ from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
 from lorafit.train.signals import stop_on_signals
 from lorafit.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 # What may differ between a run and its resumption without changing a number.
@@ -90,7 +92,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             pad_id=_pad_id(loaded.tokenizer),
             config=config,
             identity=identity,
-            evaluate=_evaluation(loaded.model, held_out, config, _pad_id(loaded.tokenizer)) if held_out else None,
+            evaluate=_evaluation(loaded.model, held_out, config) if held_out else None,
         )
         load_s = time.time() - start.started_at
         run.write_config(config.model_dump())
@@ -199,17 +201,12 @@ def _pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
-def _evaluation(model: torch.nn.Module, held_out: EncodedSet, config: TrainConfig, pad_id: int) -> Callable[[], float]:
+def _evaluation(model: PreTrainedModel, held_out: EncodedSet, config: TrainConfig) -> Callable[[], float]:
     """A function that gives the mean loss per supervised token over the held-out rows, without dropout."""
 
     def evaluate() -> float:
-        model.eval()
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in micro_batches(held_out.encoded, range(held_out.pieces), config.micro_tokens, pad_id):
-                losses = supervised_nll(model, batch.input_ids, batch.attention_mask, batch.supervised)
-                total, count = total + float(losses.double().sum()), count + losses.numel()
-        return total / count
+        model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+        return mean_loss(model, held_out, config.micro_tokens, lambda rows: None)
 
     return evaluate
 

@@ -101,7 +101,6 @@ def open_target(
         peft.load(loaded.model, found.adapter)
         set_scale(loaded.model, scale)
         tokenizer = _tokenizer(found.adapter, loaded)
-    loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
     console.print(f"opened {what} in {chosen}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return Opened(

@@ -47,7 +47,7 @@ def learn() -> Learned:
     """Train the adapter for a second."""
     model, tokenizer, examples = llama(), tiny.tokenizer(), examples_of(LEARNED)
     attach(
-        model, r=8, alpha=24.0, targets="all-linear", variant="lora", rule="alpha/r", init="gaussian", dropout=0.0,
+        model, r=8, alpha=24.0, targets="all-linear", variant="lora", rule="alpha/r", init="gaussian", dropout=0.2,
         rank_pattern={}, alpha_pattern={}, layers=None, seed=0,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2, weight_decay=0.0)

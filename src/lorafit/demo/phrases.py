@@ -202,7 +202,7 @@ none: I've changed my mind, please cancel everything[ in {o}]{t}.
 none: Can I still cancel what I ordered yesterday[, {o}]?
 none: I'd like to cancel my purchase{t}[, {o}], it was a mistake.""",
     "exchange": """
-I'd like to exchange the {p}[ from {o}] for a different colour{t}.
+I'd like to exchange the {p}[ from {o}] for another colour{t}.
 Can I swap my {p}[ ({o})] for another model?
 wear: The {p}[ from {o}] is too small, can I swap it for the next size up?
 wear: Please exchange my {p}[, {o},] for a size L{t}.
@@ -391,12 +391,24 @@ device: Help with the installation of my {p}[, {o},] would be welcome.""",
 
 TRAIN = Phrases(
     products=products(
-        gadget="printer | speaker | camera | tablet | doorbell | projector | router | air purifier",
-        appliance="kettle | toaster | blender | heater | vacuum cleaner | coffee machine | sewing machine | iron",
-        furniture="bookcase | desk | wardrobe | bed frame | shoe rack | armchair | sideboard",
-        wear="jacket | sweater | raincoat | dress | shirt | cardigan",
-        soft="rug | blanket | cushion | curtain",
-        ware="vase | teapot | flowerpot | fruit bowl | jug | candle holder",
+        gadget="""printer | speaker | camera | tablet | doorbell | projector | router | air purifier | keyboard
+            | headset | microphone | scanner | radio | record player | game console | drone | power bank | webcam
+            | alarm clock | hard drive | memory card | fitness band | weather station | turntable | antenna | charger
+            | amplifier | wall clock | night light | metronome""",
+        appliance="""kettle | toaster | blender | heater | vacuum cleaner | coffee machine | sewing machine | iron
+            | juicer | food processor | hair dryer | washing machine | tumble dryer | fridge | freezer | oven
+            | waffle maker | bread maker | egg boiler | ceiling fan | humidifier | electric grill | meat slicer
+            | ice maker | pressure washer | lawn mower | leaf blower | hot plate""",
+        furniture="""bookcase | desk | wardrobe | bed frame | shoe rack | armchair | sideboard | sofa | dining table
+            | bar stool | coffee table | nightstand | dresser | office chair | bunk bed | garden chair | hammock
+            | mirror | magazine rack | room divider | footstool | filing cabinet | rocking chair | wine rack""",
+        wear="""jacket | sweater | raincoat | dress | shirt | cardigan | coat | vest | beanie | blouson | tracksuit
+            | bathrobe | swimsuit | wedding gown | sun hat | kimono | poncho | apron | blazer | parka""",
+        soft="""rug | blanket | cushion | curtain | pillow | towel | bath mat | tablecloth | bed sheet | beanbag | duvet
+            | sleeping bag | yoga mat | carpet | table runner""",
+        ware="""vase | teapot | flowerpot | fruit bowl | jug | candle holder | saucepan | frying pan | teacup | mug
+            | salad bowl | pepper mill | cutting board | spice jar | sugar bowl | picture frame | bird cage
+            | watering can | cookie jar | egg cup | corkscrew | soap dispenser | wok | serving tray""",
     ),
     patterns={intent: patterns(text) for intent, text in TRAIN_PATTERNS.items()},
     cues={

@@ -24,6 +24,8 @@ def supervised_nll(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     predicted from those before it; the first column must be false. Returns (supervised tokens,) float32 in row-major
     order. Raises ModelError if the model has no output head.
     """
+    device = next(model.parameters()).device
+    input_ids, attention_mask, supervised = (t.to(device) for t in (input_ids, attention_mask, supervised))
     predicts = torch.zeros_like(supervised)
     predicts[:, :-1] = supervised[:, 1:]
     with _head_sees(model, predicts):

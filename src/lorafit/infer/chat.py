@@ -155,7 +155,7 @@ class _Talk:
                 prompt,
                 max_new_tokens=session.max_new_tokens,
                 temperature=session.temperature,
-                seed=session.seed + len(session.history),  # another turn draws other numbers
+                seed=session.seed,
             ):
                 tokens += 1
                 text += self._write(pieces.push(token))

@@ -1,8 +1,8 @@
 """A first estimate of a run's peak memory, in parts, from shapes alone.
 
 Counted: the runtime, frozen weights, the adapter with its gradients and moments, activations kept for the backward
-pass, and the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that keeps
-no score matrix.
+pass, and the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that
+keeps no score matrix.
 """
 
 from __future__ import annotations
