@@ -5,7 +5,7 @@
 How a message is labelled (the rule that a tuned model has to find):
 intent    what the customer asks for, one of INTENTS.
 order     the order number as written, without `#`; null when the message has none.
-product   the noun of the message, singular, lower case, without its colour or size; null when it names none.
+product   the noun of the message, singular, lower case, as the customer names it; null when it names none.
 urgency   high: a deadline, a word such as "urgent" or "asap", or anger. low: says that there is no hurry. Else normal.
 
 Test rows are made of other sentences, cues, products and numbers than training rows (phrases.py); only the way of
@@ -200,9 +200,7 @@ def examples(phrases: Phrases, numbers: list[str], seed: int) -> list[Example]:
         named = bool(has_product[i]) or intent == "setup_help"
         pattern = picker.pick([p for p in phrases.patterns[intent] if bool(p.kinds) == named])
         product = picker.pick([n for n, kind in phrases.products.items() if kind in pattern.kinds]) if named else None
-        # a colour only where the pattern speaks of none itself
-        coloured = named and intent != "exchange" and picker.chance(0.12)
-        noun = f"{picker.pick(phrases.colours)} {product}" if coloured else product or ""
+        noun = product or ""
         message = ""
         while len(message.split()) not in WORDS or any(message == other.message for other in made):
             message = draft(picker, phrases, pattern, noun, order, urgencies[i])

@@ -39,7 +39,6 @@ class Phrases:
     after: tuple[str, ...]
     no_number: tuple[str, ...]
     details: tuple[str, ...]
-    colours: tuple[str, ...]
     greetings: tuple[str, ...]
     closings: tuple[str, ...]
 
@@ -394,21 +393,30 @@ TRAIN = Phrases(
         gadget="""printer | speaker | camera | tablet | doorbell | projector | router | air purifier | keyboard
             | headset | microphone | scanner | radio | record player | game console | drone | power bank | webcam
             | alarm clock | hard drive | memory card | fitness band | weather station | turntable | antenna | charger
-            | amplifier | wall clock | night light | metronome""",
+            | amplifier | wall clock | night light | metronome
+            | wireless mouse | digital scale | solar lamp | video recorder | mini synthesizer | graphics card
+            | bluetooth dongle | infrared sensor""",
         appliance="""kettle | toaster | blender | heater | vacuum cleaner | coffee machine | sewing machine | iron
             | juicer | food processor | hair dryer | washing machine | tumble dryer | fridge | freezer | oven
             | waffle maker | bread maker | egg boiler | ceiling fan | humidifier | electric grill | meat slicer
-            | ice maker | pressure washer | lawn mower | leaf blower | hot plate""",
+            | ice maker | pressure washer | lawn mower | leaf blower | hot plate
+            | cordless drill | compact stove | hand mixer | portable cooler | milk frother | yoghurt pot | robot mop
+            | paint sprayer""",
         furniture="""bookcase | desk | wardrobe | bed frame | shoe rack | armchair | sideboard | sofa | dining table
             | bar stool | coffee table | nightstand | dresser | office chair | bunk bed | garden chair | hammock
-            | mirror | magazine rack | room divider | footstool | filing cabinet | rocking chair | wine rack""",
+            | mirror | magazine rack | room divider | footstool | filing cabinet | rocking chair | wine rack
+            | corner bookshelf | high chair | folding ladder | window seat | corner lamp | swivel stool
+            | storage trunk""",
         wear="""jacket | sweater | raincoat | dress | shirt | cardigan | coat | vest | beanie | blouson | tracksuit
-            | bathrobe | swimsuit | wedding gown | sun hat | kimono | poncho | apron | blazer | parka""",
+            | bathrobe | swimsuit | wedding gown | sun hat | kimono | poncho | apron | blazer | parka
+            | denim overall | winter mitten | leather glove | woollen sock | silk nightgown""",
         soft="""rug | blanket | cushion | curtain | pillow | towel | bath mat | tablecloth | bed sheet | beanbag | duvet
-            | sleeping bag | yoga mat | carpet | table runner""",
+            | sleeping bag | yoga mat | carpet | table runner
+            | heated footbag | picnic mattress | foam topper | linen napkin""",
         ware="""vase | teapot | flowerpot | fruit bowl | jug | candle holder | saucepan | frying pan | teacup | mug
             | salad bowl | pepper mill | cutting board | spice jar | sugar bowl | picture frame | bird cage
-            | watering can | cookie jar | egg cup | corkscrew | soap dispenser | wok | serving tray""",
+            | watering can | cookie jar | egg cup | corkscrew | soap dispenser | wok | serving tray
+            | glass pitcher | copper pot | bamboo steamer | garden gnome | marble mortar | coffee grinder""",
     ),
     patterns={intent: patterns(text) for intent, text in TRAIN_PATTERNS.items()},
     cues={
@@ -491,21 +499,35 @@ TRAIN = Phrases(
         | I saw it in your newsletter. | You can reach me by email. | Mail is better than phone for me.
         | I work from home. | My old one lasted ten years. | It's for my mother. | I paid with a gift card.
         | We have two cats, by the way. | I first saw it in your window. | My brother has the same one.
-        | It was on sale last week. | You packed it very nicely last time. | I'm new to your shop."""),
-    colours=("blue", "red", "black", "small", "large", "new"),
+        | It was on sale last week. | You packed it very nicely last time. | I'm new to your shop.
+        | My cousin told me about you. | I ordered as a guest. | The colour goes well with our kitchen.
+        | It's meant for the office. | I compared several shops first. | My parents want one too.
+        | I got the newsletter discount. | The film on your website is funny. | We run a small bakery.
+        | I chose pick-up at the shop before. | I like the way it looks. | Your chat helped me in March.
+        | I read good things about it. | I live in a small village. | The driver was friendly.
+        | Our dog loves your boxes. | I'm writing for my grandmother. | I've told my neighbours about you.
+        | You have a lovely shop window. | I'm a teacher, by the way. | I ordered two other things as well.
+        | The app works fine for me. | My flatmate bought hers here. | I often order from abroad.
+        | It's for the holiday home. | We are redoing the bathroom. | I found you on the internet.
+        | I paid by instalments. | My wife likes your catalogue. | I'd rather not phone.
+        | I kept the box and the papers. | It was the last one in stock. | We all liked the design.
+        | I took part in your summer raffle. | My office is next to your branch. | I'm a member of your club.
+        | I placed it with your Leeds branch. | Please write to my work address."""),
     greetings=items("Hi, | Hello, | Hi there, | Hi! | Hey, | Hello there. | Dear team, | Good evening, | Hello!"),
     closings=items("""Thanks! | Thank you. | Cheers, Ben | Many thanks. | Kind regards | Thanks in advance.
-        | Best wishes, Anna | Thx | Bye, Tom | Thank you very much! | Regards, Paul"""),
+        | Best wishes, Anna | Thx | Bye, Tom | Thank you very much! | Regards, Paul | Warm regards | Greetings from Leeds
+        | Sincerely, Ruth | Good luck with the shop! | Have a good weekend. | So long, Max | With kind wishes
+        | I'd appreciate your help. | Nice to deal with you. | See you soon. | Bye for now! | Take care."""),
 )
 
 TEST = Phrases(
     products=products(
-        gadget="thermostat | smartwatch | baby monitor",
-        appliance="microwave | rice cooker | dishwasher",
+        gadget="smart lock | smartwatch | baby monitor",
+        appliance="microwave | rice cooker | deep fryer",
         furniture="bench | cupboard | crib",
         wear="hoodie | blouse | skirt",
-        soft="quilt | doormat",
-        ware="lantern | carafe | cake stand",
+        soft="bedspread | doormat",
+        ware="fish tank | carafe | cake stand",
     ),
     patterns={intent: patterns(text) for intent, text in TEST_PATTERNS.items()},
     cues={
@@ -539,7 +561,6 @@ TEST = Phrases(
         | The picture in the catalogue looked lovely. | Payment was by bank transfer. | I usually shop in person.
         | It's meant for my aunt. | My son wanted it. | You helped me well last year.
         | I share the flat with two friends. | I prefer to write rather than ring."""),
-    colours=("grey", "white", "purple", "beige"),
     greetings=items("Good morning, | Hey team, | Dear support, | Greetings! | Good day,"),
     closings=items("Thanks a lot. | Much appreciated. | Yours, Mila | All the best | Have a nice day."),
 )
