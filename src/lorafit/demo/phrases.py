@@ -515,7 +515,8 @@ TRAIN = Phrases(
         | I placed it with your Leeds branch. | Please write to my work address."""),
     greetings=items("Hi, | Hello, | Hi there, | Hi! | Hey, | Hello there. | Dear team, | Good evening, | Hello!"),
     closings=items("""Thanks! | Thank you. | Cheers, Ben | Many thanks. | Kind regards | Thanks in advance.
-        | Best wishes, Anna | Thx | Bye, Tom | Thank you very much! | Regards, Paul | Warm regards | Greetings from Leeds
+        | Best wishes, Anna | Thx | Bye, Tom | Thank you very much! | Regards, Paul | Warm regards
+        | Greetings from Leeds
         | Sincerely, Ruth | Good luck with the shop! | Have a good weekend. | So long, Max | With kind wishes
         | I'd appreciate your help. | Nice to deal with you. | See you soon. | Bye for now! | Take care."""),
 )

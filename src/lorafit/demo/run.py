@@ -26,7 +26,8 @@ def demonstrate(output: Path, started_at: float, log: Console, console: Console)
     LorafitError for what the user can mend.
     """
     with as_file(files("lorafit.demo")) as directory:
-        config = TrainConfig(model=MODEL, data=str(directory / "train.jsonl"), output=str(output), epochs=2, batch_size=8, lr=2e-3)
+        data = str(directory / "train.jsonl")
+        config = TrainConfig(model=MODEL, data=data, output=str(output), epochs=2, batch_size=8, lr=2e-3)
         run = train(config, {}, Start(resume=True, force=False, started_at=started_at), log)
         scored = {
             name: use.evaluate(

@@ -1,0 +1,127 @@
+"""Changing a setting changes what a run makes or says, beyond the lines that echo the settings."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorafit.config import TrainConfig
+from lorafit.errors import LorafitError
+from lorafit.run import Start, train
+from tests import tiny
+
+BASE: dict[str, Any] = {
+    "r": 3,
+    "alpha": 7.0,
+    "batch_size": 4,
+    "precision": "fp32",
+    "threads": 1,
+    "epochs": 2,
+    "eval": "25%",
+    "max_steps": None,
+}
+# Each on top of BASE; where a setting acts only beside another one, that one is given too.
+CHANGED: dict[str, dict[str, Any]] = {
+    "r": {"r": 2},
+    "alpha": {"alpha": 5.0},
+    "variant": {"variant": "dora"},
+    "targets": {"targets": "q_proj"},
+    "layers": {"layers": "last:1"},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 2.0}},
+    "scaling_rule": {"scaling_rule": "alpha/sqrt(r)"},
+    "init": {"init": "kaiming"},
+    "dropout": {"dropout": 0.3},
+    "seed": {"seed": 1},
+    "model": {"model": "other"},
+    "data": {"data": "other"},
+    "output": {"output": "other"},
+    "method": {"method": "none"},
+    "eval": {"eval": "50%"},
+    "eval_every": {"eval_every": 1},
+    "patience": {"patience": 1, "eval_every": 1, "lr": 1.0, "clip": None},
+    "epochs": {"epochs": 3},
+    "max_steps": {"max_steps": 1},
+    "batch_size": {"batch_size": 3},
+    "micro_tokens": {"micro_tokens": 60},
+    "seq_len": {"seq_len": 40},
+    "lr": {"lr": 0.01},
+    "schedule": {"schedule": "cosine"},
+    "warmup": {"warmup": 0.6},
+    "weight_decay": {"weight_decay": 0.5},
+    "beta1": {"beta1": 0.5},
+    "beta2": {"beta2": 0.5},
+    "clip": {"clip": 1e-4},
+    "precision": {"precision": "bf16"},
+    "save_every": {"save_every": 1},
+    "memory": {"memory": "1MiB"},
+    "threads": {"threads": 2},
+    "trust_remote_code": {"trust_remote_code": True, "model": "with code"},
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("places")
+    with_code = tiny.write_model(directory / "with_code")
+    config = json.loads((with_code / "config.json").read_text())
+    config |= {"model_type": "its_own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (with_code / "config.json").write_text(json.dumps(config))
+    return {
+        "model": str(tiny.write_model(directory / "model")),
+        "other model": str(tiny.write_model(directory / "other", seed=1)),
+        "with code": str(with_code),
+        "data": str(tiny.write_chat(directory / "rows.jsonl", 12)),
+        "other data": str(tiny.write_chat(directory / "other.jsonl", 13)),
+    }
+
+
+def _made(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Everything a run leaves but times and the echo of its settings; or the sentence with which it was refused."""
+    heard = io.StringIO()
+    console = Console(file=heard, width=2000)
+    try:
+        result = train(TrainConfig(**settings), {}, Start(False, False, time.time()), console)
+    except LorafitError as error:
+        return {"refused": str(error)}
+    run = Path(settings["output"])
+    timed = ("train_s", "load_s", "peak_rss_bytes")
+    return {
+        "where": run.name,
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "result": {key: value for key, value in result.items() if key not in timed},
+        "metrics": [{**json.loads(line), "step_s": 0} for line in (run / "metrics.jsonl").read_text().splitlines()],
+        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("plain")
+    return _made({**BASE, **{k: places[k] for k in ("model", "data")}, "output": str(directory / "run")}, directory)
+
+
+def test_every_setting_has_a_change_here() -> None:
+    assert set(CHANGED) == set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changing_it_changes_what_a_run_makes(
+    name: str, places: dict[str, str], plain: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**BASE, **{k: places[k] for k in ("model", "data")}, "output": str(tmp_path / "run"), **CHANGED[name]}
+    for place in ("model", "data"):
+        value = settings[place]
+        settings[place] = places.get(f"other {place}" if value == "other" else value, value)
+    settings["output"] = str(tmp_path / Path(settings["output"]).name)
+    made = _made(settings, tmp_path)
+    if name == "trust_remote_code":
+        refused = _made({**settings, "trust_remote_code": False, "output": str(tmp_path / "no")}, tmp_path)
+        assert made != refused
+    assert made != plain

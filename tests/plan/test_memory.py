@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorafit.config import TrainConfig
+from lorafit.methods.table import METHODS
+from lorafit.model import spec as model_spec
+from lorafit.plan import machine, memory
+from tests import tiny
+
+MIB = 1 << 20
+
+
+def _config(**settings: object) -> TrainConfig:
+    return TrainConfig(**{"model": "m", "data": "d", "output": "o", "r": 3, "alpha": 7.0, **settings})  # type: ignore[arg-type]  # of several types
+
+
+def test_the_predicted_trainable_count_is_the_actual_one(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    model = tiny.llama()
+    attached = METHODS["lora"].attach(model, _config())
+    assert attached.trainable_params == memory.adapter_params(spec, 3)
+    assert attached.total_params == spec.parameters
+
+
+def test_the_peak_is_the_sum_of_its_parts_and_grows_with_tokens(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    small = memory.estimate(spec, _config(), "fp32", tokens=100, supervised=10)
+    large = memory.estimate(spec, _config(), "fp32", tokens=200, supervised=20)
+    assert small.peak_bytes == sum(small.parts.values())
+    assert large.parts["activations"] == 2 * small.parts["activations"]
+    assert large.parts["logits"] == 2 * small.parts["logits"]
+    assert large.parts["weights"] == small.parts["weights"] == 4 * spec.parameters
+
+
+def test_bf16_halves_the_weights(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    assert memory.estimate(spec, _config(), "bf16", 1, 1).parts["weights"] == 2 * spec.parameters
+
+
+def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
+    before = machine.peak_rss_bytes()
+    block = bytearray(64 * MIB)
+    assert machine.peak_rss_bytes() >= before
+    assert machine.peak_rss_bytes() >= machine.rss_bytes() - MIB
+    assert len(block) <= machine.rss_bytes()
+    assert machine.available_bytes() > 0
+    assert machine.physical_cores() >= 1
+
+
+@pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits"])
+def test_the_description_names_every_part(part: str, tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    assert part in memory.estimate(spec, _config(), "fp32", 1, 1).describe()
