@@ -127,7 +127,7 @@ def train(
 
     from lorafit.run import Start, train
 
-    result = train(resolved, source, Start(resume, force, PROCESS_STARTED_AT), Console(stderr=True))
+    result = train(resolved, source, Start(resume, force, PROCESS_STARTED_AT), _log())
     if as_json:
         _print_json(result)
 
@@ -147,7 +147,7 @@ def evaluate(given: dict[str, Any], as_json: JSON = False) -> None:
 
     from lorafit import use
 
-    result = use.evaluate(resolved, Console(stderr=True))
+    result = use.evaluate(resolved, _log())
     if as_json:
         _print_json(result)
     else:
@@ -167,7 +167,7 @@ def chat(given: dict[str, Any]) -> None:
 
     from lorafit import use
 
-    use.chat(resolved, Console(stderr=True), sys.stdin, sys.stdout)
+    use.chat(resolved, _log(), sys.stdin, sys.stdout)
 
 
 @app.command(rich_help_panel="Ship")
@@ -183,7 +183,7 @@ def merge(given: dict[str, Any], as_json: JSON = False) -> None:
 
     from lorafit import use
 
-    result = use.merge(resolved, Console(stderr=True))
+    result = use.merge(resolved, _log())
     if as_json:
         _print_json(result)
 
@@ -199,7 +199,7 @@ def demo(
     """
     from lorafit.demo.run import demonstrate
 
-    result = demonstrate(output, PROCESS_STARTED_AT, Console(stderr=True), Console(stderr=as_json))
+    result = demonstrate(output, PROCESS_STARTED_AT, _log(), Console(stderr=as_json, soft_wrap=True))
     if as_json:
         _print_json(result)
 
@@ -209,6 +209,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         print(__version__)
         raise typer.Exit
+
+
+def _log() -> Console:
+    """Logs go to stderr; a long line is left to the terminal, so that it can be copied and searched."""
+    return Console(stderr=True, soft_wrap=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -46,7 +46,8 @@ def demonstrate(output: Path, started_at: float, log: Console, console: Console)
 
 
 def _print(output: Path, result: dict[str, Any], scored: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{result['test_rows']} customer messages that training never saw")
+    console.print(f"\nOn {result['test_rows']} customer messages of wordings and products that training never shows:")
+    table = Table()
     for column in ("", "exact match", "valid JSON", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("base", "tuned"):
@@ -63,7 +64,7 @@ def _print(output: Path, result: dict[str, Any], scored: dict[str, Any], console
     console.print(f"tuned     {sample['tuned']['got']}\n", markup=False, highlight=False)
     console.print("Next:")
     for command in (
-        f"lorafit chat {output}                    # /scale 0.5 turns it down, /base answers with both",
+        f"lorafit chat {output}  # /scale 0.5 turns it down, /base answers with both",
         f"lorafit merge {output} -o {output}-merged  # a plain model, with no overhead",
         f"lorafit train {MODEL} YOUR.jsonl -o runs/first",
     ):
