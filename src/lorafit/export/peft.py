@@ -25,8 +25,9 @@ from lorafit.errors import AdapterError, listed
 from lorafit.export.peft_names import Targets, exact_pattern, exact_targets, own_patterns, pattern_value, resolve
 from lorafit.export.peft_tensors import from_peft, read_tensors, to_peft
 from lorafit.lora.base import Conv
-from lorafit.lora.inject import attach, detach, load_adapter_state, lora_layers
+from lorafit.lora.inject import detach, load_adapter_state, lora_layers
 from lorafit.lora.layer import LoRALayer
+from lorafit.methods import lora
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -198,20 +199,7 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     tensors = read_tensors(directory / WEIGHTS_NAME)
     names = resolve(model, found.targets)
     config = _lora_config(model, names, found)
-    attach(
-        model,
-        r=config.r,
-        alpha=config.alpha,
-        targets=config.targets,
-        variant=config.variant,
-        rule=config.scaling_rule,
-        init=config.init,
-        dropout=config.dropout,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        layers=config.layers,
-        seed=0,
-    )
+    lora.attach(model, config)
     try:
         layers = lora_layers(model)
         _check_same_function(model, layers, found)
