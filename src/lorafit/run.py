@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
-# What may differ between a run and its resumption without changing a number.
-FREE_TO_CHANGE = frozenset({"output", "save_every", "memory"})
+# What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
+FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         console.print(f"{run.path} holds a finished run; nothing to do")
         return run.read_result()
     with run.lock():
-        torch.set_num_threads(config.threads or machine.physical_cores())
         run.clean()
         earlier = _earlier(run, console) if start.resume else None
         inputs = _read_inputs(config)
@@ -98,7 +97,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
-        peft.save(loaded.model, run.adapter, config, base=config.model, tokenizer=loaded.tokenizer)
+        peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, inputs, attached, progress, identity, estimate, load_s)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
@@ -215,10 +214,11 @@ def _evaluation(model: PreTrainedModel, held_out: EncodedSet, config: TrainConfi
 
 
 def _chosen(config: TrainConfig, earlier: Checkpoint | None) -> dict[str, Any]:
-    """What is chosen by measuring is chosen once: a resumed run uses what the first one found."""
-    if earlier:
-        return dict(earlier.identity["chosen"])
-    return {"precision": precision.choose(config.precision), "threads": torch.get_num_threads()}
+    """What is chosen by measuring is chosen once: a resumed run uses what the first one found. Sets torch's threads."""
+    found = earlier.identity["chosen"] if earlier else {}
+    threads = found.get("threads") or config.threads or machine.physical_cores()
+    torch.set_num_threads(threads)
+    return {"precision": found.get("precision") or precision.choose(config.precision), "threads": threads}
 
 
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -283,8 +283,8 @@ def _result(
     load_s: float,
 ) -> dict[str, Any]:
     return {
-        "model": config.model,
-        "data": config.data,
+        "model": _lasting(config.model),
+        "data": _lasting(config.data),
         "method": config.method,
         "variant": config.variant,
         "r": config.r,
@@ -312,6 +312,11 @@ def _result(
         "data_sha256": inputs.hashes["data"],
         "model_sha256": inputs.hashes["model"],
     }
+
+
+def _lasting(name: str) -> str:
+    """A name that still holds in another working directory: a path becomes absolute."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _common_system(examples: list[Example]) -> str | None:
