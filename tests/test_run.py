@@ -91,7 +91,7 @@ def _unfinished(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shown", "changed"), [("r was 3, now 4", {"r": 4}), ("lr was 0.001, now 0.5", {"lr": 0.5}), ("data was", "data")]
+    ("shown", "changed"), [("r was 3, now 4", {"r": 4}), ("lr was 0.002, now 0.5", {"lr": 0.5}), ("data was", "data")]
 )
 def test_resuming_otherwise_is_refused_with_the_difference(
     shown: str, changed: Any, inputs: dict[str, Any], tmp_path: Path

@@ -105,8 +105,8 @@ class TrainConfig(LoRAConfig):
     """Tokens, padding included, per forward pass: a batch is split to stay below; the result is the same."""
     seq_len: int = Field(2048, ge=2)
     """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW. The default suits short runs at ranks to 16; take less for long ones."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate goes on after the warm-up: linear and cosine fall to 0 at the last step."""
     warmup: float = Field(0.05, ge=0, lt=1)
