@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lorafit.config import LoRAConfig
 from lorafit.errors import AdapterError
 from lorafit.export import peft
-from lorafit.lora.inject import attach, lora_layers
+from lorafit.lora.inject import lora_layers
+from lorafit.methods import lora
 from tests import tiny
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -23,20 +24,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 def adapted(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """The model with an adapter that does something."""
-    attach(
-        model,
-        r=config.r,
-        alpha=config.alpha,
-        targets=config.targets,
-        variant=config.variant,
-        rule=config.scaling_rule,
-        init=config.init,
-        dropout=config.dropout,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        layers=config.layers,
-        seed=0,
-    )
+    lora.attach(model, config)
     generator = torch.Generator().manual_seed(1)
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.get_parameter("lora_B"), generator=generator)

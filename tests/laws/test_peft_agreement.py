@@ -30,7 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.config import LoRAConfig
 from lorafit.export import peft
 from lorafit.export.merge import tolerance
-from lorafit.lora.inject import attach, lora_layers, trainable_parameters
+from lorafit.lora.inject import lora_layers, trainable_parameters
+from lorafit.methods import lora
 
 VOCABULARY = 50
 IDS = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -154,29 +155,12 @@ OURS_BY_MODEL: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def attach_ours(model: nn.Module, config: LoRAConfig) -> None:
-    attach(
-        model,
-        r=config.r,
-        alpha=config.alpha,
-        targets=config.targets,
-        variant=config.variant,
-        rule=config.scaling_rule,
-        init=config.init,
-        dropout=config.dropout,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        layers=config.layers,
-        seed=3,
-    )
-
-
 @pytest.mark.parametrize(("name", "case", "settings"), OURS_BY_MODEL, ids=[f"{m}: {c}" for m, c, _ in OURS_BY_MODEL])
 def test_peft_loads_what_we_save(name, case, settings, tmp_path):
     model = base(name)
     untuned = logits(model)
     config = LoRAConfig(**{"r": 4, "alpha": 10, "init": "kaiming", **settings})
-    attach_ours(model, config)
+    lora.attach(model, config)
     train(model, trainable_parameters(model))
     expected = logits(model)
     peft.save(model, tmp_path / "adapter", config, base="base", tokenizer=None)
@@ -294,7 +278,7 @@ def draw_B(model: nn.Module) -> None:
 def test_convolutions_agree_both_ways(variant, tmp_path):
     ours = convolutional(Convolutional)
     config = LoRAConfig(r=3, alpha=10, targets=["first", "second", "third"], variant=variant)
-    attach_ours(ours, config)
+    lora.attach(ours, config)
     draw_B(ours)
     peft.save(ours, tmp_path / "ours", config, base="", tokenizer=None)
     theirs = PeftModel.from_pretrained(convolutional(Convolutional), tmp_path / "ours")
@@ -330,7 +314,7 @@ def test_peft_refuses_a_convolution_that_it_would_compute_otherwise_and_we_load_
 
     ours = model()
     config = LoRAConfig(r=2, alpha=5, targets=["first", "second"], variant=variant)
-    attach_ours(ours, config)
+    lora.attach(ours, config)
     draw_B(ours)
     peft.save(ours, tmp_path, config, base="", tokenizer=None)
     with pytest.raises(KeyError, match="LORAFIT_LORA"):

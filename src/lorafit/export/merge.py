@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorafit import files
@@ -82,12 +81,7 @@ def save_merged(model: Any, tokenizer: Any | None, directory: Path, dtype: torch
     moved = _cast(model, tokenizer, dtype)
 
     def fill(temporary: Path) -> None:
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:  # what its writer raises in place of an OSError
-            raise RunDirError(
-                f"cannot write {directory}: {error}", "Free some space or choose another place"
-            ) from error
+        model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
