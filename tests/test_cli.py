@@ -168,6 +168,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(inputs: tup
     assert not any(name.startswith((".step", ".adapter", "step-")) for name in left)
 
 
+def test_a_disk_that_fills_while_merging_is_one_sentence_and_leaves_nothing(finished: Path, tmp_path: Path) -> None:
+    done = _limited("merge", str(finished), "-o", str(tmp_path / "merged"))
+    assert done.returncode == 2, done.stderr
+    assert "the file would exceed the size limit" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_is_evaluated_talked_to_and_merged_by_its_directory(finished: Path, inputs: tuple[str, str]) -> None:
     scores = {}
     for scale in ("0", "1"):
