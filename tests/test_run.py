@@ -42,7 +42,8 @@ def test_a_run_writes_its_whole_directory(inputs: dict[str, Any], tmp_path: Path
     assert names == {"run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md"}
     assert result.keys() >= KEYS
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == result
-    assert result["tokens_supervised"] < result["tokens_seen"] <= result["tokens_computed"]
+    assert result["tokens_supervised"] < result["tokens_seen"]
+    assert result["tokens_computed"] < result["tokens_seen"]  # the rows begin alike, and that is computed once
     assert result["steps"] == 2
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         entry.name for entry in (tmp_path / "run" / "adapter").iterdir()

@@ -132,6 +132,15 @@ def _swap(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def cache_dir() -> Path:
+    """Where what was measured or compiled on this machine is kept: LORAFIT_CACHE, or `lorafit` in the user's cache."""
+    chosen = os.environ.get("LORAFIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "lorafit"
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of one file, read in chunks of 4 MiB."""
     digest = hashlib.sha256()

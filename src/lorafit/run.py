@@ -23,6 +23,7 @@ from lorafit.data.formats import Chat, Example, read_examples, unused_columns
 from lorafit.data.load import Row, read_rows, split
 from lorafit.data.mask import EncodedSet, encode_all
 from lorafit.engine import precision
+from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import CheckpointError, ConfigError, DoesNotFitError, did_you_mean, listed
 from lorafit.export import card, peft
 from lorafit.infer.evaluate import mean_loss
@@ -84,14 +85,15 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = method.attach(loaded.model, config)
         _print_attached(attached, console)
+        engine = _prepare(loaded.model, config, chosen["precision"], console)
         work = Work(
             model=loaded.model,
             method=method,
             rows=list(encoded.encoded),
-            pad_id=_pad_id(loaded.tokenizer),
+            engine=engine,
             config=config,
             identity=identity,
-            evaluate=_evaluation(loaded.model, held_out, config) if held_out else None,
+            evaluate=_evaluation(engine, held_out, config) if held_out else None,
         )
         load_s = time.time() - start.started_at
         run.write_config(config.model_dump())
@@ -195,17 +197,22 @@ def _bytes(text: str) -> int:
     raise ConfigError(f"--memory {text!r} is not a size", "Give one such as 2GiB, 1500MiB or 4GB")
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """Any id serves: padding is masked by position."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+def _prepare(model: PreTrainedModel, config: TrainConfig, precision_name: str, console: Console) -> Engine:
+    """The engine for this model, with what it could not make faster shown."""
+    engine = prepare(model, precision_name, share_prefix=config.dropout == 0)
+    for note in engine.notes:
+        console.print(note, style="yellow", highlight=False)
+    if config.dropout:
+        console.print("a prefix that rows share is computed in each of them: dropout differs by row", highlight=False)
+    return engine
 
 
-def _evaluation(model: PreTrainedModel, held_out: EncodedSet, config: TrainConfig) -> Callable[[], float]:
+def _evaluation(engine: Engine, held_out: EncodedSet, config: TrainConfig) -> Callable[[], float]:
     """A function that gives the mean loss per supervised token over the held-out rows, without dropout."""
 
     def evaluate() -> float:
-        model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        return mean_loss(model, held_out, config.micro_tokens, lambda rows: None)
+        engine.model.eval()
+        return mean_loss(engine, held_out, config.micro_tokens, lambda rows: None)
 
     return evaluate
 

@@ -22,6 +22,7 @@ from lorafit.config import ChatConfig, EvalConfig, MergeConfig
 from lorafit.data.formats import read_examples
 from lorafit.data.load import read_rows
 from lorafit.engine import precision
+from lorafit.engine.engine import prepare
 from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import merge as export_merge
 from lorafit.export import peft
@@ -96,6 +97,7 @@ def open_target(
     _check_same_model(target, found, spec)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code)
+    loaded.model.requires_grad_(False)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
         peft.load(loaded.model, found.adapter)
@@ -201,7 +203,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
     )
     result = infer_evaluate.evaluate(
-        opened.model,
+        prepare(opened.model, opened.precision, share_prefix=True),
         opened.tokenizer,
         examples,
         batch_size=config.batch_size,

@@ -3,20 +3,20 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.data.mask import Encoded
-from lorafit.data.pack import Batch, micro_batches, step_rows
-
-PAD = 7
+from lorafit.data.pack import micro_batches, step_rows
+from lorafit.engine.batch import Batch, Packing
 
 
 def encoded(lengths: list[int]) -> list[Encoded]:
-    """Rows of tokens 1, 2, ... whose second half has a loss; PAD is among them."""
+    """Rows of tokens 1, 2, ... whose second half has a loss."""
     return [
         Encoded(np.arange(1, n + 1, dtype=np.int32), (np.arange(n) >= n / 2) & (np.arange(n) > 0), 0, f"f:{n}")
         for n in lengths
@@ -38,45 +38,131 @@ def test_the_order_depends_on_seed_and_epoch_and_is_the_same_on_every_machine() 
     assert step_rows(8, 3, seed=5, epoch=2) == [[3, 5, 2], [7, 1, 0], [6, 4]]
 
 
+def padded(data: list[Encoded], ids: Sequence[int], limit: int) -> list[Batch]:
+    return micro_batches(data, ids, limit, Packing(padded=True, share_prefix=False))
+
+
 def rows_of(batches: list[Batch]) -> list[int]:
-    return [int(row) for batch in batches for row in batch.row_ids]
+    return [int(row) for batch in batches for row in batch.token_rows[:, 0]]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120), st.randoms())
-def test_micro_batches_hold_every_row_once_and_respect_the_limit(
+def test_padded_batches_hold_every_row_once_and_respect_the_limit(
     lengths: list[int], limit: int, shuffler: random.Random
 ) -> None:
-    data = encoded(lengths)
-    ids = list(range(len(lengths)))
-    batches = micro_batches(data, ids, limit, PAD)
+    data, ids = encoded(lengths), list(range(len(lengths)))
+    batches = padded(data, ids, limit)
     assert ids == sorted(rows_of(batches))
     for batch in batches:
-        assert batch.computed_tokens == batch.input_ids.numel() <= limit or batch.input_ids.shape[0] == 1
-        for number, row in enumerate(batch.row_ids.tolist()):
+        assert batch.computed_tokens == batch.input_ids.numel() <= limit or batch.rows == 1
+        assert batch.attention_mask is not None
+        for number, row in enumerate(batch.token_rows[:, 0].tolist()):
             length = lengths[row]
             assert data[row].input_ids.tolist() == batch.input_ids[number, :length].tolist()
-            assert data[row].supervised.tolist() == batch.supervised[number, :length].tolist()
-            assert [1] * length == batch.attention_mask[number, :length].tolist()
-            assert not batch.attention_mask[number, length:].any() and not batch.supervised[number, length:].any()
-            assert (batch.input_ids[number, length:] == PAD).all()
+            assert [1] * length + [0] * (batch.input_ids.shape[1] - length) == batch.attention_mask[number].tolist()
     assert sum(lengths) == sum(batch.real_tokens for batch in batches)
-    assert sum(int(row.supervised.sum()) for row in data) == sum(batch.supervised_tokens for batch in batches)
+    assert predicted(data, batches) == expected_predictions(data)
     shuffler.shuffle(ids)
-    assert rows_of(batches) == rows_of(micro_batches(data, ids, limit, PAD))
+    assert rows_of(batches) == rows_of(padded(data, ids, limit))
 
 
 def test_rows_of_like_length_share_a_batch_and_a_too_long_row_stands_alone() -> None:
-    batches = micro_batches(encoded([2, 30, 10, 9, 3]), range(5), 20, PAD)
-    assert [batch.row_ids.tolist() for batch in batches] == [[1], [2, 3], [4, 0]]
+    batches = padded(encoded([2, 30, 10, 9, 3]), range(5), 20)
+    assert [batch.token_rows[:, 0].tolist() for batch in batches] == [[1], [2, 3], [4, 0]]
     assert [batch.computed_tokens for batch in batches] == [30, 20, 6]
     assert [batch.real_tokens for batch in batches] == [30, 19, 5]
 
 
-def test_labels_are_the_ids_with_a_loss_and_the_first_token_never_is_one() -> None:
-    (batch,) = micro_batches(encoded([4, 2]), [0, 1], 100, PAD)
-    assert batch.labels.tolist() == [[-100, -100, 3, 4], [-100, 2, -100, -100]]
-    assert {torch.int64} == {batch.labels.dtype, batch.input_ids.dtype, batch.attention_mask.dtype, batch.row_ids.dtype}
-    assert torch.bool == batch.supervised.dtype
+# --- what a packed batch means, read from its tensors alone --------------------------------------------------------
+
+
+def contexts(batch: Batch) -> list[tuple[int, ...]]:
+    """For each token, the tokens that it sees, itself last: by the layout if packed, else by its row."""
+    ids = batch.input_ids.flatten().tolist()
+    if batch.layout is None:
+        width = batch.input_ids.shape[1]
+        return [tuple(ids[at - at % width : at + 1]) for at in range(len(ids))]
+    seen: dict[int, tuple[int, ...]] = {}
+    for bucket in batch.layout:
+        before = tuple(ids[bucket.prefix_start : bucket.prefix_start + bucket.prefix])
+        for row, length in zip(bucket.tokens.view(bucket.rows, -1), bucket.lengths.tolist(), strict=True):
+            assert (row[length:] == -1).all() and (row[:length] >= 0).all() and bucket.width == len(row)
+            own = [ids[at] for at in row[:length].tolist()]
+            for number, at in enumerate(row[:length].tolist()):
+                assert at not in seen
+                seen[at] = before + tuple(own[: number + 1])
+    return [seen[at] for at in range(len(ids))]
+
+
+def predicted(data: list[Encoded], batches: list[Batch]) -> Counter[tuple[tuple[int, ...], int]]:
+    """How often each (tokens seen, token predicted) is counted in the loss."""
+    counts: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for batch in batches:
+        seen = contexts(batch)
+        pairs = zip(batch.predicts.tolist(), batch.targets.tolist(), batch.weights.tolist(), strict=True)
+        for at, target, weight in pairs:
+            counts[seen[at], target] += int(weight)
+        assert batch.supervised_tokens == int(batch.weights.sum())
+    return counts
+
+
+def expected_predictions(data: list[Encoded]) -> Counter[tuple[tuple[int, ...], int]]:
+    return Counter(
+        (tuple(row.input_ids[:at].tolist()), int(row.input_ids[at]))
+        for row in data
+        for at in np.flatnonzero(row.supervised)
+    )
+
+
+rows_with_prefixes = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(1, 200), st.integers(0, 9), st.booleans()),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(rows_with_prefixes, st.integers(1, 400), st.booleans())
+def test_packed_rows_see_and_predict_what_they_do_alone(
+    specs: list[tuple[int, int, int, int, bool]], limit: int, share: bool
+) -> None:
+    data = []
+    for family, prefix, length, seed, all_of_it in specs:
+        start = np.random.default_rng(family).integers(0, 50, prefix)
+        ids = np.concatenate([start, np.random.default_rng(seed).integers(0, 50, length)]).astype(np.int32)
+        supervised = np.arange(len(ids)) >= (1 if all_of_it else max(1, len(ids) - 3))
+        data.append(Encoded(ids, supervised, 0, "f:1"))
+    batches = micro_batches(data, range(len(data)), limit, Packing(share_prefix=share))
+    assert predicted(data, batches) == expected_predictions(data)
+    assert sum(batch.rows for batch in batches) == len(data)
+    assert sum(batch.real_tokens for batch in batches) == sum(len(row.input_ids) for row in data)
+    for batch in batches:
+        seen = contexts(batch)
+        assert batch.position_ids[0].tolist() == [len(tokens) - 1 for tokens in seen]
+        assert batch.computed_tokens <= limit or batch.rows == 1
+        for at, (row, position) in enumerate(zip(batch.token_rows[0].tolist(), batch.position_ids[0], strict=True)):
+            assert data[row].input_ids[: position + 1].tolist() == list(seen[at])
+    if not share:
+        assert sum(batch.computed_tokens for batch in batches) == sum(batch.real_tokens for batch in batches)
+
+
+def test_a_common_beginning_is_computed_once_and_two_of_them_twice() -> None:
+    first, second = np.arange(100, 190), np.arange(300, 350)
+    tails = [np.arange(n, n + 5) for n in range(4)]
+    rows = [np.concatenate([first if n < 2 else second, tail]) for n, tail in enumerate(tails)]
+    data = [Encoded(row.astype(np.int32), np.arange(len(row)) > len(row) - 3, 0, "f:1") for row in rows]
+    (batch,) = micro_batches(data, [2, 0, 3, 1], 1000, Packing())
+    assert batch.computed_tokens == 90 + 50 + 4 * 5
+    assert sum(len(row) for row in rows) == batch.real_tokens
+    (whole,) = micro_batches(data, [2, 0, 3, 1], 1000, Packing(share_prefix=False))
+    assert whole.computed_tokens == whole.real_tokens
+
+
+def test_equal_rows_share_all_but_their_last_token_and_weigh_twice() -> None:
+    data = encoded([40]) * 3
+    (batch,) = micro_batches(data, [0, 1, 2], 1000, Packing())
+    assert batch.computed_tokens == 39 + 3
+    assert {1.0, 3.0} == set(batch.weights.tolist())
+    assert batch.supervised_tokens == 3 * 20
 
 
 def test_only_packing_imports_torch() -> None:

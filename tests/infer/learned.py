@@ -11,7 +11,7 @@ from lorafit.data.formats import Example, read_examples
 from lorafit.data.load import Row
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
-from lorafit.engine.loss import supervised_nll
+from lorafit.engine.engine import plain
 from lorafit.lora.inject import attach, trainable_parameters
 from tests import tiny
 
@@ -52,9 +52,10 @@ def learn() -> Learned:
     )  # fmt: skip
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2, weight_decay=0.0)
     rows = encode_all(examples, tokenizer, 512).encoded
-    (batch,) = micro_batches(rows, range(len(rows)), 4096, 0)
+    engine = plain(model)
+    (batch,) = micro_batches(rows, range(len(rows)), 4096, engine.packing)
     for _ in range(120):
-        supervised_nll(model, batch.input_ids, batch.attention_mask, batch.supervised).mean().backward()
+        (engine.loss(batch) / batch.supervised_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
     return Learned(model, tokenizer, examples)

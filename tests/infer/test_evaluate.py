@@ -11,6 +11,7 @@ from rich.console import Console
 from lorafit.data.formats import read_examples
 from lorafit.data.load import Row
 from lorafit.data.mask import encode_all
+from lorafit.engine.engine import prepare
 from lorafit.errors import NumericsError
 from lorafit.infer.evaluate import EvalResult, Sample, evaluate, perplexity
 from lorafit.lora.inject import detach, set_scale
@@ -24,7 +25,11 @@ def measure(learned: Learned, examples: Any = None, **settings: Any) -> EvalResu
         "console": Console(file=io.StringIO()),
     }  # fmt: skip
     rows = learned.examples if examples is None else examples
-    return evaluate(learned.model, learned.tokenizer, rows, **{**defaults, **settings})
+    engine = prepare(learned.model, "fp32", share_prefix=True)
+    try:
+        return evaluate(engine, learned.tokenizer, rows, **{**defaults, **settings})
+    finally:
+        engine.close()
 
 
 def measures(result: EvalResult) -> tuple[object, ...]:
@@ -48,8 +53,9 @@ def test_scale_0_is_bitwise_the_model_without_an_adapter() -> None:
     set_scale(own.model, 0.0)
     at_zero = measure(own)
     detach(own.model)
+    own.model.requires_grad_(False)  # as `eval` opens a model: what is frozen is run fast
     assert measures(measure(own)) == measures(at_zero)
-    assert measures(measure(Learned(llama(), own.tokenizer, own.examples))) == measures(at_zero)
+    assert measures(measure(Learned(llama().requires_grad_(False), own.tokenizer, own.examples))) == measures(at_zero)
 
 
 def test_loss_is_the_mean_over_supervised_tokens_by_plain_cross_entropy(learned: Learned) -> None:

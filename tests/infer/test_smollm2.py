@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from lorafit.data.mask import prompt_ids
+from lorafit.engine.engine import plain
 from lorafit.infer.evaluate import evaluate
 from lorafit.infer.generate import answer, end_tokens
 from lorafit.model import load, spec
@@ -41,7 +42,7 @@ def test_smollm2_answers_and_stops_beside_others_as_alone() -> None:
     assert "Paris" in together[0].text
 
     result = evaluate(
-        loaded.model, loaded.tokenizer, examples, batch_size=8, max_new_tokens=None, generate=False, samples=0,
+        plain(loaded.model), loaded.tokenizer, examples, batch_size=8, max_new_tokens=None, generate=False, samples=0,
         seq_len=512, micro_tokens=512, console=Console(file=io.StringIO()),
     )  # fmt: skip
     assert 0 < result.loss < 5

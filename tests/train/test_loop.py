@@ -14,7 +14,8 @@ from lorafit.data.formats import read_examples
 from lorafit.data.load import Row
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
-from lorafit.engine.loss import supervised_nll
+from lorafit.engine.batch import Packing
+from lorafit.engine.engine import plain, prepare
 from lorafit.errors import Interrupted, NumericsError
 from lorafit.methods.table import METHODS
 from lorafit.train.checkpoint import Checkpoint
@@ -50,6 +51,7 @@ class Heard:
 def work(
     questions: list[tuple[str, str]] | None = None,
     model: nn.Module | None = None,
+    engine: str = "fast",
     evaluate: Callable[[nn.Module], float] | None = None,
     **settings: Any,
 ) -> Work:
@@ -63,7 +65,7 @@ def work(
         model=model,
         method=METHODS["lora"],
         rows=list(encoded.encoded),
-        pad_id=1,
+        engine=prepare(model, "fp32", share_prefix=config.dropout == 0) if engine == "fast" else plain(model),
         config=config,
         identity={},
         evaluate=(lambda: evaluate(model)) if evaluate else None,
@@ -82,12 +84,13 @@ def run(job: Work, start: Checkpoint | None = None, heard: Heard | None = None) 
 
 def test_the_loss_is_that_of_transformers_over_the_same_labels() -> None:
     job = work()
-    batch = micro_batches(job.rows, [0, 5, 9], 4096, 1)[0]
-    losses = supervised_nll(job.model, batch.input_ids, batch.attention_mask, batch.supervised)
+    batch = micro_batches(job.rows, [0, 5, 9], 4096, Packing(padded=True))[0]
+    labels = torch.full_like(batch.input_ids, -100)  # transformers shifts them itself
+    labels.view(-1)[batch.predicts + 1] = batch.targets
     with torch.no_grad():
-        expected = job.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    assert losses.shape == (batch.supervised_tokens,)
-    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-6)
+        loss = job.engine.loss(batch)
+        expected = job.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    assert loss.item() / batch.supervised_tokens == pytest.approx(expected.item(), rel=1e-6)
 
 
 def _gradients(micro_tokens: int) -> tuple[float, dict[str, torch.Tensor]]:

@@ -1,40 +1,26 @@
-"""Encoded rows -> the order of an epoch, and padded batches of tensors. The only file of `data` that imports torch."""
+"""Encoded rows -> the order of an epoch, and batches of tensors. The only file of `data` that imports torch.
+
+A packed batch is its rows one after the other. Rows that begin with the same tokens form a family: their common prefix
+stands once, in front, and each row continues it. Everything a token sees is the same as in its row alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lorafit.data.mask import Encoded
+from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, Batch, Bucket, Packing
 
-IGNORED = -100  # torch's cross_entropy leaves such labels out (its default ignore_index)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Some rows side by side, padded on the right to the longest of them.
-
-    input_ids: (rows, tokens) int64. attention_mask: (rows, tokens) int64, 1 for a real token, 0 for padding.
-    supervised: (rows, tokens) bool; supervised[:, t]: token t has a loss, predicted from the tokens before t, so
-    column 0 is False. row_ids: (rows,) int64, numbers of the rows in the encoded set.
-    real_tokens: without padding. computed_tokens: with it. supervised_tokens: with a loss.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    supervised: torch.Tensor
-    row_ids: torch.Tensor
-    real_tokens: int
-    computed_tokens: int
-    supervised_tokens: int
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """(rows, tokens) int64: the token's id where it has a loss, else -100. Not shifted: transformers shifts."""
-        return self.input_ids.masked_fill(~self.supervised, IGNORED)
+# A prefix is shared where that saves at least so many tokens: it takes products of its own in every layer.
+MIN_SAVED_TOKENS = 32
+# Families are sought among so many rows at a time: the search is quadratic.
+ROWS_COMPARED = 128
 
 
 def step_rows(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -48,37 +34,242 @@ def step_rows(count: int, batch_size: int, seed: int, epoch: int) -> list[list[i
     return [order[first : first + batch_size] for first in range(0, count, batch_size)]
 
 
-def micro_batches(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int, pad_id: int) -> list[Batch]:
-    """The rows of one optimizer step as batches of at most micro_tokens tokens each, padding included.
+def micro_batches(
+    encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int, packing: Packing
+) -> list[Batch]:
+    """The rows of one optimizer step as batches that compute at most micro_tokens tokens each.
 
-    Longest rows first, so that rows of like length share a batch and memory peaks at once; a row longer than
-    micro_tokens stands alone. pad_id: any valid id; padding is told by the attention mask and has no loss.
+    A row longer than micro_tokens stands alone. Longest first where padded, so that memory peaks at once.
     """
+    if packing.padded:
+        return [_pad(encoded, rows) for rows in _padded_groups(encoded, row_ids, micro_tokens)]
+    families = _families(encoded, row_ids) if packing.share_prefix else [Family(0, [row]) for row in row_ids]
+    return [_pack(encoded, parts) for parts in _fill(encoded, families, micro_tokens)]
+
+
+# --- packed ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Rows that begin with the same `prefix` tokens. Each goes on with at least one token of its own."""
+
+    prefix: int
+    rows: list[int]
+
+
+def _families(encoded: Sequence[Encoded], row_ids: Sequence[int]) -> list[Family]:
+    """The rows, grouped so that shared prefixes save the most tokens."""
+    # Big-endian bytes sort as the token ids do; the row's number breaks ties, so the order depends on the rows alone.
+    ordered = sorted(row_ids, key=lambda row: (encoded[row].input_ids.astype(">i4").tobytes(), row))
+    return [
+        family
+        for first in range(0, len(ordered), ROWS_COMPARED)
+        for family in _best_split(encoded, ordered[first : first + ROWS_COMPARED])
+    ]
+
+
+def _best_split(encoded: Sequence[Encoded], ordered: list[int]) -> list[Family]:
+    """Cut sorted rows into runs; a run of n rows with a common prefix of p tokens saves (n - 1) p. Exact, by DP."""
+    common = [_common(encoded[a].input_ids, encoded[b].input_ids) for a, b in itertools.pairwise(ordered)]
+    best, start = [0] * (len(ordered) + 1), [0] * (len(ordered) + 1)
+    prefixes = [0] * (len(ordered) + 1)
+    for end in range(1, len(ordered) + 1):
+        best[end], start[end], prefix = best[end - 1], end - 1, 1 << 62
+        for first in range(end - 2, -1, -1):
+            prefix = min(prefix, common[first])
+            saved = (end - first - 1) * prefix
+            if saved >= MIN_SAVED_TOKENS and best[first] + saved - MIN_SAVED_TOKENS > best[end]:
+                best[end], start[end], prefixes[end] = best[first] + saved - MIN_SAVED_TOKENS, first, prefix
+            if prefix == 0:
+                break
+    families: list[Family] = []
+    end = len(ordered)
+    while end:
+        families.append(Family(prefixes[end] if end - start[end] > 1 else 0, ordered[start[end] : end]))
+        end = start[end]
+    return families[::-1]
+
+
+def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """How many tokens two rows begin with in common, one less than the shorter row at most."""
+    length = min(len(a), len(b)) - 1
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else max(length, 0)
+
+
+def _fill(encoded: Sequence[Encoded], families: list[Family], micro_tokens: int) -> Iterator[list[Family]]:
+    """Families into batches of micro_tokens; one that does not fit goes on in the next, its prefix computed again."""
+    batch: list[Family] = []
+    free = micro_tokens
+    for family in families:
+        taken: list[int] = []
+        for row in sorted(family.rows, key=lambda row: (-len(encoded[row].input_ids), row)):
+            cost = len(encoded[row].input_ids) - (family.prefix if taken else 0)
+            if cost > free and (batch or taken):
+                yield [*batch, Family(family.prefix, taken)] if taken else batch
+                batch, taken, free = [], [], micro_tokens
+                cost = len(encoded[row].input_ids)
+            taken.append(row)
+            free -= cost
+        batch.append(Family(family.prefix if len(taken) > 1 else 0, taken))
+    yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Tokens first..first+length-1 of a batch: a row, or what it adds to a prefix, or a prefix itself."""
+
+    first: int
+    length: int
+    prefix_start: int
+    prefix: int
+
+
+def _pack(encoded: Sequence[Encoded], families: list[Family]) -> Batch:
+    ids: list[NDArray[np.int32]] = []
+    positions: list[NDArray[np.int64]] = []
+    owners: list[tuple[int, int]] = []
+    runs: list[_Run] = []
+    pairs = _Pairs()
+    at = 0
+
+    def place(row: int, begin: int, end: int, prefix_start: int) -> int:
+        nonlocal at
+        ids.append(encoded[row].input_ids[begin:end])
+        positions.append(np.arange(begin, end))
+        owners.append((row, end - begin))
+        runs.append(_Run(at, end - begin, prefix_start, begin))
+        at += end - begin
+        return at - (end - begin)
+
+    for family in families:
+        shared = place(family.rows[0], 0, family.prefix, 0) if family.prefix else 0
+        pairs.add_shared([encoded[row] for row in family.rows], family.prefix, shared)
+        for row in family.rows:
+            own = place(row, family.prefix, len(encoded[row].input_ids), shared)
+            pairs.add_own(encoded[row], family.prefix, shared, own)
+    rows = [row for family in families for row in family.rows]
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        attention_mask=None,
+        layout=tuple(_buckets(runs)),
+        token_rows=torch.from_numpy(np.repeat(*np.array(owners, dtype=np.int64).T))[None],
+        **pairs.tensors(),
+        rows=len(rows),
+        real_tokens=sum(len(encoded[row].input_ids) for row in rows),
+        supervised_tokens=sum(int(encoded[row].supervised.sum()) for row in rows),
+    )
+
+
+class _Pairs:
+    """Which output position predicts which token, with how many rows that count it."""
+
+    def __init__(self) -> None:
+        self.predicts: list[NDArray[np.int64]] = []
+        self.targets: list[NDArray[np.int32]] = []
+        self.weights: list[NDArray[np.float32]] = []
+
+    def add_shared(self, rows: list[Encoded], prefix: int, start: int) -> None:
+        """Supervised tokens inside the common prefix: predicted once, counted once a row."""
+        if prefix:
+            counts = np.sum([row.supervised[:prefix] for row in rows], axis=0)
+            self._add(np.flatnonzero(counts), start - 1, rows[0], counts)
+
+    def add_own(self, row: Encoded, prefix: int, shared: int, own: int) -> None:
+        """Supervised tokens after the prefix; the first of them is predicted by the prefix's last token."""
+        supervised = np.flatnonzero(row.supervised[prefix:]) + prefix
+        ones = np.ones(len(row.input_ids), dtype=np.int64)
+        by_prefix = supervised[(supervised == prefix) & (prefix > 0)]
+        self._add(by_prefix, shared - 1, row, ones)
+        self._add(supervised[len(by_prefix) :], own - prefix - 1, row, ones)
+
+    def _add(self, tokens: NDArray[np.int64], offset: int, row: Encoded, counts: NDArray[np.int64]) -> None:
+        self.predicts.append(tokens + offset)
+        self.targets.append(row.input_ids[tokens])
+        self.weights.append(counts[tokens].astype(np.float32))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As fields of a Batch."""
+        return {
+            "predicts": torch.from_numpy(np.concatenate(self.predicts).astype(np.int64)),
+            "targets": torch.from_numpy(np.concatenate(self.targets).astype(np.int64)),
+            "weights": torch.from_numpy(np.concatenate(self.weights).astype(np.float32)),
+        }
+
+
+def _buckets(runs: list[_Run]) -> Iterator[Bucket]:
+    """Runs of one prefix and like length together. A run longer than a chunk stands alone: it is computed in chunks."""
+    prefixes = dict.fromkeys((run.prefix_start, run.prefix) for run in runs)
+    for start, length in prefixes:
+        mine = [run for run in runs if (run.prefix_start, run.prefix) == (start, length)]
+        mine.sort(key=lambda run: (-run.length, run.first))
+        long = [run for run in mine if run.length > CHUNK]
+        yield from (_bucket([run]) for run in long)
+        short = mine[len(long) :]
+        cuts = _cuts([run.length for run in short], length)
+        yield from (_bucket(short[a:b]) for a, b in itertools.pairwise(cuts))
+
+
+def _cuts(lengths: list[int], prefix: int) -> list[int]:
+    """Where to cut descending lengths, so that padding and calls together cost least. Exact, by DP."""
+    best, start = [0.0] + [np.inf] * len(lengths), [0] * (len(lengths) + 1)
+    for end in range(1, len(lengths) + 1):
+        for first in range(end - 1, -1, -1):
+            pairs = (end - first) * lengths[first] * (lengths[first] + prefix)
+            if pairs > MAX_PAIRS and end - first > 1:
+                break
+            if best[first] + pairs + PAIRS_PER_CALL < best[end]:
+                best[end], start[end] = best[first] + pairs + PAIRS_PER_CALL, first
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(start[cuts[-1]])
+    return cuts[::-1]
+
+
+def _bucket(runs: list[_Run]) -> Bucket:
+    width = runs[0].length
+    tokens = np.full((len(runs), width), -1, dtype=np.int32)
+    for number, run in enumerate(runs):
+        tokens[number, : run.length] = np.arange(run.first, run.first + run.length)
+    return Bucket(
+        tokens=torch.from_numpy(tokens.ravel()),
+        lengths=torch.tensor([run.length for run in runs], dtype=torch.int32),
+        width=width,
+        prefix_start=runs[0].prefix_start,
+        prefix=runs[0].prefix,
+    )
+
+
+# --- padded ---------------------------------------------------------------------------------------------------------
+
+
+def _padded_groups(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
     order = sorted(row_ids, key=lambda row: (-len(encoded[row].input_ids), row))
-    batches = []
-    first = 0
-    while first < len(order):
-        width = len(encoded[order[first]].input_ids)
-        rows = order[first : first + max(1, micro_tokens // width)]
-        batches.append(_pad([encoded[row] for row in rows], rows, width, pad_id))
-        first += len(rows)
-    return batches
+    while order:
+        count = max(1, micro_tokens // len(encoded[order[0]].input_ids))
+        yield order[:count]
+        order = order[count:]
 
 
-def _pad(rows: list[Encoded], row_ids: list[int], width: int, pad_id: int) -> Batch:
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    supervised = np.zeros((len(rows), width), dtype=np.bool_)
+def _pad(encoded: Sequence[Encoded], row_ids: list[int]) -> Batch:
+    """Rows side by side, padded on the right to the longest. Padding is any token: it is masked by position."""
+    rows = [encoded[row] for row in row_ids]
+    width = max(len(row.input_ids) for row in rows)
     lengths = np.array([len(row.input_ids) for row in rows])
-    for number, row in enumerate(rows):
-        input_ids[number, : lengths[number]] = row.input_ids
-        supervised[number, : lengths[number]] = row.supervised
-    attention_mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+    input_ids = np.stack([np.pad(row.input_ids.astype(np.int64), (0, width - len(row.input_ids))) for row in rows])
+    row, column = np.nonzero([np.pad(row.supervised, (0, width - len(row.supervised))) for row in rows])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        supervised=torch.from_numpy(supervised),
-        row_ids=torch.tensor(row_ids, dtype=torch.int64),
+        position_ids=torch.arange(width).expand(len(rows), -1),
+        attention_mask=torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
+        layout=None,
+        token_rows=torch.tensor(row_ids)[:, None].expand(-1, width),
+        predicts=torch.from_numpy(row * width + column - 1),
+        targets=torch.from_numpy(input_ids[row, column]),
+        weights=torch.ones(len(row)),
+        rows=len(rows),
         real_tokens=int(lengths.sum()),
-        computed_tokens=input_ids.size,
-        supervised_tokens=int(supervised.sum()),
+        supervised_tokens=len(row),
     )

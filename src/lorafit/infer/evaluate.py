@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lorafit.data.formats import Chat, Completion, Example
 from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
-from lorafit.engine.loss import supervised_nll
+from lorafit.engine.engine import Engine
 from lorafit.errors import NumericsError
-from lorafit.infer.generate import PAD_ID, Answer, answer
+from lorafit.infer.generate import Answer, answer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS_BEYOND_EXPECTED = 16  # room for an answer that goes on where it should have ended
 
@@ -63,7 +63,7 @@ class EvalResult:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
@@ -75,7 +75,7 @@ def evaluate(
     micro_tokens: int,
     console: Console,
 ) -> EvalResult:
-    """Measure `model` on `examples`, in eval mode and greedily; a progress bar is shown where `console` is a terminal.
+    """Measure the engine's model on `examples`, in eval mode and greedily; `console` shows a bar if it is a terminal.
 
     batch_size: most rows that answer together. max_new_tokens: of an answer; None: the longest expected reply's tokens
     and 16 more. generate: whether the model answers at all. samples: how many of the first rows are kept to be shown.
@@ -84,12 +84,14 @@ def evaluate(
     model, NumericsError for a loss or logits that are not finite.
     """
     started = time.perf_counter()
-    model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+    engine.model.eval()
     encoded = encode_all(examples, tokenizer, seq_len)
     replies = [reply for example in examples if (reply := expected_reply(example)) is not None] if generate else []
     with _bar(console) as bar:
-        loss = mean_loss(model, encoded, micro_tokens, _counter(bar, "loss", encoded.pieces))
-        answers = _answers(model, tokenizer, examples, replies, batch_size, max_new_tokens, bar) if replies else []
+        loss = mean_loss(engine, encoded, micro_tokens, _counter(bar, "loss", encoded.pieces))
+        answers = (
+            _answers(engine.model, tokenizer, examples, replies, batch_size, max_new_tokens, bar) if replies else []
+        )
     right = [got.text.strip() == reply.strip() for got, reply in zip(answers, replies, strict=True)]
     share = sum(right) / len(right) if right else None
     return EvalResult(
@@ -111,16 +113,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]) -> float:
+def mean_loss(engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]) -> float:
     """Nats per supervised token, the mean over all of them. on_rows: called with how many rows were just measured.
 
     Raises NumericsError if it is not finite.
     """
     total, count = 0.0, 0
-    for batch in micro_batches(encoded.encoded, range(encoded.pieces), micro_tokens, PAD_ID):
-        losses = supervised_nll(model, batch.input_ids, batch.attention_mask, batch.supervised)
-        total, count = total + float(losses.double().sum()), count + losses.numel()
-        on_rows(len(batch.row_ids))
+    for batch in micro_batches(encoded.encoded, range(encoded.pieces), micro_tokens, engine.packing):
+        total, count = total + float(engine.loss(batch)), count + batch.supervised_tokens
+        on_rows(batch.rows)
     if not math.isfinite(total):
         raise NumericsError(
             f"the loss is {total}, not a finite number",
@@ -138,7 +139,7 @@ def perplexity(loss: float) -> float:
 
 
 def _answers(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     replies: list[str],

@@ -31,12 +31,12 @@ def attach(model: nn.Module, config: LoRAConfig) -> Attached:
     return Attached(report.trainable_params, report.total_params, summary, report.notes)
 
 
-def before_forward(model: nn.Module, seed: int, step: int, row_ids: Tensor) -> None:
+def before_forward(model: nn.Module, seed: int, step: int, rows: Tensor, tokens: Tensor) -> None:
     """Turn the adapters' dropout on and key it; the frozen base stays in eval mode."""
     for layer in inject.lora_layers(model).values():
         layer.training = True
     key = inject.dropout_key(model)
-    key.seed, key.step, key.rows = seed, step, row_ids
+    key.seed, key.step, key.rows, key.tokens = seed, step, rows, tokens
 
 
 METHOD = Method(

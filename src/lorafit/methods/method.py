@@ -29,12 +29,13 @@ class Method:
 
     attach(model, config): add what is trained, freeze the rest. trainable(model): {name: parameter}.
     state(model) and load_state(model, state): every trained tensor by name, strict.
-    before_forward(model, seed, step, row_ids): called before each forward pass of training; what it draws at random
-    depends on its arguments alone. row_ids: (rows,) int64.
+    before_forward(model, seed, step, rows, tokens): called before each forward pass of training; what it draws at
+    random depends on its arguments alone. rows, tokens: (batch, tokens) int64: each token's row in the data set, and
+    its position in that row.
     """
 
     attach: Callable[[nn.Module, LoRAConfig], Attached]
     trainable: Callable[[nn.Module], dict[str, nn.Parameter]]
     state: Callable[[nn.Module], dict[str, Tensor]]
     load_state: Callable[[nn.Module, dict[str, Tensor]], None]
-    before_forward: Callable[[nn.Module, int, int, Tensor], None]
+    before_forward: Callable[[nn.Module, int, int, Tensor, Tensor], None]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lorafit.config import TrainConfig
 from lorafit.data.mask import Encoded
-from lorafit.data.pack import Batch, micro_batches, step_rows
-from lorafit.engine.loss import supervised_nll
+from lorafit.data.pack import micro_batches, step_rows
+from lorafit.engine.batch import Batch
+from lorafit.engine.engine import Engine
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.methods.method import Method
 from lorafit.train.checkpoint import Checkpoint, Progress
@@ -36,7 +37,7 @@ class Work:
     model: nn.Module
     method: Method
     rows: list[Encoded]
-    pad_id: int
+    engine: Engine
     config: TrainConfig
     identity: dict[str, object]
     evaluate: Callable[[], float] | None
@@ -86,6 +87,7 @@ class _Loop:
     def __init__(self, work: Work, start: Checkpoint | None, save: Callable[[Checkpoint], None]) -> None:
         self.work = work
         self.progress = start.progress if start else Progress()
+        self.progress.train_s += work.engine.prepare_s
         self.best = start.best if start else {}
         self.parameters = work.method.trainable(work.model)
         betas = (work.config.beta1, work.config.beta2)
@@ -115,7 +117,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
     row_ids = step_rows(len(work.rows), config.batch_size, config.seed, epoch)[index]
-    batches = micro_batches(work.rows, row_ids, config.micro_tokens, work.pad_id)
+    batches = micro_batches(work.rows, row_ids, config.micro_tokens, work.engine.packing)
 
     loss = _accumulate_gradients(loop, batches)
     grad_norm = float(nn.utils.clip_grad_norm_(loop.parameters.values(), config.clip or math.inf))
@@ -158,9 +160,9 @@ def _accumulate_gradients(loop: _Loop, batches: list[Batch]) -> float:
     supervised = sum(batch.supervised_tokens for batch in batches)
     total = 0.0
     for batch in batches:
-        work.method.before_forward(work.model, work.config.seed, loop.progress.step, batch.row_ids)
-        losses = supervised_nll(work.model, batch.input_ids, batch.attention_mask, batch.supervised)
-        loss: Tensor = losses.sum() / supervised
+        step = loop.progress.step
+        work.method.before_forward(work.model, work.config.seed, step, batch.token_rows, batch.position_ids)
+        loss: Tensor = work.engine.loss(batch) / supervised
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
         total += float(loss.detach())
     return total

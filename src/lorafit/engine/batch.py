@@ -1,0 +1,73 @@
+"""What the engine computes on: the tokens of some rows, which of them predict what, and who sees whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# Queries of one attention product. A longer row is cut into chunks, so that a query is not multiplied with every later
+# key; 128 keeps the products large enough for the matrix units.
+CHUNK = 128
+# (query, key) pairs of one product: its scores stay within a few MB, near the cores.
+MAX_PAIRS = 1 << 18
+# What one more group of rows costs in calls, as pairs that could be computed meanwhile.
+PAIRS_PER_CALL = 16_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bucket:
+    """Rows of like length whose attention is one batched product, padded to the longest of them.
+
+    tokens: (rows * width,) int32, positions in the batch, -1 for padding. lengths: (rows,) int32.
+    prefix_start, prefix: the run of tokens that all rows continue; they see it whole. prefix is 0 where there is none.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    width: int
+    prefix_start: int
+    prefix: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows stand side by side."""
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Some rows, one after the other without padding (`layout` says who sees whom), or padded side by side.
+
+    input_ids, position_ids: (1, tokens) or (rows, width) int64. attention_mask: (rows, width) int64, None where packed.
+    layout: the attention's buckets, None where padded.
+    token_rows: like input_ids: the number of the row in the data set that a token stands in, for dropout's masks.
+    predicts: (pairs,) int64, flat positions whose output predicts a supervised token; targets: (pairs,) int64, that
+    token; weights: (pairs,) float32, in how many rows (more than 1 only inside a prefix that rows share).
+    rows: how many. real_tokens: of all rows. supervised_tokens: of them with a loss, the sum of weights.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    layout: tuple[Bucket, ...] | None
+    token_rows: Tensor
+    predicts: Tensor
+    targets: Tensor
+    weights: Tensor
+    rows: int
+    real_tokens: int
+    supervised_tokens: int
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the model runs on: with padding, and with a shared prefix counted once."""
+        return self.input_ids.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How rows become batches. padded: side by side. share_prefix: what rows begin with in common is computed once."""
+
+    padded: bool = False
+    share_prefix: bool = True

@@ -1,0 +1,189 @@
+"""The kernels in C++ (`kernels.cpp`), for float32 and bfloat16 on a CPU. Names and results are those of `plain`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from lorafit.engine.kernels.build import library
+from lorafit.engine.kernels.plain import Geometry
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+P, N, F, I = c_void_p, c_int64, c_float, c_int  # noqa: E741  # one letter each, as in a signature
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "rms_norm": (P, P, P, P, N, N, F, I),
+    "rms_norm_backward": (P, P, P, P, P, N, N),
+    "rotary": (P, N, P, P, P, N, N, N, F),
+    "gated": (P, N, P, N, P, N, N, I),
+    "gated_backward": (P, N, P, N, P, N, P, N, N, I),
+    "gather_heads": (P, N, P, P, N, N, N),
+    "scatter_heads": (P, P, P, N, N, N, N, I),
+    "softmax": (P, P, P, P, P, F),
+    "softmax_backward": (P, P, P, P, P, P, P, F),
+    "cross_entropy": (P, P, P, P, N, N, I),
+    "quantize_rows": (P, N, P, P, P, N, N),
+    "dequantize": (P, P, P, P, N, N, N, I),
+}
+
+
+class _CGeometry(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in Geometry.__dataclass_fields__]
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the library could be compiled and loaded."""
+    return library() is not None
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    loaded = library()
+    assert loaded is not None, "ask available() first"
+    function: Callable[..., None] = loaded[f"{name}_{SUFFIX[dtype]}"]
+    function.argtypes, function.restype = ARGUMENTS[name], None  # type: ignore[attr-defined]  # ctypes' own
+    return function
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows may be apart, but each is one piece: only the first stride is free."""
+    inner = x[0] if len(x) else x
+    return x if inner.is_contiguous() else x.contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
+    """See `plain.rms_norm`."""
+    x = x.contiguous()
+    y, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    _function("rms_norm", x.dtype)(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr(), *x.shape, eps, round_first
+    )
+    return y, inverse
+
+
+def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """See `plain.rms_norm_backward`."""
+    gy, x = gy.contiguous(), x.contiguous()
+    gx = torch.empty_like(x)
+    _function("rms_norm_backward", x.dtype)(
+        gy.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), gx.data_ptr(), *x.shape
+    )
+    return gx
+
+
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
+    """See `plain.rotary`."""
+    x, cosine, sine = _rows(x), cosine.contiguous(), sine.contiguous()
+    y = x.new_empty(x.shape)
+    _function("rotary", x.dtype)(
+        x.data_ptr(), x.stride(0), cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), *x.shape, -1.0 if inverse else 1.0
+    )
+    return y
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """See `plain.gated`."""
+    gate, up = _rows(gate), _rows(up)
+    y = gate.new_empty(gate.shape)
+    _function("gated", gate.dtype)(
+        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), y.data_ptr(), *gate.shape, kind
+    )
+    return y
+
+
+def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """See `plain.gated_backward`."""
+    gy, gate, up = _rows(gy), _rows(gate), _rows(up)
+    n, width = gate.shape
+    both = gate.new_empty(n, 2 * width)
+    _function("gated_backward", gate.dtype)(
+        *(gy.data_ptr(), gy.stride(0), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0)),
+        *(both.data_ptr(), n, width, kind),
+    )
+    return both
+
+
+def gather_heads(x: Tensor, tokens: Tensor, kv_heads: int) -> Tensor:
+    """See `plain.gather_heads`."""
+    x = _rows(x)
+    width = x.shape[1] // kv_heads * x.shape[2]
+    packed = x.new_empty(kv_heads, len(tokens), width)
+    _function("gather_heads", x.dtype)(
+        x.data_ptr(), x.stride(0), tokens.data_ptr(), packed.data_ptr(), kv_heads, len(tokens), width
+    )
+    return packed
+
+
+def scatter_heads_(packed: Tensor, tokens: Tensor, y: Tensor, add: bool) -> None:
+    """See `plain.scatter_heads_`. packed must be contiguous."""
+    kv_heads, cells, width = packed.shape
+    _function("scatter_heads", y.dtype)(
+        packed.data_ptr(), tokens.data_ptr(), y.data_ptr(), y.stride(0), kv_heads, cells, width, add
+    )
+
+
+def softmax_(own: Tensor, shared: Tensor | None, lengths: Tensor, at: Geometry, scale: float) -> Tensor:
+    """See `plain.softmax_`."""
+    log_sum = own.new_empty(own.shape[:2], dtype=torch.float32)
+    _function("softmax", own.dtype)(
+        *(own.data_ptr(), _pointer(shared), lengths.data_ptr(), log_sum.data_ptr()),
+        *(ctypes.addressof(_c(at)), scale),
+    )
+    return log_sum
+
+
+def softmax_backward_(
+    own: Tensor,
+    shared: Tensor | None,
+    g_own: Tensor,
+    g_shared: Tensor | None,
+    lengths: Tensor,
+    log_sum: Tensor,
+    at: Geometry,
+    scale: float,
+) -> None:
+    """See `plain.softmax_backward_`."""
+    _function("softmax_backward", own.dtype)(
+        *(own.data_ptr(), _pointer(shared), g_own.data_ptr(), _pointer(g_shared)),
+        *(lengths.data_ptr(), log_sum.data_ptr(), ctypes.addressof(_c(at)), scale),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _c(at: Geometry) -> _CGeometry:
+    return _CGeometry(*(getattr(at, name) for name in Geometry.__dataclass_fields__))
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, gradient: bool) -> Tensor:
+    """See `plain.cross_entropy_`."""
+    nll = logits.new_empty(len(logits), dtype=torch.float32)
+    _function("cross_entropy", logits.dtype)(
+        logits.data_ptr(), targets.data_ptr(), weights.data_ptr(), nll.data_ptr(), *logits.shape, gradient
+    )
+    return nll
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `plain.quantize_rows`."""
+    x = _rows(x)
+    q, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
+    _function("quantize_rows", x.dtype)(
+        x.data_ptr(), x.stride(0), _pointer(columns), q.data_ptr(), scales.data_ptr(), *x.shape
+    )
+    return q, scales
+
+
+def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, add: bool) -> None:
+    """See `plain.dequantize_`. The rows of y may be apart."""
+    _function("dequantize", y.dtype)(
+        sums.data_ptr(), rows.data_ptr(), _pointer(columns), y.data_ptr(), y.stride(0), *y.shape, add
+    )

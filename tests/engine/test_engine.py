@@ -1,0 +1,245 @@
+"""The engine against plain autograd over one row at a time, for the architectures that transformers holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorafit.config import LoRAConfig
+from lorafit.data.mask import Encoded
+from lorafit.data.pack import micro_batches
+from lorafit.engine import engine as engine_module
+from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.lora.inject import set_scale
+from lorafit.methods.table import METHODS
+from tests import tiny
+
+LORA = METHODS["lora"]
+LLAMA: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+GPT = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+NEOX = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
+# name, settings, whether rows can be packed
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA, True),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA, True),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}, True),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 5}, True),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**LLAMA, "head_dim": 8}, True),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**LLAMA, "head_dim": 8, "sliding_window": 5}, False),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, "head_dim": 8, "sliding_window": 5}, True),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", LLAMA, True),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT, True),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", NEOX, True),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", LLAMA, True),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", LLAMA, True),
+    "cohere": ("CohereConfig", "CohereForCausalLM", LLAMA, True),
+    "bloom": ("BloomConfig", "BloomForCausalLM", BLOOM, False),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**LLAMA, "num_local_experts": 3}, True),
+}  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    config, model, settings, _ = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    made = getattr(transformers, model)(getattr(transformers, config)(**settings, initializer_range=0.2))
+    return made.to(dtype).eval()  # type: ignore[no-any-return]
+
+
+def adapted(model: nn.Module, **settings: Any) -> nn.Module:
+    """With an adapter that does something: B is not zero."""
+    LORA.attach(model, LoRAConfig(**{"r": 3, "alpha": 7.0, **settings}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in LORA.trainable(model).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def rows(lengths: Sequence[int] = (3, 9, 150, 6, 9, 12), prefix: int = 40) -> list[Encoded]:
+    """Rows that begin alike; the fourth has a loss inside that prefix too, and one is longer than a chunk."""
+    random = np.random.default_rng(0)
+    common = random.integers(2, 97, prefix)
+    made = []
+    for number, length in enumerate(lengths):
+        ids = np.concatenate([common, random.integers(2, 97, length)]).astype(np.int32)
+        first = prefix // 2 if number == 3 else len(ids) - 3
+        made.append(Encoded(ids, np.arange(len(ids)) >= max(first, 1), 0, "f:1"))
+    return made
+
+
+def gradients(engine: Engine, data: list[Encoded], groups: Sequence[Sequence[int]]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients summed over groups of rows, each group as one step's batch."""
+    parameters = LORA.trainable(engine.model)
+    for parameter in parameters.values():
+        parameter.grad = None
+    total = 0.0
+    for group in groups:
+        for batch in micro_batches(data, group, 1 << 20, engine.packing):
+            LORA.before_forward(engine.model, 5, 2, batch.token_rows, batch.position_ids)
+            loss = engine.loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+    return total, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+def alone(model: nn.Module, data: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
+    return gradients(plain(model), data, [[row] for row in range(len(data))])
+
+
+def together(engine: Engine, data: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
+    return gradients(engine, data, [range(len(data))])
+
+
+def assert_same(
+    expected: tuple[float, dict[str, Tensor]], got: tuple[float, dict[str, Tensor]], tolerance: float = 1e-5
+) -> None:
+    """Losses, and the gradient of every tensor, as a whole and relative to its own size."""
+    assert got[0] == pytest.approx(expected[0], rel=tolerance)
+    assert expected[1].keys() == got[1].keys()
+    for name, gradient in expected[1].items():
+        assert (got[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_rows_with_a_shared_prefix_give_the_gradients_of_rows_alone(name: str) -> None:
+    model, data = adapted(build(name)), rows()
+    expected = alone(model, data)
+    engine = prepare(model, "fp32", share_prefix=True)
+    assert ARCHITECTURES[name][3] is not engine.packing.padded, engine.notes
+    assert bool(engine.notes) is engine.packing.padded
+    assert_same(expected, together(engine, data))
+    engine.close()
+    assert_same(expected, alone(model, data), tolerance=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variant": "dora"},
+        {"dropout": 0.3},
+        {"variant": "dora", "dropout": 0.3},
+        {"targets": ["q_proj", "v_proj"]},
+        {"targets": ["q_proj", "embed_tokens", "lm_head"]},
+        {"targets": ["down_proj"], "layers": "last:1"},
+        {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"up_proj": 2.0}, "scaling_rule": "alpha/sqrt(r)"},
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_setting_of_the_adapter_gives_the_same_gradients(settings: dict[str, Any], tied: bool) -> None:
+    if tied and settings.get("targets") and "lm_head" in settings["targets"]:
+        settings = {**settings, "targets": ["q_proj", "embed_tokens"]}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied, initializer_range=0.2)
+    model, data = adapted(transformers.LlamaForCausalLM(config).eval(), **settings), rows()
+    expected = alone(model, data)
+    assert_same(expected, together(prepare(model, "fp32", share_prefix=not settings.get("dropout")), data))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+def test_the_scale_is_followed(scale: float) -> None:
+    model, data = adapted(tiny.llama()), rows()
+    engine = prepare(model, "fp32", share_prefix=True)
+    set_scale(model, scale)
+    with torch.no_grad():
+        (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
+        got = float(engine.loss(batch))
+        engine.close()
+        (batch,) = micro_batches(data, range(len(data)), 1 << 20, plain(model).packing)
+        assert got == pytest.approx(float(plain(model).loss(batch)), rel=1e-6)
+
+
+def test_a_model_merged_after_it_was_prepared_gives_the_merged_loss() -> None:
+    from lorafit.lora.inject import merge
+
+    for variant in ("lora", "dora"):
+        model, data = adapted(tiny.llama(), variant=variant), rows()
+        engine = prepare(model, "fp32", share_prefix=True)
+        (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
+        with torch.no_grad():
+            before = float(engine.loss(batch))
+            merge(model)
+            assert float(engine.loss(batch)) == pytest.approx(before, rel=1e-5)
+
+
+def test_nothing_below_the_lowest_adapted_layer_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = adapted(tiny.llama(layers=4), layers="last:1"), rows()
+    engine = prepare(model, "fp32", share_prefix=True)
+    kinds: list[str] = []
+    for number, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+        layer.register_forward_hook(lambda m, a, output, n=number: kinds.append(f"{n}: {output.requires_grad}"))
+    (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
+    engine.loss(batch)
+    assert kinds == ["0: False", "1: False", "2: False", "3: True"]
+
+
+def test_preparing_twice_is_preparing_once() -> None:
+    model, data = adapted(tiny.llama()), rows()
+    expected = alone(model, data)
+    first = prepare(model, "fp32", share_prefix=True)
+    second = prepare(model, "fp32", share_prefix=True)
+    assert not first.patches.modules and second.patches.modules
+    assert_same(expected, together(second, data))
+
+
+def test_logits_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module.loss, "CHUNK", 7)
+    model, data = adapted(tiny.llama()), rows()
+    expected = alone(model, data)
+    engine = prepare(model, "fp32", share_prefix=True)
+    assert engine.chunked
+    sizes: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def watch(x: Tensor, W: Tensor, *more: Any) -> Tensor:
+        if len(W) == 258:
+            sizes.append(len(x.flatten(0, -2)))
+        return linear(x, W, *more)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
+    got = together(engine, data)
+    monkeypatch.undo()
+    assert sizes and max(sizes) <= 7
+    assert_same(expected, got)
+
+
+def test_without_a_compiler_torchs_own_operations_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.engine.kernels import native
+
+    model, data = adapted(build("llama")), rows()
+    expected = alone(model, data)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert_same(expected, together(prepare(model, "fp32", share_prefix=True), data))
+
+
+def test_bf16_gradients_stay_within_the_rounding_of_its_storage() -> None:
+    """Against the gradients of the same weights in fp32: as close as plain bf16 is, within half as much again."""
+    exact, data = adapted(build("llama", torch.bfloat16)).float(), rows()
+    reference = alone(exact, data)
+    model = adapted(build("llama", torch.bfloat16))
+    by_torch = alone(model, data)
+    by_engine = together(prepare(model, "bf16", share_prefix=True), data)
+
+    def error(got: tuple[float, dict[str, Tensor]]) -> float:
+        difference = sum(float((got[1][n] - g).norm() ** 2) for n, g in reference[1].items())
+        return (difference / sum(float(g.norm() ** 2) for g in reference[1].values())) ** 0.5
+
+    assert error(by_engine) <= 1.5 * error(by_torch)
+    assert error(by_torch) < 0.1
