@@ -119,8 +119,8 @@ class TrainConfig(LoRAConfig):
     """AdamW's decay of the second moment."""
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; a larger gradient is scaled down to it."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the frozen base: auto measures which is faster here. The adapter is always fp32."""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
     save_every: int | None = Field(None, ge=1)
     """Write a checkpoint every N steps. Default: once a minute, and when an epoch or the run ends."""
     memory: str | None = None

@@ -21,7 +21,8 @@ from lorafit import files
 from lorafit.config import TrainConfig
 from lorafit.data.formats import Chat, Example, read_examples, unused_columns
 from lorafit.data.load import Row, read_rows, split
-from lorafit.data.mask import EncodedSet, encode_all
+from lorafit.data.mask import Encoded, EncodedSet, encode_all
+from lorafit.data.pack import micro_batches, step_rows
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import CheckpointError, ConfigError, DoesNotFitError, did_you_mean, listed
@@ -43,6 +44,8 @@ from lorafit.units import GIB, MIB, format_bytes, format_count, format_seconds, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Tokens of the first batch that int8 is calibrated on: enough to see which columns hold outliers.
+CALIBRATION_TOKENS = 512
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
 FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})
@@ -81,15 +84,17 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
         encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
-        estimate = _plan(config, inputs.spec, chosen["precision"], encoded, start.force, console)
+        dtype = "fp32" if chosen["precision"] == "fp32" else "bf16"
+        estimate = _plan(config, inputs.spec, dtype, encoded, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = method.attach(loaded.model, config)
         _print_attached(attached, console)
-        engine = _prepare(loaded.model, config, chosen["precision"], console)
+        rows = list(encoded.encoded)
+        engine = _prepare(loaded.model, rows, config, chosen["precision"], console)
         work = Work(
             model=loaded.model,
             method=method,
-            rows=list(encoded.encoded),
+            rows=rows,
             engine=engine,
             config=config,
             identity=identity,
@@ -197,9 +202,15 @@ def _bytes(text: str) -> int:
     raise ConfigError(f"--memory {text!r} is not a size", "Give one such as 2GiB, 1500MiB or 4GB")
 
 
-def _prepare(model: PreTrainedModel, config: TrainConfig, precision_name: str, console: Console) -> Engine:
-    """The engine for this model, with what it could not make faster shown."""
-    engine = prepare(model, precision_name, share_prefix=config.dropout == 0)
+def _prepare(
+    model: PreTrainedModel, rows: list[Encoded], config: TrainConfig, precision_name: str, console: Console
+) -> Engine:
+    """The engine for this model, with what it could not make faster shown. It is the same when a run is resumed."""
+    engine = prepare(model, share_prefix=config.dropout == 0)
+    if precision_name == "int8":
+        first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
+        engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0])
+    engine.release_weights()
     for note in engine.notes:
         console.print(note, style="yellow", highlight=False)
     if config.dropout:
@@ -304,6 +315,8 @@ def _result(
         "tokens_seen": progress.tokens_seen,
         "tokens_supervised": progress.tokens_supervised,
         "tokens_computed": progress.tokens_computed,
+        "flop": progress.flop,
+        "mfu": _mfu(progress, identity["chosen"]["precision"]),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         "predicted_peak_bytes": estimate.peak_bytes,
         "trainable_params": attached.trainable_params,
@@ -319,6 +332,12 @@ def _result(
         "data_sha256": inputs.hashes["data"],
         "model_sha256": inputs.hashes["model"],
     }
+
+
+def _mfu(progress: Progress, precision_name: str) -> float | None:
+    """Model FLOPs utilization: the share of the machine's measured matrix rate that training reached."""
+    rate = precision.flop_per_s()[precision_name]
+    return progress.flop / progress.train_s / rate if progress.train_s else None
 
 
 def _lasting(name: str) -> str:

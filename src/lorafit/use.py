@@ -96,6 +96,7 @@ def open_target(
         spec = model_spec.read(found.base)
     _check_same_model(target, found, spec)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
+    chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
     loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code)
     loaded.model.requires_grad_(False)
     tokenizer = loaded.tokenizer
@@ -203,7 +204,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
     )
     result = infer_evaluate.evaluate(
-        prepare(opened.model, opened.precision, share_prefix=True),
+        prepare(opened.model, share_prefix=True),
         opened.tokenizer,
         examples,
         batch_size=config.batch_size,

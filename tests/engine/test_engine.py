@@ -15,7 +15,10 @@ from lorafit.config import LoRAConfig
 from lorafit.data.mask import Encoded
 from lorafit.data.pack import micro_batches
 from lorafit.engine import engine as engine_module
+from lorafit.engine import groups as groups_module
 from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.product import Dense, Int8
+from lorafit.errors import ModelError
 from lorafit.lora.inject import set_scale
 from lorafit.methods.table import METHODS
 from tests import tiny
@@ -122,7 +125,7 @@ def assert_same(
 def test_packed_rows_with_a_shared_prefix_give_the_gradients_of_rows_alone(name: str) -> None:
     model, data = adapted(build(name)), rows()
     expected = alone(model, data)
-    engine = prepare(model, "fp32", share_prefix=True)
+    engine = prepare(model, share_prefix=True)
     assert ARCHITECTURES[name][3] is not engine.packing.padded, engine.notes
     assert bool(engine.notes) is engine.packing.padded
     assert_same(expected, together(engine, data))
@@ -150,13 +153,13 @@ def test_every_setting_of_the_adapter_gives_the_same_gradients(settings: dict[st
     config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied, initializer_range=0.2)
     model, data = adapted(transformers.LlamaForCausalLM(config).eval(), **settings), rows()
     expected = alone(model, data)
-    assert_same(expected, together(prepare(model, "fp32", share_prefix=not settings.get("dropout")), data))
+    assert_same(expected, together(prepare(model, share_prefix=not settings.get("dropout")), data))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
 def test_the_scale_is_followed(scale: float) -> None:
     model, data = adapted(tiny.llama()), rows()
-    engine = prepare(model, "fp32", share_prefix=True)
+    engine = prepare(model, share_prefix=True)
     set_scale(model, scale)
     with torch.no_grad():
         (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
@@ -171,7 +174,7 @@ def test_a_model_merged_after_it_was_prepared_gives_the_merged_loss() -> None:
 
     for variant in ("lora", "dora"):
         model, data = adapted(tiny.llama(), variant=variant), rows()
-        engine = prepare(model, "fp32", share_prefix=True)
+        engine = prepare(model, share_prefix=True)
         (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
         with torch.no_grad():
             before = float(engine.loss(batch))
@@ -181,7 +184,7 @@ def test_a_model_merged_after_it_was_prepared_gives_the_merged_loss() -> None:
 
 def test_nothing_below_the_lowest_adapted_layer_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = adapted(tiny.llama(layers=4), layers="last:1"), rows()
-    engine = prepare(model, "fp32", share_prefix=True)
+    engine = prepare(model, share_prefix=True)
     kinds: list[str] = []
     for number, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
         layer.register_forward_hook(lambda m, a, output, n=number: kinds.append(f"{n}: {output.requires_grad}"))
@@ -193,8 +196,8 @@ def test_nothing_below_the_lowest_adapted_layer_is_differentiated(monkeypatch: p
 def test_preparing_twice_is_preparing_once() -> None:
     model, data = adapted(tiny.llama()), rows()
     expected = alone(model, data)
-    first = prepare(model, "fp32", share_prefix=True)
-    second = prepare(model, "fp32", share_prefix=True)
+    first = prepare(model, share_prefix=True)
+    second = prepare(model, share_prefix=True)
     assert not first.patches.modules and second.patches.modules
     assert_same(expected, together(second, data))
 
@@ -203,7 +206,7 @@ def test_logits_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(engine_module.loss, "CHUNK", 7)
     model, data = adapted(tiny.llama()), rows()
     expected = alone(model, data)
-    engine = prepare(model, "fp32", share_prefix=True)
+    engine = prepare(model, share_prefix=True)
     assert engine.chunked
     sizes: list[int] = []
     linear = torch.nn.functional.linear
@@ -226,7 +229,61 @@ def test_without_a_compiler_torchs_own_operations_give_the_same(monkeypatch: pyt
     model, data = adapted(build("llama")), rows()
     expected = alone(model, data)
     monkeypatch.setattr(native, "available", lambda: False)
-    assert_same(expected, together(prepare(model, "fp32", share_prefix=True), data))
+    assert_same(expected, together(prepare(model, share_prefix=True), data))
+
+
+def _gradient_error(reference: dict[str, Tensor], got: dict[str, Tensor]) -> float:
+    """The relative error of all gradients as one vector."""
+    difference = sum(float((got[name] - gradient).norm() ** 2) for name, gradient in reference.items())
+    return float((difference / sum(float(gradient.norm() ** 2) for gradient in reference.values())) ** 0.5)
+
+
+def test_int8_gradients_are_close_and_its_groups_are_measured() -> None:
+    exact, data = adapted(build("llama", torch.bfloat16)).float(), rows()
+    reference = alone(exact, data)
+    model = adapted(build("llama", torch.bfloat16))
+    engine = prepare(model, share_prefix=True)
+    engine.use_int8(micro_batches(data, range(len(data)), 100, engine.packing)[0])
+    assert len(engine.int8_errors) == len(engine.groups) == 4 * 2
+    assert "model.layers.0.self_attn.q_proj+k_proj+v_proj" in [error.label for error in engine.int8_errors]
+    # Below the lowest adapted layer, at the embedding, no gradient is asked for.
+    assert all(0 < error.forward < 0.05 and error.backward < 0.1 for error in engine.int8_errors)
+    assert sum(error.backward > 0 for error in engine.int8_errors) == 4 * 2 - 1
+    assert all(isinstance(group.linears.product, Int8) for group in engine.groups)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    # A product is off by about 1%, and a gradient went through some ten of them.
+    assert _gradient_error(reference[1], together(engine, data)[1]) < 0.1
+
+
+def test_a_group_whose_int8_error_is_too_large_stays_in_bf16_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = adapted(build("llama", torch.bfloat16)), rows()
+    engine = prepare(model, share_prefix=True)
+    monkeypatch.setattr(groups_module, "INT8_LIMITS", (0.01, 0.1))
+    engine.use_int8(micro_batches(data, range(len(data)), 100, engine.packing)[0])
+    kept = [error for error in engine.int8_errors if error.too_large]
+    assert 0 < len(kept) == len(engine.notes) < len(engine.groups)
+    for error, group in zip(engine.int8_errors, engine.groups, strict=True):
+        assert isinstance(group.linears.product, Dense if error.too_large else Int8)
+        assert not error.too_large or any(error.label in note for note in engine.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_weights_take_no_memory_and_change_no_gradient(dtype: torch.dtype) -> None:
+    results = []
+    for release in (False, True):
+        model, data = adapted(build("llama", dtype)), rows()
+        engine = prepare(model, share_prefix=True)
+        if dtype is torch.bfloat16:
+            engine.use_int8(micro_batches(data, range(len(data)), 100, engine.packing)[0])
+        if release:
+            engine.release_weights()
+        results.append(together(engine, data))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(gradient, results[1][1][name]) for name, gradient in results[0][1].items())
+    weight = model.model.layers[0].mlp.down_proj.weight  # type: ignore[union-attr, index]
+    assert weight.shape == (32, 48) and weight.untyped_storage().nbytes() <= 4
+    with pytest.raises(ModelError, match="released"):
+        engine.close()
 
 
 def test_bf16_gradients_stay_within_the_rounding_of_its_storage() -> None:
@@ -235,11 +292,7 @@ def test_bf16_gradients_stay_within_the_rounding_of_its_storage() -> None:
     reference = alone(exact, data)
     model = adapted(build("llama", torch.bfloat16))
     by_torch = alone(model, data)
-    by_engine = together(prepare(model, "bf16", share_prefix=True), data)
+    by_engine = together(prepare(model, share_prefix=True), data)
 
-    def error(got: tuple[float, dict[str, Tensor]]) -> float:
-        difference = sum(float((got[1][n] - g).norm() ** 2) for n, g in reference[1].items())
-        return (difference / sum(float(g.norm() ** 2) for g in reference[1].values())) ** 0.5
-
-    assert error(by_engine) <= 1.5 * error(by_torch)
-    assert error(by_torch) < 0.1
+    assert _gradient_error(reference[1], by_engine[1]) <= 1.5 * _gradient_error(reference[1], by_torch[1])
+    assert _gradient_error(reference[1], by_torch[1]) < 0.1

@@ -25,7 +25,7 @@ def measure(learned: Learned, examples: Any = None, **settings: Any) -> EvalResu
         "console": Console(file=io.StringIO()),
     }  # fmt: skip
     rows = learned.examples if examples is None else examples
-    engine = prepare(learned.model, "fp32", share_prefix=True)
+    engine = prepare(learned.model, share_prefix=True)
     try:
         return evaluate(engine, learned.tokenizer, rows, **{**defaults, **settings})
     finally:

@@ -65,7 +65,7 @@ def work(
         model=model,
         method=METHODS["lora"],
         rows=list(encoded.encoded),
-        engine=prepare(model, "fp32", share_prefix=config.dropout == 0) if engine == "fast" else plain(model),
+        engine=prepare(model, share_prefix=config.dropout == 0) if engine == "fast" else plain(model),
         config=config,
         identity={},
         evaluate=(lambda: evaluate(model)) if evaluate else None,

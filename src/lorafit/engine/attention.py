@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorafit.engine import kernels
 from lorafit.engine.batch import CHUNK, Bucket
 from lorafit.engine.kernels.plain import Geometry
+from lorafit.engine.tally import TALLY
 
 NAME = "lorafit_packed"
 # What attention functions of transformers are given and ours does without: an argument that it does not know might
@@ -30,7 +31,7 @@ _layout: tuple[Bucket, ...] | None = None
 
 
 @contextmanager
-def packed(layout: tuple[Bucket, ...]) -> Iterator[None]:
+def _in_force(layout: tuple[Bucket, ...]) -> Iterator[None]:
     """While this holds, attention is over these buckets. A recomputed layer must run inside it as well."""
     global _layout
     before, _layout = _layout, layout
@@ -40,9 +41,20 @@ def packed(layout: tuple[Bucket, ...]) -> Iterator[None]:
         _layout = before
 
 
-def current() -> tuple[Bucket, ...] | None:
-    """The layout in force."""
-    return _layout
+@contextmanager
+def packed(model: nn.Module, layout: tuple[Bucket, ...]) -> Iterator[None]:
+    """While this holds, the model's attention is ours over these buckets."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {key: c for key, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
+    before = {key: c._attn_implementation_internal for key, c in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        with _in_force(layout):
+            yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
 
 
 def register() -> None:
@@ -84,7 +96,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: tuple[Bucket, ...], scale: float, window: int
     ) -> Tensor:
-        out = q.new_empty(len(q), q.shape[1], v.shape[2])
+        out = q.new_zeros(len(q), q.shape[1], v.shape[2])  # a token of no row has no attention
         shared = _Prefixes(k, v)
         sums: list[Tensor] = []
         for bucket in layout:
@@ -218,10 +230,17 @@ class _Chunk:
         shared = torch.bmm(self._by_head(left), prefix.transpose(1, 2))
         return own, shared.view(*own.shape[:2], -1)
 
+    def _flop(self) -> int:
+        """Of the two products of the forward pass, over all keys that are multiplied with, seen or not."""
+        at, part = self.geometry, self.part
+        pairs = at.blocks * at.queries * at.group * (at.keys + at.prefix)
+        return 2 * pairs * (part.Q.shape[2] + part.V.shape[2])  # type: ignore[no-any-return]  # shapes of a kernel's
+
     def forward(self, out: Tensor) -> Tensor:
         """Writes its lines of out: (blocks, width * group, dim_v). Returns log sum exp of its scores."""
         part, prefix = self.part, self.part.prefix
         own, shared = self._scores(part.Q[:, self.lines], part.K, prefix[0] if prefix else None)
+        TALLY.add(self._flop())
         log_sum: Tensor = part.kernels.softmax_(own, shared, part.bucket.lengths, self.geometry, part.scale)
         y = torch.bmm(own, part.V[:, self.keys])
         if prefix and shared is not None:
@@ -238,6 +257,7 @@ class _Chunk:
         part.kernels.softmax_backward_(
             p, p_shared, s, s_shared, part.bucket.lengths, log_sum, self.geometry, part.scale
         )
+        TALLY.add(2 * self._flop())
         gq = torch.bmm(s, part.K[:, self.keys])
         g.K[:, self.keys].baddbmm_(s.transpose(1, 2), q, beta=g.beta)
         g.V[:, self.keys].baddbmm_(p.transpose(1, 2), g_out, beta=g.beta)

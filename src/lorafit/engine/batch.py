@@ -11,6 +11,8 @@ from torch import Tensor
 CHUNK = 128
 # (query, key) pairs of one product: its scores stay within a few MB, near the cores.
 MAX_PAIRS = 1 << 18
+# Widths of a bucket are a multiple of this: oneDNN makes a primitive for every shape that it meets.
+WIDTH_STEP = 8
 # What one more group of rows costs in calls, as pairs that could be computed meanwhile.
 PAIRS_PER_CALL = 16_000
 
@@ -39,7 +41,8 @@ class Bucket:
 class Batch:
     """Some rows, one after the other without padding (`layout` says who sees whom), or padded side by side.
 
-    input_ids, position_ids: (1, tokens) or (rows, width) int64. attention_mask: (rows, width) int64, None where packed.
+    input_ids, position_ids: (1, tokens) or (rows, width) int64; where packed, a few tokens at the end may belong to no
+    row, so that shapes repeat from batch to batch. attention_mask: (rows, width) int64, None where packed.
     layout: the attention's buckets, None where padded.
     token_rows: like input_ids: the number of the row in the data set that a token stands in, for dropout's masks.
     predicts: (pairs,) int64, flat positions whose output predicts a supervised token; targets: (pairs,) int64, that

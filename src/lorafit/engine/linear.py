@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.engine.product import Product
+from lorafit.engine.tally import TALLY
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: FrozenLinears, *factors: Tensor) -> tuple[Tensor, ...]:
         y = group.product.forward(x)
+        TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
         if group.bias is not None:
             y += group.bias
         Bs = [B.to(x.dtype) for B in factors[1::2]]
@@ -73,6 +75,7 @@ class _Apply(torch.autograd.Function):
             if scaling == 0:
                 continue  # bitwise the base
             assert h is not None
+            TALLY.add(2 * len(x) * Bs[part].shape[1] * (x.shape[1] + Bs[part].shape[0]))
             y[:, where].addmm_(h[:, r], Bs[part].T, alpha=scaling)
         ctx.group = group
         ctx.save_for_backward(x if factors else None, h, *factors)
@@ -85,12 +88,15 @@ class _Apply(torch.autograd.Function):
         group: FrozenLinears = ctx.group
         g = _side_by_side(gradients, group.outs)
         gx = group.product.backward(g) if ctx.needs_input_grad[0] else None
+        TALLY.add(2 * gx.numel() * g.shape[1] if gx is not None else 0)
         if not factors:
             return gx, None
         A, Bs = _down(factors, x.dtype), [B.to(x.dtype) for B in factors[1::2]]
         gh, gBs = torch.empty_like(h), []
         for part, where, r, scaling in _adapted(group, Bs):
             torch.mul(g[:, where] @ Bs[part], scaling, out=gh[:, r])
+            out, rank = Bs[part].shape
+            TALLY.add(2 * len(g) * rank * (2 * out + (1 if gx is None else 2) * x.shape[1]))
             gBs.append((g[:, where].T @ h[:, r]).to(factors[2 * part + 1].dtype).mul_(scaling))
         gA = (gh.T @ x).to(factors[0].dtype)
         if gx is not None:

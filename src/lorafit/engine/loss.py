@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.engine import kernels
 from lorafit.engine.batch import Batch
+from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
 
 CHUNK = 256
@@ -95,6 +96,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
+        TALLY.add(2 * hidden.numel() * len(W) * (2 if wanted else 1))
         total = hidden.new_zeros((), dtype=torch.float64)
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)

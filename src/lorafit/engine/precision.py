@@ -1,33 +1,83 @@
-"""Which type the frozen base computes in.
+"""Which type products with frozen weights are computed in.
 
-On a CPU without native bf16 it is far slower than fp32: measure, never assume.
+On a CPU without native bf16 it is far slower than fp32, and int8 without VNNI is slower still: measure, never assume.
+What was measured is kept in the user's cache, for this processor, this torch and this number of threads.
 """
 
 from __future__ import annotations
 
+import json
+import platform
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# bf16 rounds to 8 bits of mantissa: it must pay for that with time.
-BF16_MUST_BE_FASTER_BY = 1.3
+from lorafit import files
+from lorafit.engine.product import Dense, Int8, Packed, Product
+
+# The type that the model is loaded in; int8 products are made from bf16 weights.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
+# Fewer bits must pay for their rounding with time.
+MUST_BE_FASTER_BY = 1.3
+ROWS, IN, OUT = 512, 576, 1536
+REPEATS = 7
 
 
 def choose(precision: str) -> str:
-    """`fp32` or `bf16` as asked; for `auto`, bf16 if its matrix products are at least 1.3 times as fast here."""
+    """`fp32`, `bf16` or `int8` as asked; for `auto`, fewer bits where that makes products 1.3 times as fast here."""
     if precision != "auto":
         return precision
-    return "bf16" if _product_s("fp32") > BF16_MUST_BE_FASTER_BY * _product_s("bf16") else "fp32"
-
-
-def _product_s(precision: str) -> float:
-    """Seconds, the best of five, for x W^T with x (512, 576) and W (1536, 576)."""
-    x = torch.ones(512, 576, dtype=DTYPES[precision])
-    weight = torch.ones(1536, 576, dtype=DTYPES[precision])
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
+    rates, best = flop_per_s(), "fp32"
+    for name in ("bf16", "int8"):
+        if rates[name] > MUST_BE_FASTER_BY * rates[best]:
+            best = name
     return best
+
+
+def flop_per_s() -> dict[str, float]:
+    """Floating-point operations a second in a product of 512 x 576 with 576 x 1536, by precision; measured once."""
+    path = files.cache_dir() / "machine.json"
+    key = f"{_processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    known = _read(path)
+    if key not in known:
+        known[key] = {name: _measure(name) for name in ("fp32", "bf16", "int8")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, known)
+    rates: dict[str, float] = known[key]
+    return rates
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _measure(precision: str) -> float:
+    """The best of several: what the machine can do when it is left alone."""
+    product = _product(precision, torch.ones(OUT, IN, dtype=DTYPES[precision]))
+    x = torch.ones(ROWS, IN, dtype=DTYPES[precision])
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        product.forward(x)
+        best = min(best, time.perf_counter() - start)
+    return 2 * ROWS * IN * OUT / best
+
+
+def _product(precision: str, W: torch.Tensor) -> Product:
+    if precision == "int8":
+        return Int8(W, None)
+    return Packed(W, ROWS) if precision == "fp32" and torch.backends.mkldnn.is_available() else Dense(W)  # type: ignore[no-untyped-call]

@@ -32,6 +32,7 @@ class Progress:
     tokens_seen: int = 0
     tokens_supervised: int = 0
     tokens_computed: int = 0
+    flop: int = 0
     train_s: float = 0.0
     last_loss: float | None = None
     best_loss: float | None = None

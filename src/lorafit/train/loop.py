@@ -19,6 +19,7 @@ from lorafit.data.mask import Encoded
 from lorafit.data.pack import micro_batches, step_rows
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine
+from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.methods.method import Method
 from lorafit.train.checkpoint import Checkpoint, Progress
@@ -119,6 +120,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     row_ids = step_rows(len(work.rows), config.batch_size, config.seed, epoch)[index]
     batches = micro_batches(work.rows, row_ids, config.micro_tokens, work.engine.packing)
 
+    counted = TALLY.flop
     loss = _accumulate_gradients(loop, batches)
     grad_norm = float(nn.utils.clip_grad_norm_(loop.parameters.values(), config.clip or math.inf))
     lr = rate(progress.step, work.total_steps, config.lr, config.schedule, config.warmup)
@@ -132,6 +134,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     step_s = time.perf_counter() - started
     progress.step += 1
     progress.train_s += step_s
+    progress.flop += TALLY.flop - counted
     progress.tokens_seen += sum(batch.real_tokens for batch in batches)
     progress.tokens_supervised += sum(batch.supervised_tokens for batch in batches)
     progress.tokens_computed += sum(batch.computed_tokens for batch in batches)

@@ -1,0 +1,132 @@
+"""Looking at a model by running it, still untouched, on a few tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.engine import attention, loss
+from lorafit.engine.batch import Batch, Bucket
+from lorafit.engine.linear import is_frozen
+from lorafit.lora.layer import LoRALayer
+
+PROBE_ROW = 6
+# What models raise that were not written for attention functions, or get None for a mask that they need.
+REFUSALS = (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
+
+
+class Probe:
+    """Two short rows with the same beginning, and what the model makes of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        device = next(model.parameters()).device
+        vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        ids = torch.randint(0, vocabulary, (2 * PROBE_ROW,), generator=torch.Generator().manual_seed(0)).to(device)
+        # Two rows with the same first two tokens.
+        self.rows = [ids[:PROBE_ROW], torch.cat([ids[:2], ids[PROBE_ROW:]])]
+
+    def logits_are_the_heads(self) -> bool:
+        """Whether logits are the output head's output, untouched, and hidden states its input."""
+        head, seen = loss.head_of(self.model), []
+        handle = head.register_forward_hook(lambda module, arguments, output: seen.append((arguments[0], output)))
+        try:
+            logits = self._logits(self.rows[0])
+        finally:
+            handle.remove()
+        return len(seen) == 1 and torch.equal(seen[0][1].reshape(logits.shape), logits)
+
+    def why_not_packed(self) -> str | None:
+        """The reason why this model can't run rows one after the other, or None if it gives what rows alone give."""
+        batch = _packed_rows(self.rows)
+        try:
+            with attention.packed(self.model, batch.layout or ()):
+                got = loss.run(self.model, batch).logits[0]
+        except REFUSALS as error:
+            return f"{type(self.model).__name__} does not take packed attention ({_first_line(error)})"
+        expected = torch.cat([self._logits(self.rows[0]), self._logits(self.rows[1])[2:]])
+        # Contamination between rows, or wrong positions, change logits by as much as they are large.
+        off = float((got.float() - expected.float()).norm() / expected.float().norm())
+        if not off < 4 * torch.finfo(got.dtype).eps ** 0.75:
+            return f"{type(self.model).__name__} gives other numbers for packed rows (relative difference {off:.1g})"
+        return None
+
+    def linear_groups(self) -> list[list[nn.Module]]:
+        """Frozen linear layers in the order of their calls; those that were given the same tensor together."""
+        calls: list[tuple[nn.Module, Tensor]] = []
+        handles = [
+            module.register_forward_pre_hook(lambda module, arguments: calls.append((module, arguments[0])))
+            for module in _linears(self.model)
+        ]
+        try:
+            self._logits(self.rows[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        once = {id(module): sum(module is other for other, _ in calls) == 1 for module, _ in calls}
+        groups: list[list[nn.Module]] = []
+        previous: Tensor | None = None
+        for module, x in calls:
+            if not once[id(module)]:
+                continue
+            if groups and x is previous and _stackable(groups[-1][-1], module):
+                groups[-1].append(module)
+            else:
+                groups.append([module])
+            previous = x
+        return groups
+
+    def _logits(self, row: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits
+        return logits[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _linears(model: nn.Module) -> list[nn.Module]:
+    """Linear layers, adapted or not, without the output head, what is trained, and what layers share."""
+    head = loss.head_of(model)
+    inside = {id(m.base) for m in model.modules() if isinstance(m, LoRALayer)}
+    found = []
+    for module in model.modules():
+        base = module.base if isinstance(module, LoRALayer) else module
+        tied = isinstance(module, LoRALayer) and (module.tied_to is not None or module.transposed)
+        usual = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+        if usual and is_frozen(base) and module is not head and id(module) not in inside and not tied:
+            found.append(module)
+    return found
+
+
+def _stackable(a: nn.Module, b: nn.Module) -> bool:
+    """Both plain nn.Linear inside: their weights can be views of one stacked matrix."""
+    bases = [m.base if isinstance(m, LoRALayer) else m for m in (a, b)]
+    return all(type(base) is nn.Linear for base in bases) and bases[0].weight.dtype == bases[1].weight.dtype
+
+
+def _packed_rows(rows: list[Tensor]) -> Batch:
+    """Two rows that share their first two tokens, packed by hand: the prefix once, then what each adds."""
+    a, b = rows
+    ids = torch.cat([a, b[2:]])
+    n, m = len(a) - 2, len(b) - 2
+
+    def bucket(first: int, length: int, prefix: int) -> Bucket:
+        tokens = torch.arange(first, first + length, dtype=torch.int32, device=ids.device)
+        return Bucket(tokens, torch.tensor([length], dtype=torch.int32, device=ids.device), length, 0, prefix)
+
+    position = torch.cat([torch.arange(len(a)), torch.arange(2, len(b))]).to(ids.device)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        input_ids=ids[None],
+        position_ids=position[None],
+        attention_mask=None,
+        layout=(bucket(0, 2, 0), bucket(2, n, 2), bucket(2 + n, m, 2)),
+        token_rows=torch.zeros_like(ids)[None],
+        predicts=nothing,
+        targets=nothing,
+        weights=nothing.float(),
+        rows=2,
+        real_tokens=len(a) + len(b),
+        supervised_tokens=0,
+    )

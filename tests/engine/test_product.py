@@ -1,0 +1,78 @@
+"""Products with a frozen weight against float64, over odd shapes; int8 within its derived bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafit.engine.product import Dense, Int8, Packed, Product
+
+SHAPES = [(1, 3, 2), (5, 17, 33), (300, 64, 96), (513, 576, 192)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(product: Product, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return product.forward(x), product.backward(g)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_float64_within_their_rounding(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, width, out = shape
+    W, x, g = (random(*s, seed=k).to(dtype) for k, s in enumerate(((out, width), (n, width), (n, out))))
+    products = [Dense(W), Packed(W, 512)] if dtype is torch.float32 else [Dense(W)]
+    for product in products:
+        exact = x.double() @ W.double().T, g.double() @ W.double()
+        for expected, got, terms in zip(exact, both(product, x, g), (width, out), strict=True):
+            assert got.dtype == dtype
+            # Sums in float32, rounded to storage once.
+            size = expected.abs().max()
+            tolerance = torch.finfo(torch.float32).eps * terms**0.5 * 4 + torch.finfo(dtype).eps
+            assert (got.double() - expected).abs().max() <= tolerance * size
+
+
+def _bound(x: Tensor, W: Tensor) -> Tensor:
+    """The largest error of x W^T in int8: each element is off by half a step of its row, and steps multiply.
+
+    |x' W'^T - x W^T| <= sx/2 ||W_j||_1 + sw/2 ||x_i||_1 + k sx sw / 4, with steps s = max |row| / 127.
+    """
+    sx, sw = x.abs().amax(1) / 127, W.abs().amax(1) / 127
+    return sx[:, None] / 2 * W.abs().sum(1) + sw / 2 * x.abs().sum(1)[:, None] + x.shape[1] * sx[:, None] * sw / 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_within_its_rounding_bound(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, width, out = shape
+    W, x, g = (random(*s, seed=k).to(dtype) for k, s in enumerate(((out, width), (n, width), (n, out))))
+    product = Int8(W, None)
+    for (a, b), got in zip(((x, W), (g, W.T)), both(product, x, g), strict=True):
+        exact, bound = a.double() @ b.double().T, _bound(a.double(), b.double())
+        assert ((got.double() - exact).abs() <= bound + exact.abs() * torch.finfo(dtype).eps).all()
+
+
+def test_columns_with_outliers_no_longer_drown_the_others() -> None:
+    x, W = random(200, 64), random(96, 64, seed=1)
+    x[:, 5] *= 100
+    exact = x @ W.T
+    error = [float((Int8(W, tops).forward(x) - exact).norm() / exact.norm()) for tops in (None, x.abs().amax(0))]
+    assert error[1] < error[0] / 2
+    scaled = Int8(W, x.abs().amax(0))
+    assert scaled.inverse is not None
+    smooth = 1 / scaled.inverse
+    bound = _bound((x / smooth).double(), (W * smooth).double())
+    assert ((scaled.forward(x).double() - exact.double()).abs() <= bound + 1e-4 * exact.abs()).all()
+
+
+def test_a_row_of_zeros_and_a_column_never_used_are_no_division_by_zero() -> None:
+    x, W = random(3, 8), random(4, 8, seed=1)
+    x[1] = 0
+    x[:, 2] = 0
+    for tops in (None, x.abs().amax(0)):
+        product = Int8(W, tops)
+        assert product.forward(x).isfinite().all() and (product.forward(x)[1] == 0).all()
+        assert product.backward(torch.zeros(3, 4)).eq(0).all()
