@@ -241,6 +241,8 @@ def main() -> None:
     # else they take the cores from those they wait for, and a step takes 4 times as long (docs/log.md). To be set
     # before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # oneDNN keeps code and buffers for each of the last 1,024 shapes of a product, about 0.6 MB each.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
     try:
         app()
     except LorafitError as error:

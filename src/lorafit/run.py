@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tokens of the first batch that int8 is calibrated on: enough to see which columns hold outliers.
-CALIBRATION_TOKENS = 512
+CALIBRATION_TOKENS = 256
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
 FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})

@@ -166,6 +166,16 @@ def test_quantizing_stays_within_half_a_step(dtype: torch.dtype, shape: tuple[in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantizing_columns_stays_within_half_a_step(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = random(*shape, dtype=dtype)
+    x[:, 0] = 0
+    for kernels in (plain, native):
+        q, scales = kernels.quantize_columns(x)
+        assert (q.float() * scales - x.float()).abs().le(0.5001 * scales + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_dequantizing_writes_into_rows_that_are_apart(dtype: torch.dtype, add: bool, scaled: bool) -> None:

@@ -212,16 +212,13 @@ class _Pairs:
 
 
 def _buckets(runs: list[_Run]) -> Iterator[Bucket]:
-    """Runs of one prefix and like length together. A run longer than a chunk stands alone: it is computed in chunks."""
+    """Runs of one prefix and like length together, as many as keep the scores of a chunk of queries small."""
     prefixes = dict.fromkeys((run.prefix_start, run.prefix) for run in runs)
     for start, length in prefixes:
         mine = [run for run in runs if (run.prefix_start, run.prefix) == (start, length)]
         mine.sort(key=lambda run: (-run.length, run.first))
-        long = [run for run in mine if _width(run.length) > CHUNK]
-        yield from (_bucket([run]) for run in long)
-        short = mine[len(long) :]
-        cuts = _cuts([run.length for run in short], length)
-        yield from (_bucket(short[a:b]) for a, b in itertools.pairwise(cuts))
+        cuts = _cuts([run.length for run in mine], length)
+        yield from (_bucket(mine[a:b]) for a, b in itertools.pairwise(cuts))
 
 
 def _cuts(lengths: list[int], prefix: int) -> list[int]:
@@ -229,11 +226,12 @@ def _cuts(lengths: list[int], prefix: int) -> list[int]:
     best, start = [0.0] + [np.inf] * len(lengths), [0] * (len(lengths) + 1)
     for end in range(1, len(lengths) + 1):
         for first in range(end - 1, -1, -1):
-            pairs = (end - first) * _width(lengths[first]) * (_width(lengths[first]) + prefix)
-            if pairs > MAX_PAIRS and end - first > 1:
+            width = _width(lengths[first])
+            if (end - first) * min(width, CHUNK) * (width + prefix) > MAX_PAIRS and end - first > 1:
                 break
-            if best[first] + pairs + PAIRS_PER_CALL < best[end]:
-                best[end], start[end] = best[first] + pairs + PAIRS_PER_CALL, first
+            cost = (end - first) * width * (width + prefix) + PAIRS_PER_CALL * -(-width // CHUNK)
+            if best[first] + cost < best[end]:
+                best[end], start[end] = best[first] + cost, first
     cuts = [len(lengths)]
     while cuts[-1]:
         cuts.append(start[cuts[-1]])

@@ -105,7 +105,8 @@ class _PackedAttention(torch.autograd.Function):
             for chunk in part.chunks():
                 sums.append(chunk.forward(packed_out))
             part.kernels.scatter_heads_(part.cells(packed_out), bucket.tokens, out, False)
-        ctx.save_for_backward(q, k, v, *sums)
+        # v is a view of one matrix with q and k as they were before they were rotated; a copy lets go of those.
+        ctx.save_for_backward(q, k, v.contiguous(), *sums)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return out
 
@@ -217,9 +218,10 @@ class _Chunk:
         )
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """(blocks, lines, dim) as (kv_heads, rows * lines, dim): all rows meet a prefix in one product."""
-        if self.part.bucket.rows == 1:
-            return x
+        """(blocks, lines, dim) as (kv_heads, rows * lines, dim): all rows meet a prefix in one product.
+
+        A view where x is contiguous, as what is written into must be.
+        """
         return x.reshape(self.part.kv_heads, -1, x.shape[-1])
 
     def _scores(self, left: Tensor, right: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,13 @@
-"""Norms, rotary embeddings and gated activations as single passes over memory, forward and backward."""
+"""Norms, rotary embeddings and gated activations as single passes over memory, forward and backward.
+
+What a norm or a gated activation gives is the input of a linear layer, whose factor A needs it again in the backward
+pass. It is cheaper to compute it twice than to keep it: these outputs carry a recipe, and only what it is made from,
+which is kept anyway, stays in memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -9,10 +15,20 @@ from torch import Tensor
 
 from lorafit.engine import kernels
 
+RECIPE = "_lorafit_recipe"
+
+
+def recipe_of(x: Tensor) -> Callable[[], Tensor] | None:
+    """How to compute x again, (n, width), without its leading axes; None where it is not known."""
+    return getattr(x, RECIPE, None)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
     """Weight * x / rms(x), the weight frozen. x: (..., width). weight: (width,) float32. See `plain.rms_norm`."""
-    return cast(Tensor, _RMSNorm.apply(x, weight, eps, round_first))  # type: ignore[no-untyped-call]
+    y = cast(Tensor, _RMSNorm.apply(x, weight, eps, round_first))  # type: ignore[no-untyped-call]
+    flat = x.detach().reshape(-1, x.shape[-1])
+    setattr(y, RECIPE, lambda: kernels.of(flat).rms_norm(flat, weight, eps, round_first)[0])
+    return y
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -22,7 +38,10 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """act(gate) * up. (..., width) each; rows may be apart. kind: `plain.SILU` or `plain.GELU_TANH`."""
-    return cast(Tensor, _Gated.apply(gate, up, kind))  # type: ignore[no-untyped-call]
+    y = cast(Tensor, _Gated.apply(gate, up, kind))  # type: ignore[no-untyped-call]
+    a, b = gate.detach().flatten(0, -2), up.detach().flatten(0, -2)
+    setattr(y, RECIPE, lambda: kernels.of(a).gated(a, b, kind))
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -6,10 +6,11 @@ what rows alone give, whether logits are the head's output as it is. What it fin
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -60,8 +61,12 @@ class Engine:
         A group whose error on it is too large stays as it was, and is in `notes`. Leaves no gradients.
         """
         started = time.perf_counter()
+
+        def run() -> None:
+            (self.loss(batch) / max(1, batch.supervised_tokens)).backward()  # type: ignore[no-untyped-call]
+
         with _without_dropout(self.model):
-            self.int8_errors = calibrate(self.groups, lambda: self.loss(batch) / max(1, batch.supervised_tokens))
+            self.int8_errors = calibrate(self.groups, run)
         for parameter in self.model.parameters():
             parameter.grad = None
         self.notes += [
@@ -74,6 +79,7 @@ class Engine:
     def release_weights(self) -> None:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
         self.released = any([group.release() for group in self.groups])
+        return_free_memory()
 
     def close(self) -> None:
         """Give the model its own forwards back. Raises ModelError if its weights were released."""
@@ -123,8 +129,15 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
         engine.notes.append(f"rows are padded: {reason}")
     names = {module: name for name, module in model.named_modules()}
     engine.groups = [make_group(group, [names[m] for m in group], engine.patches) for group in linear_groups]
+    return_free_memory()
     engine.prepare_s = time.perf_counter() - started
     return engine
+
+
+def return_free_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps what weights leave between others, and it never fits again."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,43 +126,24 @@ class Int8Error:
         return not (self.forward <= INT8_LIMITS[0] and self.backward <= INT8_LIMITS[1])
 
 
-def calibrate(groups: list[Group], forward: Callable[[], Tensor]) -> list[Int8Error]:
+def calibrate(groups: list[Group], run: Callable[[], None]) -> list[Int8Error]:
     """Put int8 products into groups, each measured against the dense one; where the error is too large, it stays.
 
-    forward: runs the model on some real rows and returns their loss. Called twice; the second time differentiated.
+    run: takes the model forward and backward over some real rows, once.
     """
     for group in groups:
         assert group.W is not None, "weights are released after calibration"
-        group.linears.product = _Watch(group.W)
-    with torch.no_grad():
-        forward()
-    for group in groups:
-        watch = group.linears.product
-        assert isinstance(watch, _Watch) and group.W is not None
-        group.linears.product = _Compare(Dense(group.W), Int8(group.W, watch.tops))
-    forward().backward()  # type: ignore[no-untyped-call]
+        group.linears.product = _Calibration(group.W)
+    run()
     errors = []
     for group in groups:
-        compare = group.linears.product
-        assert isinstance(compare, _Compare)
-        error = Int8Error(group.label, *(part.value for part in (compare.forward_error, compare.backward_error)))
-        group.linears.product = compare.dense if error.too_large else compare.int8
+        measured = group.linears.product
+        assert isinstance(measured, _Calibration)
+        error = Int8Error(group.label, measured.forward_error.value, measured.backward_error.value)
+        chosen = measured.int8 if measured.int8 is not None and not error.too_large else None
+        group.linears.product = chosen or Dense(measured.W)
         errors.append(error)
     return errors
-
-
-class _Watch(Dense):
-    """The dense product, which notes the largest |x| of each column."""
-
-    def __init__(self, W: Tensor) -> None:
-        super().__init__(W)
-        self.tops: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X W^T."""
-        tops = x.abs().amax(0).float()
-        self.tops = tops if self.tops is None else torch.maximum(self.tops, tops)
-        return super().forward(x)
 
 
 @dataclass
@@ -173,29 +154,37 @@ class _Error:
     size: float = 0.0
 
     def add(self, expected: Tensor, got: Tensor) -> None:
-        self.difference += float((got.float() - expected.float()).square().sum())
-        self.size += float(expected.float().square().sum())
+        self.difference += _square(got - expected)
+        self.size += _square(expected)
 
     @property
     def value(self) -> float:
         return float((self.difference / self.size) ** 0.5) if self.size else 0.0
 
 
-@dataclass
-class _Compare:
-    """The dense product, with int8's beside it."""
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2
 
-    dense: Dense
-    int8: Int8
-    forward_error: _Error = field(default_factory=_Error)
-    backward_error: _Error = field(default_factory=_Error)
+
+class _Calibration(Dense):
+    """The dense product, with int8's beside it, made from the first x that comes by."""
+
+    def __init__(self, W: Tensor) -> None:
+        super().__init__(W)
+        self.int8: Int8 | None = None
+        self.forward_error, self.backward_error = _Error(), _Error()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dense.forward(x)
+        """The product x W^T."""
+        y = super().forward(x)
+        if self.int8 is None:
+            self.int8 = Int8(self.W, x.abs().amax(0))
         self.forward_error.add(y, self.int8.forward(x))
         return y
 
     def backward(self, g: Tensor) -> Tensor:
-        gx = self.dense.backward(g)
-        self.backward_error.add(gx, self.int8.backward(g))
+        """The product g W."""
+        gx = super().backward(g)
+        if self.int8 is not None:
+            self.backward_error.add(gx, self.int8.backward(g))
         return gx

@@ -7,15 +7,19 @@ Source of the update: Hu et al. 2021, eq. 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafit.engine.elementwise import recipe_of
 from lorafit.engine.product import Product
 from lorafit.engine.tally import TALLY
+
+# Up to this sum of ranks the updates of a group are one product, with zeros between their blocks.
+LARGEST_BLOCK_RANK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,27 +62,29 @@ class FrozenLinears:
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         tensors = [t for f in self.factors if f is not None for t in (f.A(), f.B())]
-        outputs: tuple[Tensor, ...] = _Apply.apply(x.reshape(-1, x.shape[-1]), self, *tensors)  # type: ignore[no-untyped-call]
+        flat = x.reshape(-1, x.shape[-1])
+        outputs: tuple[Tensor, ...] = _Apply.apply(flat, self, recipe_of(x), *tensors)  # type: ignore[no-untyped-call]
         return outputs
 
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: FrozenLinears, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, group: FrozenLinears, recipe: Callable[[], Tensor] | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         y = group.product.forward(x)
         TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
         if group.bias is not None:
             y += group.bias
-        Bs = [B.to(x.dtype) for B in factors[1::2]]
-        h = x @ _down(factors, x.dtype).T if factors else None
-        for part, where, r, scaling in _adapted(group, Bs):
-            if scaling == 0:
-                continue  # bitwise the base
-            assert h is not None
-            TALLY.add(2 * len(x) * Bs[part].shape[1] * (x.shape[1] + Bs[part].shape[0]))
-            y[:, where].addmm_(h[:, r], Bs[part].T, alpha=scaling)
-        ctx.group = group
-        ctx.save_for_backward(x if factors else None, h, *factors)
+        h = None
+        if factors:
+            update = _Update(group, factors, x.dtype)
+            h = x @ update.A.T
+            for part in update.parts:
+                y[:, part.columns].addmm_(h[:, part.ranks], part.B.T)
+            TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
+        ctx.group, ctx.recipe = group, recipe
+        ctx.save_for_backward(None if recipe or not factors else x, h, *factors)
         ctx.set_materialize_grads(False)
         return torch.split(y, group.outs, dim=1)
 
@@ -90,38 +96,94 @@ class _Apply(torch.autograd.Function):
         gx = group.product.backward(g) if ctx.needs_input_grad[0] else None
         TALLY.add(2 * gx.numel() * g.shape[1] if gx is not None else 0)
         if not factors:
-            return gx, None
-        A, Bs = _down(factors, x.dtype), [B.to(x.dtype) for B in factors[1::2]]
+            return gx, None, None
+        if ctx.recipe:
+            x, ctx.recipe = ctx.recipe(), None  # autograd lets go of saved tensors by itself, of this it does not
+        update = _Update(group, factors, x.dtype)
         gh, gBs = torch.empty_like(h), []
-        for part, where, r, scaling in _adapted(group, Bs):
-            torch.mul(g[:, where] @ Bs[part], scaling, out=gh[:, r])
-            out, rank = Bs[part].shape
-            TALLY.add(2 * len(g) * rank * (2 * out + (1 if gx is None else 2) * x.shape[1]))
-            gBs.append((g[:, where].T @ h[:, r]).to(factors[2 * part + 1].dtype).mul_(scaling))
-        gA = (gh.T @ x).to(factors[0].dtype)
+        for part in update.parts:
+            torch.mm(g[:, part.columns], part.B, out=gh[:, part.ranks])
+            gBs += part.split(g[:, part.columns].T @ h[:, part.ranks])
+        gA = gh.T @ x
         if gx is not None:
-            gx.addmm_(gh, A)
-        gAs = torch.split(gA, [len(A) for A in factors[::2]])
-        return gx, None, *(t for pair in zip(gAs, gBs, strict=True) for t in pair)
+            gx.addmm_(gh, update.A)
+        TALLY.add(2 * len(g) * sum(2 * B.numel() + (1 if gx is None else 2) * A.numel() for A, B in _pairs(factors)))
+        gAs = torch.split(gA, [len(A) for A, _ in _pairs(factors)])
+        return gx, None, None, *(t.to(factors[0].dtype) for pair in zip(gAs, gBs, strict=True) for t in pair)
 
 
-def _down(factors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
-    """All A of a group, one above the other: (sum of ranks, in)."""
-    A = list(factors[::2])
-    return (A[0] if len(A) == 1 else torch.cat(A)).to(dtype)
+def _pairs(factors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(factors[::2], factors[1::2], strict=True)
 
 
-def _adapted(group: FrozenLinears, Bs: list[Tensor]) -> list[tuple[int, slice, slice, float]]:
-    """For each adapted layer of the group: its number among them, its columns of y, its columns of h, its scaling."""
-    found: list[tuple[int, slice, slice, float]] = []
-    column = rank = 0
-    for out, factors in zip(group.outs, group.factors, strict=True):
-        if factors is not None:
-            r, scaling = Bs[len(found)].shape[1], factors.scaling()
-            found.append((len(found), slice(column, column + out), slice(rank, rank + r), scaling))
-            rank += r
+@dataclass(frozen=True)
+class _Span:
+    """One adapted layer of a group: its columns of y, its columns of h = x A^T, and its scaling."""
+
+    columns: slice
+    ranks: slice
+    scaling: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Adapted layers whose update is one product h[:, ranks] B^T, written to y[:, columns]. B is scaled."""
+
+    spans: list[_Span]
+    columns: slice
+    ranks: slice
+    B: Tensor
+
+    def split(self, gB: Tensor) -> list[Tensor]:
+        """The gradient of B of each layer, from that of the whole without its scaling."""
+        return [
+            gB[_within(span.columns, self.columns), _within(span.ranks, self.ranks)] * span.scaling
+            for span in self.spans
+        ]
+
+
+class _Update:
+    """The factors of a group as few matrices: A (sum of ranks, in), and B block by block on a diagonal.
+
+    Skinny products are bound by memory: reading g once for all layers is worth the zeros between the blocks, as long as
+    the ranks are small. parts is empty where every scaling is 0, so that y stays bitwise the base's.
+    """
+
+    def __init__(self, group: FrozenLinears, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        As = list(factors[::2])
+        self.A = (As[0] if len(As) == 1 else torch.cat(As)).to(dtype)
+        spans = list(_spans(group, factors))
+        together = [spans] if len(self.A) <= LARGEST_BLOCK_RANK else [[span] for span in spans]
+        some = any(span.scaling for span in spans)
+        numbers = {id(span): number for number, span in enumerate(spans)}
+        self.parts = [
+            _part(part, [factors[2 * numbers[id(span)] + 1] for span in part], dtype) for part in together if some
+        ]
+
+
+def _spans(group: FrozenLinears, factors: Sequence[Tensor]) -> Iterator[_Span]:
+    column = rank = number = 0
+    for out, adapted in zip(group.outs, group.factors, strict=True):
+        if adapted is not None:
+            r = len(factors[2 * number])
+            yield _Span(slice(column, column + out), slice(rank, rank + r), adapted.scaling())
+            rank, number = rank + r, number + 1
         column += out
-    return found
+
+
+def _part(spans: list[_Span], Bs: list[Tensor], dtype: torch.dtype) -> _Part:
+    columns = slice(spans[0].columns.start, spans[-1].columns.stop)
+    ranks = slice(spans[0].ranks.start, spans[-1].ranks.stop)
+    if len(spans) == 1:
+        return _Part(spans, columns, ranks, (Bs[0] * spans[0].scaling).to(dtype))
+    whole = Bs[0].new_zeros(columns.stop - columns.start, ranks.stop - ranks.start, dtype=dtype)
+    for span, B in zip(spans, Bs, strict=True):
+        whole[_within(span.columns, columns), _within(span.ranks, ranks)] = B * span.scaling
+    return _Part(spans, columns, ranks, whole)
+
+
+def _within(inner: slice, outer: slice) -> slice:
+    return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
 def _side_by_side(gradients: tuple[Tensor | None, ...], outs: list[int]) -> Tensor:

@@ -4,7 +4,7 @@
 |---|---|---|
 | fp32 | oneDNN on weights packed for it; exact, and faster than the BLAS that torch calls | packed, both ways round |
 | bf16, fp16 | torch's own, which is oneDNN and needs no packing | as stored |
-| int8 | int8 x int8 with int32 sums; each row of x, g and W has its own scale | int8, both ways round |
+| int8 | int8 x int8, int32 sums; a scale a row of x and g, and an output of W and W^T | int8, once for each way |
 
 The int8 scheme is that of SwitchBack (Wortsman et al. 2023, algorithm 1), all in 8 bits: of its three products, the one
 that needs more is the gradient of W, and a frozen W has none.
@@ -28,10 +28,10 @@ class Product(Protocol):
     """forward: x (n, in) -> x W^T (n, out). backward: g (n, out) -> g W (n, in). In the type of their argument."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X W^T."""
+        """The product x W^T."""
 
     def backward(self, g: Tensor) -> Tensor:
-        """G W."""
+        """The product g W."""
 
 
 class Dense:
@@ -41,11 +41,11 @@ class Dense:
         self.W = W
 
     def forward(self, x: Tensor) -> Tensor:
-        """X W^T."""
+        """The product x W^T."""
         return F.linear(x, self.W)
 
     def backward(self, g: Tensor) -> Tensor:
-        """G W."""
+        """The product g W."""
         return g @ self.W
 
 
@@ -58,12 +58,12 @@ class Packed:
         self.transposed: Tensor | None = None  # evaluation never needs it
 
     def forward(self, x: Tensor) -> Tensor:
-        """X W^T."""
+        """The product x W^T."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         return y
 
     def backward(self, g: Tensor) -> Tensor:
-        """G W."""
+        """The product g W."""
         if self.transposed is None:
             W = self.packed.to_dense()
             self.transposed = torch.ops.mkldnn._reorder_linear_weight(W.T.contiguous(), self.rows)
@@ -79,15 +79,14 @@ class Int8:
     """
 
     def __init__(self, W: Tensor, tops: Tensor | None) -> None:
-        quantize = kernels.of(W).quantize_rows
         smooth = _smoothing(W, tops) if tops is not None else None
         self.inverse = None if smooth is None else 1 / smooth
-        self.q, self.scales = quantize(W if smooth is None else (W.float() * smooth).to(W.dtype), None)
-        self.back, self.back_scales = quantize(W.T.contiguous(), None)
+        self.q, self.scales = kernels.of(W).quantize_rows(W.contiguous(), smooth)
+        self.back, self.back_scales = kernels.of(W).quantize_columns(W.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T, within `rounding_bound`."""
-        return _multiply(x, self.inverse, self.q, self.scales)
+        return _multiply(x, self.inverse, self.q.T, self.scales)
 
     def backward(self, g: Tensor) -> Tensor:
         """G W, within `rounding_bound`."""
@@ -105,11 +104,11 @@ def _smoothing(W: Tensor, tops: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, columns: Tensor | None, q: Tensor, scales: Tensor) -> Tensor:
-    """X (times columns) @ (scales * q)^T. x: (n, k). q: (m, k) int8. Returns (n, m) in the type of x."""
-    y = x.new_empty(len(x), len(q))
+    """(x * columns) @ (q * scales). x: (n, k). columns: (k,). q: (k, m) int8. scales: (m,). Returns (n, m) like x."""
+    y = x.new_empty(len(x), q.shape[1])
     for rows in _blocks(len(x)):
         q_x, scales_x = kernels.of(x).quantize_rows(x[rows], columns)
-        kernels.of(x).dequantize_(torch._int_mm(q_x, q.T), scales_x, scales, y[rows], False)
+        kernels.of(x).dequantize_(torch._int_mm(q_x, q), scales_x, scales, y[rows], False)
     return y
 
 

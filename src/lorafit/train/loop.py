@@ -168,6 +168,7 @@ def _accumulate_gradients(loop: _Loop, batches: list[Batch]) -> float:
         loss: Tensor = work.engine.loss(batch) / supervised
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
         total += float(loss.detach())
+        del loss  # or its graph would live through the next forward pass
     return total
 
 

@@ -385,6 +385,7 @@ void cross_entropy(T* logits, const int64_t* targets, const float* weights, floa
 // --- int8 -----------------------------------------------------------------------------------------------------------
 
 // Each row of x (times `columns`, where not null) as int8 with its own scale: q = round(x / scale), scale = max|x| / 127.
+// Without scales, q = round(x * columns) as it is.
 template <typename T>
 void quantize_rows(const T* x, int64_t stride, const float* columns, int8_t* q, float* scales, int64_t n,
                    int64_t width) {
@@ -392,8 +393,9 @@ void quantize_rows(const T* x, int64_t stride, const float* columns, int8_t* q, 
     for (int64_t i = 0; i < n; ++i) {
         const T* row = x + i * stride;
         int8_t* out = q + i * width;
-        float top = 0.0f;
-        if (columns) {
+        float top = scales ? 0.0f : 127.0f;
+        if (!scales) {
+        } else if (columns) {
 #pragma omp simd reduction(max : top)
             for (int64_t j = 0; j < width; ++j) {
                 const float size = std::fabs(load(row + j) * columns[j]);
@@ -406,7 +408,7 @@ void quantize_rows(const T* x, int64_t stride, const float* columns, int8_t* q, 
                 top = size > top ? size : top;
             }
         }
-        scales[i] = top / 127.0f;
+        if (scales) scales[i] = top / 127.0f;
         const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
         const float shift = 12582912.0f;  // adding and subtracting it rounds to the nearest whole number
         if (columns) {

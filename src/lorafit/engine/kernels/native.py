@@ -182,6 +182,16 @@ def quantize_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     return q, scales
 
 
+def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `plain.quantize_columns`."""
+    x = _rows(x)
+    scales = x.abs().amax(0).float() / 127
+    columns = torch.where(scales > 0, 1 / scales, 0.0)
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    _function("quantize_rows", x.dtype)(x.data_ptr(), x.stride(0), columns.data_ptr(), q.data_ptr(), None, *x.shape)
+    return q, scales
+
+
 def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, add: bool) -> None:
     """See `plain.dequantize_`. The rows of y may be apart."""
     _function("dequantize", y.dtype)(

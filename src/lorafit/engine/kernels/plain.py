@@ -181,6 +181,12 @@ def quantize_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.round(wide * inverse[:, None]).to(torch.int8), top / 127
 
 
+def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(q int8, scales float32 (width,)): column j of x is close to scales[j] * q[:, j], |q| <= 127."""
+    scales = x.abs().amax(0).float() / 127
+    return torch.round(x.float() * torch.where(scales > 0, 1 / scales, 0.0)).to(torch.int8), scales
+
+
 def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, add: bool) -> None:
     """Y = sums * rows[i] * columns[j] (+ y where add). sums: (n, width) int32. y: (n, width)."""
     values = sums.float() * rows[:, None]
