@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lorafit.errors import ConfigError, did_you_mean, listed
+from lorafit.units import GIB, MIB
 
 
 def _comma_list(value: Any) -> Any:
@@ -41,6 +42,15 @@ class Frozen(BaseModel):
     """Immutable, no unknown fields, no NaN; docstrings below fields become their descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes of `2GiB`, `1500MiB`, `4GB` or `500MB`. Raises ConfigError, which names the flag."""
+    for unit, size in {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}.items():
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdigit():
+            return round(float(number) * size)
+    raise ConfigError(f"{flag} {text!r} is not a size", "Give one such as 2GiB, 1500MiB or 4GB")
 
 
 class LoRAConfig(Frozen):
@@ -102,7 +112,7 @@ class TrainConfig(LoRAConfig):
     batch_size: int = Field(16, ge=1)
     """Rows per optimizer step."""
     micro_tokens: int = Field(2048, ge=1)
-    """Tokens, padding included, per forward pass: a batch is split to stay below; the result is the same."""
+    """Most tokens of a forward pass: a step is split to stay below; the result is the same."""
     seq_len: int = Field(2048, ge=2)
     """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""
     lr: float = Field(2e-3, gt=0)
@@ -121,10 +131,12 @@ class TrainConfig(LoRAConfig):
     """Largest gradient norm; a larger gradient is scaled down to it."""
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
+    feature_cache: str = "2GiB"
+    """Largest file of frozen layers' activations, kept while a run of several epochs lasts; 0MiB for none."""
     save_every: int | None = Field(None, ge=1)
     """Write a checkpoint every N steps. Default: once a minute, and when an epoch or the run ends."""
     memory: str | None = None
-    """Refuse to start if the predicted peak is above this, such as 2GiB. Default: what the machine has free."""
+    """Stay below this, such as 2GiB, by splitting steps and recomputing layers. Default: what the machine has free."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False

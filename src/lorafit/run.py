@@ -18,14 +18,13 @@ import torch
 from rich.console import Console
 
 from lorafit import files
-from lorafit.config import TrainConfig
+from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.formats import Chat, Example, read_examples, unused_columns
 from lorafit.data.load import Row, read_rows, split
 from lorafit.data.mask import Encoded, EncodedSet, encode_all
-from lorafit.data.pack import micro_batches, step_rows
 from lorafit.engine import precision
-from lorafit.engine.engine import Engine, prepare
-from lorafit.errors import CheckpointError, ConfigError, DoesNotFitError, did_you_mean, listed
+from lorafit.engine.engine import Engine
+from lorafit.errors import CheckpointError, ConfigError, did_you_mean, listed
 from lorafit.export import card, peft
 from lorafit.infer.evaluate import mean_loss
 from lorafit.methods.method import Attached, Method
@@ -38,14 +37,13 @@ from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
+from lorafit.train.setup import Split, fit_to_memory, make_engine
 from lorafit.train.signals import stop_on_signals
-from lorafit.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
+from lorafit.units import format_bytes, format_count, format_seconds, format_share
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
-# Tokens of the first batch that int8 is calibrated on: enough to see which columns hold outliers.
-CALIBRATION_TOKENS = 256
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
 FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})
@@ -84,17 +82,18 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
         encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
-        dtype = "fp32" if chosen["precision"] == "fp32" else "bf16"
-        estimate = _plan(config, inputs.spec, dtype, encoded, start.force, console)
+        rows = list(encoded.encoded)
+        estimate = _plan(config, inputs.spec, chosen, rows, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = method.attach(loaded.model, config)
         _print_attached(attached, console)
-        rows = list(encoded.encoded)
-        engine = _prepare(loaded.model, rows, config, chosen["precision"], console)
+        split = Split(chosen["micro_tokens"], chosen["recompute"])
+        engine = make_engine(loaded.model, rows, config, chosen["precision"], split, run.scratch, console)
         work = Work(
             model=loaded.model,
             method=method,
             rows=rows,
+            micro_tokens=split.micro_tokens,
             engine=engine,
             config=config,
             identity=identity,
@@ -104,6 +103,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
+        run.clean()
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, inputs, attached, progress, identity, estimate, load_s)
         files.write_atomic(run.readme, card.render(result))
@@ -177,45 +177,22 @@ def _encode(
 
 
 def _plan(
-    config: TrainConfig, spec: model_spec.ModelSpec, dtype: str, encoded: EncodedSet, force: bool, console: Console
+    config: TrainConfig,
+    spec: model_spec.ModelSpec,
+    chosen: dict[str, Any],
+    rows: list[Encoded],
+    force: bool,
+    console: Console,
 ) -> memory.MemoryEstimate:
-    """The predicted peak, shown. Raises DoesNotFitError when it is above --memory or what the machine has free."""
-    tokens = max(encoded.longest, min(config.micro_tokens, encoded.longest * config.batch_size))
-    share = encoded.supervised_tokens / encoded.tokens
-    estimate = memory.estimate(spec, config, dtype, tokens, math.ceil(share * tokens))
+    """The predicted peak, shown; into `chosen`, how steps are split to stay below the limit. Raises DoesNotFitError."""
+    limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
+    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force)
+    chosen.setdefault("micro_tokens", split.micro_tokens)
+    chosen.setdefault("recompute", split.recompute)
     console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
-    limit = _bytes(config.memory) if config.memory else machine.available_bytes() + machine.rss_bytes()
-    if estimate.peak_bytes > limit and not force:
-        raise DoesNotFitError(
-            f"this run is predicted to need {format_bytes(estimate.peak_bytes)}, above the {format_bytes(limit)} "
-            + ("of --memory" if config.memory else "that this machine has free"),
-            "Lower --micro-tokens, --seq-len or --r, use --precision bf16, or try it anyway with --force",
-        )
+    if chosen["micro_tokens"] < config.micro_tokens:
+        console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
     return estimate
-
-
-def _bytes(text: str) -> int:
-    for unit, size in {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}.items():
-        number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.replace(".", "", 1).isdigit():
-            return round(float(number) * size)
-    raise ConfigError(f"--memory {text!r} is not a size", "Give one such as 2GiB, 1500MiB or 4GB")
-
-
-def _prepare(
-    model: PreTrainedModel, rows: list[Encoded], config: TrainConfig, precision_name: str, console: Console
-) -> Engine:
-    """The engine for this model, with what it could not make faster shown. It is the same when a run is resumed."""
-    engine = prepare(model, share_prefix=config.dropout == 0)
-    if precision_name == "int8":
-        first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
-        engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0])
-    engine.release_weights()
-    for note in engine.notes:
-        console.print(note, style="yellow", highlight=False)
-    if config.dropout:
-        console.print("a prefix that rows share is computed in each of them: dropout differs by row", highlight=False)
-    return engine
 
 
 def _evaluation(engine: Engine, held_out: EncodedSet, config: TrainConfig) -> Callable[[], float]:
@@ -236,7 +213,7 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None) -> dict[str, Any]:
     found = earlier.identity["chosen"] if earlier else {}
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
-    return {"precision": found.get("precision") or precision.choose(config.precision), "threads": threads}
+    return {**found, "precision": found.get("precision") or precision.choose(config.precision), "threads": threads}
 
 
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -326,6 +303,8 @@ def _result(
         "best_step": progress.best_step,
         "seed": config.seed,
         "precision": identity["chosen"]["precision"],
+        "micro_tokens": identity["chosen"]["micro_tokens"],
+        "recompute": identity["chosen"]["recompute"],
         "threads": identity["chosen"]["threads"],
         "system": _common_system(inputs.examples),
         "versions": identity["versions"],

@@ -87,6 +87,11 @@ class RunDir:
         if not os.access(self.path, os.W_OK):
             raise RunDirError(f"cannot write into {self.path}", "Choose a directory that you may write to")
 
+    @property
+    def scratch(self) -> Path:
+        """For what a run needs while it lasts; `clean` removes it."""
+        return self.path / ".scratch"
+
     def clean(self) -> None:
         """Remove what a killed process left half-written. Call it under the lock."""
         for directory in (self.path, self.checkpoints):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from lorafit.data.pack import micro_batches
 from lorafit.engine import engine as engine_module
 from lorafit.engine import groups as groups_module
 from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.layers import decoder_layers, untouched_layers
 from lorafit.engine.product import Dense, Int8
+from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
 from lorafit.lora.inject import set_scale
 from lorafit.methods.table import METHODS
@@ -191,6 +194,62 @@ def test_nothing_below_the_lowest_adapted_layer_is_differentiated(monkeypatch: p
     (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
     engine.loss(batch)
     assert kinds == ["0: False", "1: False", "2: False", "3: True"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_starting_from_kept_features_gives_the_same_gradients(name: str, dropout: float, tmp_path: Path) -> None:
+    model, data = adapted(build(name), layers="last:1", dropout=dropout), rows()
+    expected = alone(model, data)
+    engine = prepare(model, share_prefix=not dropout)
+    assert untouched_layers(model) == 1
+    batches = micro_batches(data, range(len(data)), 100, engine.packing)
+    engine.keep_features(tmp_path / "features", [len(row.input_ids) for row in data], batches)
+    computed: list[str] = []
+    first, last = decoder_layers(model)[1]
+    handles = [
+        next(
+            module for module in layer.modules() if type(module).__name__ in ("Linear", "Conv1D")
+        ).register_forward_hook(lambda m, a, o, n=n: computed.append(n))  # type: ignore[misc]
+        for n, layer in (("first", first), ("last", last))
+    ]
+    parameters = LORA.trainable(model)
+    for parameter in parameters.values():
+        parameter.grad = None
+    total = 0.0
+    for group in ([4, 1, 0], [2, 3, 5]):
+        for batch in micro_batches(data, group, 1 << 20, engine.packing):
+            LORA.before_forward(model, 5, 2, batch.token_rows, batch.position_ids)
+            loss = engine.training_loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+    for handle in handles:
+        handle.remove()
+    assert_same(expected, (total, {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}))
+    assert "first" not in computed
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, 0), ({"layers": "last:1"}, 1), ({"targets": ["lm_head"]}, 2), ({"targets": ["embed_tokens"]}, 0)],
+)
+def test_layers_below_all_that_is_trained_are_found(settings: dict[str, Any], expected: int) -> None:
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False)
+    assert untouched_layers(adapted(transformers.LlamaForCausalLM(config), **settings)) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_layers_give_the_same_gradients_and_count_their_work_once(name: str, dropout: float) -> None:
+    model, data = adapted(build(name), dropout=dropout), rows()
+    expected = alone(model, data)
+    engine = prepare(model, share_prefix=not dropout)
+    before = TALLY.flop
+    together(engine, data)
+    once, before = TALLY.flop - before, TALLY.flop
+    engine.recompute_layers()
+    assert_same(expected, together(engine, data))
+    assert TALLY.flop - before == once
 
 
 def test_preparing_twice_is_preparing_once() -> None:

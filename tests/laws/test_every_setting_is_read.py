@@ -59,6 +59,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "beta2": {"beta2": 0.5},
     "clip": {"clip": 1e-4},
     "precision": {"precision": "bf16"},
+    "feature_cache": {"feature_cache": "0MiB", "layers": "last:1"},
     "save_every": {"save_every": 1},
     "memory": {"memory": "1MiB"},
     "threads": {"threads": 2},

@@ -27,17 +27,36 @@ def test_the_predicted_trainable_count_is_the_actual_one(tmp_path: Path) -> None
 
 def test_the_peak_is_the_sum_of_its_parts_and_grows_with_tokens(tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    small = memory.estimate(spec, _config(), "fp32", tokens=100, supervised=10)
-    large = memory.estimate(spec, _config(), "fp32", tokens=200, supervised=20)
+    small = memory.estimate(spec, _config(), "fp32", tokens=100, supervised=10, recompute=False)
+    large = memory.estimate(spec, _config(), "fp32", tokens=200, supervised=20, recompute=False)
     assert small.peak_bytes == sum(small.parts.values())
     assert large.parts["activations"] == 2 * small.parts["activations"]
     assert large.parts["logits"] == 2 * small.parts["logits"]
-    assert large.parts["weights"] == small.parts["weights"] == 4 * spec.parameters
+    assert large.parts["weights"] == small.parts["weights"]
 
 
-def test_bf16_halves_the_weights(tmp_path: Path) -> None:
+def test_logits_are_never_all_in_memory(tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    assert memory.estimate(spec, _config(), "bf16", 1, 1).parts["weights"] == 2 * spec.parameters
+    many = memory.estimate(spec, _config(), "bf16", tokens=10_000, supervised=10_000, recompute=False)
+    assert many.parts["logits"] == 256 * spec.vocab * 2
+
+
+def test_bf16_and_int8_take_a_quarter_of_fp32_with_its_packed_copies(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    embeddings = spec.vocab * spec.hidden + 5 * spec.hidden  # tied head; five norms
+    blocks = spec.parameters - embeddings
+    parts = {p: memory.estimate(spec, _config(), p, 1, 1, False).parts["weights"] for p in ("fp32", "bf16", "int8")}
+    assert parts == {
+        "fp32": 8 * blocks + 4 * embeddings,
+        "bf16": 2 * blocks + 2 * embeddings,
+        "int8": 2 * blocks + 2 * embeddings,
+    }
+
+
+def test_recomputing_layers_keeps_less(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    kept, again = (memory.activation_bytes(spec, _config(), "bf16", 100, recompute) for recompute in (False, True))
+    assert again < kept
 
 
 def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
@@ -50,7 +69,7 @@ def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
     assert machine.physical_cores() >= 1
 
 
-@pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits"])
+@pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits", "allocator"])
 def test_the_description_names_every_part(part: str, tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    assert part in memory.estimate(spec, _config(), "fp32", 1, 1).describe()
+    assert part in memory.estimate(spec, _config(), "fp32", 1, 1, False).describe()

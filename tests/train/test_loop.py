@@ -65,6 +65,7 @@ def work(
         model=model,
         method=METHODS["lora"],
         rows=list(encoded.encoded),
+        micro_tokens=config.micro_tokens,
         engine=prepare(model, share_prefix=config.dropout == 0) if engine == "fast" else plain(model),
         config=config,
         identity={},

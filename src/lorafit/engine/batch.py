@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Queries of one attention product. A longer row is cut into chunks, so that a query is not multiplied with every later
@@ -61,6 +64,24 @@ class Batch:
     rows: int
     real_tokens: int
     supervised_tokens: int
+
+    def row_places(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each row's number with the flat positions of its tokens in order, those of a shared prefix included."""
+        rows = self.token_rows
+        if self.layout is None:
+            lengths = self.attention_mask.sum(1).tolist() if self.attention_mask is not None else []
+            for number, length in enumerate(lengths):
+                first = number * rows.shape[1]
+                yield int(rows[number, 0]), np.arange(first, first + length)
+            return
+        prefixes = {(bucket.prefix_start, bucket.prefix) for bucket in self.layout if bucket.prefix}
+        for bucket in self.layout:
+            before = np.arange(bucket.prefix_start, bucket.prefix_start + bucket.prefix)
+            for tokens, length in zip(
+                bucket.tokens.view(bucket.rows, -1).tolist(), bucket.lengths.tolist(), strict=True
+            ):
+                if (tokens[0], length) not in prefixes:  # a prefix is no row
+                    yield int(rows[0, tokens[0]]), np.concatenate([before, tokens[:length]])
 
     @property
     def computed_tokens(self) -> int:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.engine import attention, loss
-from lorafit.engine.batch import Batch, Packing
+from lorafit.engine.batch import Batch, Bucket, Packing
 from lorafit.engine.groups import Group, Int8Error, calibrate, make_group
+from lorafit.engine.layers import Features, decoder_layers, recompute, untouched_layers
 from lorafit.engine.patch import Patches, patch_gated_mlps, patch_norms, patch_rotary
 from lorafit.engine.probe import Probe
 from lorafit.errors import ModelError
@@ -44,6 +48,25 @@ class Engine:
     int8_errors: list[Int8Error] = field(default_factory=list)
     released: bool = False
     prepare_s: float = 0.0
+    features: Features | None = None
+    _layout: tuple[Bucket, ...] | None = None
+
+    @property
+    def hidden(self) -> int:
+        """Width of the activations between layers."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        return next(self.model.parameters()).dtype
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """`loss` of rows of the training set, starting from their features where `keep_features` has computed them."""
+        if self.features is None:
+            return self.loss(batch)
+        with _in_place_of(self.features.forwards(self.model, batch)):
+            return self.loss(batch)
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over supervised tokens of weight x negative log-likelihood, in nats: a scalar float32 with its graph."""
@@ -76,6 +99,29 @@ class Engine:
         ]
         self.prepare_s += time.perf_counter() - started
 
+    @torch.no_grad()
+    def keep_features(self, path: Path, lengths: list[int], batches: Iterable[Batch]) -> None:
+        """Compute what the lowest trained layer is given, once for all epochs, into a file at `path`.
+
+        lengths: tokens of each training row. batches: all of these rows. Needs `untouched_layers(model)` > 0.
+        """
+        started = time.perf_counter()
+        features = Features(path, lengths, untouched_layers(self.model), self.hidden, self.dtype)
+        features.fill(self.loss, self.model, batches)
+        self.features = features
+        self.prepare_s += time.perf_counter() - started
+
+    def recompute_layers(self) -> None:
+        """Keep only each layer's input for the backward pass from now on."""
+        for layer in decoder_layers(self.model)[1]:
+            self.patches.set(layer, recompute(layer, lambda: partial(self._running_again, self._layout)))
+
+    @contextmanager
+    def _running_again(self, layout: tuple[Bucket, ...] | None) -> Iterator[None]:
+        packed = attention.packed(self.model, layout) if layout is not None else nullcontext()
+        with packed, self.patches.in_force():
+            yield
+
     def release_weights(self) -> None:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
         self.released = any([group.release() for group in self.groups])
@@ -91,9 +137,24 @@ class Engine:
 
     @contextmanager
     def _running(self, batch: Batch) -> Iterator[None]:
-        packed = attention.packed(self.model, batch.layout) if batch.layout is not None else nullcontext()
-        with packed, self.patches.in_force():
+        self._layout = batch.layout
+        with self._running_again(batch.layout):
             yield
+
+
+@contextmanager
+def _in_place_of(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def plain(model: nn.Module) -> Engine:

@@ -76,14 +76,14 @@ class _Apply(torch.autograd.Function):
         TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
         if group.bias is not None:
             y += group.bias
-        h = None
+        h, update = None, None
         if factors:
             update = _Update(group, factors, x.dtype)
             h = x @ update.A.T
             for part in update.parts:
                 y[:, part.columns].addmm_(h[:, part.ranks], part.B.T)
             TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
-        ctx.group, ctx.recipe = group, recipe
+        ctx.group, ctx.recipe, ctx.update = group, recipe, update
         ctx.save_for_backward(None if recipe or not factors else x, h, *factors)
         ctx.set_materialize_grads(False)
         return torch.split(y, group.outs, dim=1)
@@ -97,9 +97,9 @@ class _Apply(torch.autograd.Function):
         TALLY.add(2 * gx.numel() * g.shape[1] if gx is not None else 0)
         if not factors:
             return gx, None, None
-        if ctx.recipe:
-            x, ctx.recipe = ctx.recipe(), None  # autograd lets go of saved tensors by itself, of this it does not
-        update = _Update(group, factors, x.dtype)
+        x = ctx.recipe() if ctx.recipe else x
+        update: _Update = ctx.update
+        ctx.recipe = ctx.update = None  # autograd lets go of saved tensors by itself, of these it does not
         gh, gBs = torch.empty_like(h), []
         for part in update.parts:
             torch.mm(g[:, part.columns], part.B, out=gh[:, part.ranks])

@@ -113,4 +113,7 @@ def _multiply(x: Tensor, columns: Tensor | None, q: Tensor, scales: Tensor) -> T
 
 
 def _blocks(count: int) -> list[slice]:
-    return [slice(first, min(first + INT8_ROWS, count)) for first in range(0, count, INT8_ROWS)]
+    """About INT8_ROWS rows each, all of one size but the last: a short block wastes most of a product's setting up."""
+    blocks = max(1, round(count / INT8_ROWS))
+    size = max(1, -(-count // blocks))
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]

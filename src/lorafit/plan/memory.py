@@ -1,8 +1,9 @@
-"""A first estimate of a run's peak memory, in parts, from shapes alone.
+"""An estimate of a run's peak memory, in parts, from shapes alone.
 
-Counted: the runtime, frozen weights, the adapter with its gradients and moments, activations kept for the backward
-pass, and the logits of one micro-batch. The figures per token are those of a decoder with gated MLPs and attention that
-keeps no score matrix.
+Counted: the runtime, frozen weights with what is packed for products, the adapter with its gradients and moments,
+activations kept for the backward pass, a chunk of logits, and what the allocator holds between them. The figures are
+those of a decoder with gated MLPs run by the engine: attention keeps no scores, and what a norm or an activation gives
+is computed again (engine/elementwise.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ from lorafit.config import TrainConfig
 from lorafit.model.spec import ModelSpec
 from lorafit.units import MIB, bytes_of, format_bytes
 
-# Python, torch, transformers and their libraries, mapped: measured with VmHWM after the imports.
-RUNTIME_BYTES = 520 * MIB
+# Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
+RUNTIME_BYTES = 480 * MIB
 # fp32: value, gradient, two moments, the best so far, the copy that a checkpoint writes (with its moments).
 ADAPTER_COPIES = 8
+# Of a frozen layer's weight, by precision: packed both ways round, or as stored.
+BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
+LOGIT_ROWS = 256
+# Freed blocks that nothing fits into, measured against what lives at the peak; oneDNN's code and buffers.
+FRAGMENTATION = 0.4
+ONEDNN_BYTES = 100 * MIB
 
 
 @dataclass(frozen=True)
@@ -36,43 +43,54 @@ class MemoryEstimate:
         return f"{format_bytes(self.peak_bytes)} ({parts})"
 
 
-def estimate(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int, supervised: int) -> MemoryEstimate:
+def estimate(
+    spec: ModelSpec, config: TrainConfig, precision: str, tokens: int, supervised: int, recompute: bool
+) -> MemoryEstimate:
     """The peak of training with `tokens` in the largest micro-batch, `supervised` of them in the loss.
 
-    dtype: fp32 or bf16, the type of the frozen base.
+    precision: fp32, bf16 or int8. recompute: whether layers keep their input alone.
     """
-    adapter = adapter_params(spec, config.r)
+    dtype = "fp32" if precision == "fp32" else "bf16"
+    layer_weights = sum(a * b for a, b in _block_shapes(spec))
+    activations = activation_bytes(spec, config, dtype, tokens, recompute)
     return MemoryEstimate(
         {
             "runtime": RUNTIME_BYTES,
-            "weights": bytes_of(spec.parameters, dtype),
-            "adapter": ADAPTER_COPIES * bytes_of(adapter, "fp32"),
-            "activations": activation_bytes(spec, config, dtype, tokens),
-            "logits": supervised * spec.vocab * (3 * 4 + 2),
+            "weights": layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype),
+            "adapter": ADAPTER_COPIES * bytes_of(adapter_params(spec, config.r), "fp32"),
+            "activations": activations,
+            "logits": bytes_of(min(supervised, LOGIT_ROWS) * spec.vocab, dtype),
+            "allocator": round(FRAGMENTATION * activations) + ONEDNN_BYTES,
         }
     )
 
 
-def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int) -> int:
+def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int, recompute: bool) -> int:
     """What one micro-batch keeps for its backward pass.
 
-    Per token and layer: the two norms' inputs in fp32 and their outputs, q, k, v and the attention's output, the gate,
-    its activation, up and their product, the outputs that are added to the residual, and seven adapters' r-wide
-    products.
+    Per token and layer: the inputs of two norms, rotated q and k, v, the attention's output, gate and up, seven
+    adapters' r-wide products, and a float32 for each head's sum and each norm. Two more layers' worth while one is
+    differentiated.
     """
-    attention = spec.heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim
-    wide = 6 * spec.hidden + 3 * attention + 5 * spec.intermediate + 7 * config.r
-    norms = 4 * spec.hidden * 4
-    return tokens * spec.layers * (bytes_of(wide, dtype) + norms)
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    wide = 2 * spec.hidden + 2 * q + 2 * kv + 2 * spec.intermediate + 7 * config.r
+    layer = bytes_of(wide, dtype) + 4 * (spec.heads + 2)
+    kept = bytes_of(spec.hidden, dtype) if recompute else layer
+    return tokens * (spec.layers * kept + (3 if recompute else 2) * layer)
 
 
 def adapter_params(spec: ModelSpec, r: int) -> int:
     """Numbers in a LoRA over every two-dimensional weight of the blocks: r (in + out) each."""
-    return sum(
-        r * sum(shape)
+    return sum(r * sum(shape) for shape in _block_shapes(spec))
+
+
+def _block_shapes(spec: ModelSpec) -> list[tuple[int, ...]]:
+    """Shapes of the blocks' two-dimensional weights: all but embeddings and the output head."""
+    return [
+        shape
         for name, shape in spec.tensors.items()
         if len(shape) == 2
         and "embed" not in name
         and "lm_head" not in name
         and name not in ("token_embd.weight", "output.weight")
-    )
+    ]

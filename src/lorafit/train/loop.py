@@ -39,6 +39,7 @@ class Work:
     method: Method
     rows: list[Encoded]
     engine: Engine
+    micro_tokens: int
     config: TrainConfig
     identity: dict[str, object]
     evaluate: Callable[[], float] | None
@@ -118,7 +119,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
     row_ids = step_rows(len(work.rows), config.batch_size, config.seed, epoch)[index]
-    batches = micro_batches(work.rows, row_ids, config.micro_tokens, work.engine.packing)
+    batches = micro_batches(work.rows, row_ids, work.micro_tokens, work.engine.packing)
 
     counted = TALLY.flop
     loss = _accumulate_gradients(loop, batches)
@@ -165,7 +166,7 @@ def _accumulate_gradients(loop: _Loop, batches: list[Batch]) -> float:
     for batch in batches:
         step = loop.progress.step
         work.method.before_forward(work.model, work.config.seed, step, batch.token_rows, batch.position_ids)
-        loss: Tensor = work.engine.loss(batch) / supervised
+        loss: Tensor = work.engine.training_loss(batch) / supervised
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
         total += float(loss.detach())
         del loss  # or its graph would live through the next forward pass

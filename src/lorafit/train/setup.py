@@ -1,0 +1,127 @@
+"""What is decided before the first step: how a step is split to fit the memory, and the engine that runs it.
+
+Everything here depends on the configuration, the rows and `chosen` alone, so a resumed run gets the same engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from torch import nn
+
+from lorafit.config import TrainConfig, parse_bytes
+from lorafit.data.mask import Encoded
+from lorafit.data.pack import micro_batches, step_rows
+from lorafit.engine.batch import Packing
+from lorafit.engine.engine import Engine, prepare
+from lorafit.engine.layers import Features, untouched_layers
+from lorafit.errors import DoesNotFitError
+from lorafit.model.spec import ModelSpec
+from lorafit.plan import memory
+from lorafit.units import format_bytes, format_count
+
+# Tokens of the first batch that int8 is calibrated on: enough to see which columns hold outliers.
+CALIBRATION_TOKENS = 256
+# Below this many tokens a forward pass spends more on moving weights than on multiplying them.
+LEAST_MICRO_TOKENS = 256
+# Steps that are looked at to find the largest micro-batch.
+STEPS_SAMPLED = 32
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is computed. micro_tokens: of one forward pass, at most. recompute: only layers' inputs are kept."""
+
+    micro_tokens: int
+    recompute: bool
+
+
+def fit_to_memory(
+    spec: ModelSpec, config: TrainConfig, precision: str, rows: list[Encoded], limit: int, force: bool
+) -> tuple[Split, memory.MemoryEstimate]:
+    """The fastest split that is predicted to stay below `limit` bytes, and that prediction.
+
+    Smaller micro-batches come first, then recomputation, which costs a third of the step. Raises DoesNotFitError where
+    nothing fits, unless force: then what needs least.
+    """
+    sizes = [config.micro_tokens]
+    while sizes[-1] // 2 >= LEAST_MICRO_TOKENS:
+        sizes.append(sizes[-1] // 2)
+    tried = []
+    for recompute in (False, True):
+        for size in sizes:
+            tokens, supervised = _largest(rows, config, size)
+            estimate = memory.estimate(spec, config, precision, tokens, supervised, recompute)
+            if estimate.peak_bytes <= limit:
+                return Split(size, recompute), estimate
+            tried.append((Split(size, recompute), estimate))
+    least = min(tried, key=lambda pair: pair[1].peak_bytes)
+    if force:
+        return least
+    raise DoesNotFitError(
+        f"this run is predicted to need {format_bytes(least[1].peak_bytes)} at the least, above the "
+        f"{format_bytes(limit)} " + ("of --memory" if config.memory else "that this machine has free"),
+        "Lower --seq-len or --r, use --precision bf16, or try it anyway with --force",
+    )
+
+
+def _largest(rows: list[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
+    """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
+    packing = Packing(padded=False, share_prefix=config.dropout == 0)
+    steps = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[:STEPS_SAMPLED]
+    steps.append([max(range(len(rows)), key=lambda row: len(rows[row].input_ids))])
+    batches = [batch for step in steps for batch in micro_batches(rows, step, micro_tokens, packing)]
+    return max(b.computed_tokens for b in batches), max(len(b.predicts) for b in batches)
+
+
+def make_engine(
+    model: nn.Module,
+    rows: list[Encoded],
+    config: TrainConfig,
+    precision: str,
+    split: Split,
+    directory: Path,
+    console: Console,
+) -> Engine:
+    """The engine for this model and these rows, with what it could not make faster shown.
+
+    directory: where the activations of frozen layers are kept while the run lasts.
+    """
+    engine = prepare(model, share_prefix=config.dropout == 0)
+    if precision == "int8":
+        first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
+        engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0])
+    engine.release_weights()
+    for note in engine.notes:
+        console.print(note, style="yellow", highlight=False)
+    if config.dropout:
+        console.print("a prefix that rows share is computed in each of them: dropout differs by row", highlight=False)
+    if split.recompute:
+        engine.recompute_layers()
+        console.print("layers are computed again in the backward pass, to save memory", highlight=False)
+    _keep_features(engine, rows, config, split, directory, console)
+    return engine
+
+
+def _keep_features(
+    engine: Engine, rows: list[Encoded], config: TrainConfig, split: Split, directory: Path, console: Console
+) -> None:
+    """Where rows are seen more than once and the lowest layers are not trained: compute those once."""
+    steps_an_epoch = -(-len(rows) // config.batch_size)
+    epochs = config.max_steps / steps_an_epoch if config.max_steps else config.epochs
+    below = untouched_layers(engine.model)
+    if epochs <= 1 or below == 0:
+        return
+    lengths = [len(row.input_ids) for row in rows]
+    size = Features.file_bytes(lengths, engine.hidden, engine.dtype)
+    what = f"the lowest {below} layers are frozen: their output for {format_count(sum(lengths))} tokens"
+    if size > parse_bytes(config.feature_cache, "--feature-cache"):
+        limit = f"{format_bytes(size)}, above the {config.feature_cache} of --feature-cache"
+        console.print(f"{what} would take {limit}; they are computed in every epoch", style="yellow", highlight=False)
+        return
+    console.print(f"{what} is computed once and kept on disk ({format_bytes(size)})", highlight=False)
+    batches = micro_batches(rows, range(len(rows)), split.micro_tokens, engine.packing)
+    directory.mkdir(parents=True, exist_ok=True)
+    engine.keep_features(directory / "features.bin", lengths, batches)
