@@ -326,6 +326,15 @@ def test_a_group_whose_int8_error_is_too_large_stays_in_bf16_and_is_listed(monke
         assert not error.too_large or any(error.label in note for note in engine.notes)
 
 
+def test_layers_without_an_adapter_are_released_too() -> None:
+    model, data = adapted(build("llama"), targets=["q_proj"]), rows()
+    expected = alone(model, data)
+    engine = prepare(model, share_prefix=True)
+    engine.release_weights()
+    assert_same(expected, together(engine, data))
+    assert model.model.layers[0].mlp.up_proj.weight.untyped_storage().nbytes() <= 4  # type: ignore[union-attr, index]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_released_weights_take_no_memory_and_change_no_gradient(dtype: torch.dtype) -> None:
     results = []

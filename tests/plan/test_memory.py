@@ -49,7 +49,7 @@ def test_bf16_and_int8_take_a_quarter_of_fp32_with_its_packed_copies(tmp_path: P
     assert parts == {
         "fp32": 8 * blocks + 4 * embeddings,
         "bf16": 2 * blocks + 2 * embeddings,
-        "int8": 2 * blocks + 2 * embeddings,
+        "int8": 2 * blocks + 2 * embeddings,  # the adapter takes more than calibration did
     }
 
 

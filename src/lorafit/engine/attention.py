@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine import kernels
+from lorafit.engine import kernels, workspace
 from lorafit.engine.batch import CHUNK, Bucket
 from lorafit.engine.kernels.plain import Geometry
 from lorafit.engine.tally import TALLY
@@ -96,7 +96,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: tuple[Bucket, ...], scale: float, window: int
     ) -> Tensor:
-        out = q.new_zeros(len(q), q.shape[1], v.shape[2])  # a token of no row has no attention
+        out = workspace.rows(q, len(q), q.shape[1], v.shape[2]).zero_()  # a token of no row has no attention
         shared = _Prefixes(k, v)
         sums: list[Tensor] = []
         for bucket in layout:
@@ -106,7 +106,7 @@ class _PackedAttention(torch.autograd.Function):
                 sums.append(chunk.forward(packed_out))
             part.kernels.scatter_heads_(part.cells(packed_out), bucket.tokens, out, False)
         # v is a view of one matrix with q and k as they were before they were rotated; a copy lets go of those.
-        ctx.save_for_backward(q, k, v.contiguous(), *sums)
+        ctx.save_for_backward(q, k, workspace.rows(v, *v.shape).copy_(v), *sums)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return out
 
@@ -114,7 +114,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, g_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *sums = ctx.saved_tensors
         # Zeros: what a prefix gets from the rows that continue it is added to what it gives itself.
-        gq, gk, gv = (x.new_zeros(x.shape) for x in (q, k, v))
+        gq, gk, gv = (workspace.rows(x, *x.shape).zero_() for x in (q, k, v))
         shared = _Prefixes(k, v)
         remaining = iter(sums)
         for bucket in ctx.layout:

@@ -8,6 +8,7 @@ which is kept anyway, stays in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,16 @@ from lorafit.engine import kernels
 RECIPE = "_lorafit_recipe"
 
 
-def recipe_of(x: Tensor) -> Callable[[], Tensor] | None:
-    """How to compute x again, (n, width), without its leading axes; None where it is not known."""
+@dataclass(frozen=True)
+class Recipe:
+    """How to compute a tensor again: function(*tensors), as (n, width). The tensors are to be saved by autograd."""
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """How to compute x again; None where it is not known."""
     return getattr(x, RECIPE, None)
 
 
@@ -27,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor
     """Weight * x / rms(x), the weight frozen. x: (..., width). weight: (width,) float32. See `plain.rms_norm`."""
     y = cast(Tensor, _RMSNorm.apply(x, weight, eps, round_first))  # type: ignore[no-untyped-call]
     flat = x.detach().reshape(-1, x.shape[-1])
-    setattr(y, RECIPE, lambda: kernels.of(flat).rms_norm(flat, weight, eps, round_first)[0])
+    setattr(y, RECIPE, Recipe(lambda f: kernels.of(f).rms_norm(f, weight, eps, round_first)[0], (flat,)))
     return y
 
 
@@ -39,8 +48,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """act(gate) * up. (..., width) each; rows may be apart. kind: `plain.SILU` or `plain.GELU_TANH`."""
     y = cast(Tensor, _Gated.apply(gate, up, kind))  # type: ignore[no-untyped-call]
-    a, b = gate.detach().flatten(0, -2), up.detach().flatten(0, -2)
-    setattr(y, RECIPE, lambda: kernels.of(a).gated(a, b, kind))
+    parts = gate.detach().flatten(0, -2), up.detach().flatten(0, -2)
+    setattr(y, RECIPE, Recipe(lambda a, b: kernels.of(a).gated(a, b, kind), parts))
     return y
 
 

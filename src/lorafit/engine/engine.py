@@ -36,6 +36,8 @@ class Engine:
     """A model made ready to run fast. packing: how its batches are to be built. notes: what runs slower, and why.
 
     int8_errors: of every group of linear layers, where the precision is int8 and `use_int8` was called.
+    released: whether stored weights were freed. tight: whether memory matters more than time. features: see
+    `keep_features`.
     prepare_s: what all this took, in seconds.
     """
 
@@ -47,6 +49,7 @@ class Engine:
     notes: list[str] = field(default_factory=list)
     int8_errors: list[Int8Error] = field(default_factory=list)
     released: bool = False
+    tight: bool = False
     prepare_s: float = 0.0
     features: Features | None = None
     _layout: tuple[Bucket, ...] | None = None
@@ -126,6 +129,11 @@ class Engine:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
         self.released = any([group.release() for group in self.groups])
         return_free_memory()
+
+    def after_step(self) -> None:
+        """Where memory is tight, hand back what the step has freed; the next one pays for it with page faults."""
+        if self.tight:
+            return_free_memory()
 
     def close(self) -> None:
         """Give the model its own forwards back. Raises ModelError if its weights were released."""

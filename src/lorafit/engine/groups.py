@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.engine import workspace
 from lorafit.engine.linear import Factors, FrozenLinears
 from lorafit.engine.patch import Patches
 from lorafit.engine.product import Dense, Int8, Packed, Product
-from lorafit.lora.base import make_kind
+from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.layer import LoRALayer
 
 USUAL_ROWS = 512
@@ -27,7 +28,7 @@ class Group:
     """Modules (adapted or plain linear layers), their weights stacked (sum of outs, in), and what computes them."""
 
     modules: list[nn.Module]
-    bases: list[nn.Module]
+    kinds: list[Kind]
     names: list[str]
     W: Tensor | None
     linears: FrozenLinears
@@ -45,8 +46,8 @@ class Group:
         """
         if isinstance(self.linears.product, Dense) or not all(map(is_whole, self.modules)):
             return False
-        for base in self.bases:
-            weight = make_kind(base).weight
+        for kind in self.kinds:
+            weight = kind.weight
             weight.data = weight.new_zeros(()).expand(weight.shape)
         self.W = None
         return True
@@ -56,13 +57,13 @@ def make_group(modules: list[nn.Module], names: list[str], patches: Patches) -> 
     """Let one product serve modules that share an input. An adapted one with a variant or dropout keeps its branch."""
     bases = [m.base if isinstance(m, LoRALayer) else m for m in modules]
     kinds = [make_kind(base) for base in bases]
-    W = _stack_weights(bases)
+    W = _stack_weights(kinds)
     factors = [_factors(m) if is_whole(m) and isinstance(m, LoRALayer) else None for m in modules]
     linears = FrozenLinears(_product(W), [k.out_features for k in kinds], [k.bias for k in kinds], factors)
     for index, (module, base) in enumerate(zip(modules, bases, strict=True)):
         target = module if is_whole(module) else base
         patches.set(target, _forward(linears, index, target, module))
-    return Group(modules, bases, names, W, linears)
+    return Group(modules, kinds, names, W, linears)
 
 
 def _forward(linears: FrozenLinears, index: int, target: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -89,12 +90,13 @@ def _factors(layer: LoRALayer) -> Factors:
     return Factors(lambda: layer.factors()[0], lambda: layer.factors()[1], lambda: layer.scaling * layer.scale)
 
 
-def _stack_weights(bases: list[nn.Module]) -> Tensor:
+def _stack_weights(kinds: list[Kind]) -> Tensor:
     """(sum of outs, in). The modules' own weights become views of it, so nothing is kept twice."""
-    kinds = [make_kind(base) for base in bases]
-    if len(bases) == 1:
+    if len(kinds) == 1:
         return kinds[0].read_weight()
-    whole = torch.cat([kind.read_weight() for kind in kinds])
+    weights = [kind.read_weight() for kind in kinds]
+    rows, (width, dtype) = sum(map(len, weights)), (weights[0].shape[1], weights[0].dtype)
+    whole = torch.cat(weights, out=workspace.lasting(weights[0], rows, width, dtype=dtype))
     first = 0
     for kind in kinds:
         kind.weight.data = whole[first : first + kind.out_features]

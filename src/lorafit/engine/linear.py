@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine.elementwise import recipe_of
+from lorafit.engine.elementwise import Recipe, recipe_of
 from lorafit.engine.product import Product
 from lorafit.engine.tally import TALLY
 
@@ -70,7 +70,7 @@ class FrozenLinears:
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: FrozenLinears, recipe: Callable[[], Tensor] | None, *factors: Tensor
+        ctx: Any, x: Tensor, group: FrozenLinears, recipe: Recipe | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         y = group.product.forward(x)
         TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
@@ -83,23 +83,27 @@ class _Apply(torch.autograd.Function):
             for part in update.parts:
                 y[:, part.columns].addmm_(h[:, part.ranks], part.B.T)
             TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
-        ctx.group, ctx.recipe, ctx.update = group, recipe, update
-        ctx.save_for_backward(None if recipe or not factors else x, h, *factors)
+        ctx.group, ctx.update = group, update
+        # What x is made from, by `again`, is kept anyway.
+        ctx.again = recipe.function if recipe else _as_it_is
+        kept = recipe.tensors if recipe else (x,)
+        ctx.inputs = len(kept) if factors else 0
+        ctx.save_for_backward(*kept[: ctx.inputs], h, *factors)
         ctx.set_materialize_grads(False)
         return torch.split(y, group.outs, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, *factors = ctx.saved_tensors
+        inputs, h, factors = _parted(ctx.saved_tensors, ctx.inputs)
         group: FrozenLinears = ctx.group
         g = _side_by_side(gradients, group.outs)
         gx = group.product.backward(g) if ctx.needs_input_grad[0] else None
         TALLY.add(2 * gx.numel() * g.shape[1] if gx is not None else 0)
         if not factors:
             return gx, None, None
-        x = ctx.recipe() if ctx.recipe else x
+        x = ctx.again(*inputs)
         update: _Update = ctx.update
-        ctx.recipe = ctx.update = None  # autograd lets go of saved tensors by itself, of these it does not
+        ctx.update = None  # autograd lets go of saved tensors by itself, of this it does not
         gh, gBs = torch.empty_like(h), []
         for part in update.parts:
             torch.mm(g[:, part.columns], part.B, out=gh[:, part.ranks])
@@ -110,6 +114,14 @@ class _Apply(torch.autograd.Function):
         TALLY.add(2 * len(g) * sum(2 * B.numel() + (1 if gx is None else 2) * A.numel() for A, B in _pairs(factors)))
         gAs = torch.split(gA, [len(A) for A, _ in _pairs(factors)])
         return gx, None, None, *(t.to(factors[0].dtype) for pair in zip(gAs, gBs, strict=True) for t in pair)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _parted(saved: tuple[Tensor, ...], inputs: int) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+    return saved[:inputs], saved[inputs], saved[inputs + 1 :]
 
 
 def _pairs(factors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.engine import kernels
+from lorafit.engine import kernels, workspace
 
 # Rows multiplied at a time in int8: the int32 sums of one block stay in the cache until they are scaled.
 INT8_ROWS = 256
@@ -42,11 +41,11 @@ class Dense:
 
     def forward(self, x: Tensor) -> Tensor:
         """The product x W^T."""
-        return F.linear(x, self.W)
+        return torch.mm(x, self.W.T, out=workspace.rows(x, len(x), len(self.W)))
 
     def backward(self, g: Tensor) -> Tensor:
         """The product g W."""
-        return g @ self.W
+        return torch.mm(g, self.W, out=workspace.rows(g, len(g), self.W.shape[1]))
 
 
 class Packed:
@@ -81,8 +80,9 @@ class Int8:
     def __init__(self, W: Tensor, tops: Tensor | None) -> None:
         smooth = _smoothing(W, tops) if tops is not None else None
         self.inverse = None if smooth is None else 1 / smooth
-        self.q, self.scales = kernels.of(W).quantize_rows(W.contiguous(), smooth)
-        self.back, self.back_scales = kernels.of(W).quantize_columns(W.contiguous())
+        q, self.scales = kernels.of(W).quantize_rows(W.contiguous(), smooth)
+        back, self.back_scales = kernels.of(W).quantize_columns(W.contiguous())
+        self.q, self.back = (workspace.lasting(W, *W.shape, dtype=torch.int8).copy_(x) for x in (q, back))
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T, within `rounding_bound`."""
@@ -105,7 +105,7 @@ def _smoothing(W: Tensor, tops: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, columns: Tensor | None, q: Tensor, scales: Tensor) -> Tensor:
     """(x * columns) @ (q * scales). x: (n, k). columns: (k,). q: (k, m) int8. scales: (m,). Returns (n, m) like x."""
-    y = x.new_empty(len(x), q.shape[1])
+    y = workspace.rows(x, len(x), q.shape[1])
     for rows in _blocks(len(x)):
         q_x, scales_x = kernels.of(x).quantize_rows(x[rows], columns)
         kernels.of(x).dequantize_(torch._int_mm(q_x, q), scales_x, scales, y[rows], False)

@@ -23,7 +23,7 @@ BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
 # Freed blocks that nothing fits into, measured against what lives at the peak; oneDNN's code and buffers.
 FRAGMENTATION = 0.4
-ONEDNN_BYTES = 100 * MIB
+ONEDNN_BYTES = 150 * MIB
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,17 @@ def estimate(
     dtype = "fp32" if precision == "fp32" else "bf16"
     layer_weights = sum(a * b for a, b in _block_shapes(spec))
     activations = activation_bytes(spec, config, dtype, tokens, recompute)
+    weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
+    if precision == "int8":
+        # While it is calibrated the weights it is made from are there as well; later their place is taken.
+        later = round((1 + FRAGMENTATION) * activations) + ADAPTER_COPIES * bytes_of(
+            adapter_params(spec, config.r), "fp32"
+        )
+        weights += max(0, bytes_of(layer_weights, dtype) - later)
     return MemoryEstimate(
         {
             "runtime": RUNTIME_BYTES,
-            "weights": layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype),
+            "weights": weights,
             "adapter": ADAPTER_COPIES * bytes_of(adapter_params(spec, config.r), "fp32"),
             "activations": activations,
             "logits": bytes_of(min(supervised, LOGIT_ROWS) * spec.vocab, dtype),

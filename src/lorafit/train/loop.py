@@ -131,6 +131,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     else:
         _count_bad_step(loop, row_ids, loss, grad_norm, report)
     loop.optimizer.zero_grad(set_to_none=True)
+    work.engine.after_step()
 
     step_s = time.perf_counter() - started
     progress.step += 1

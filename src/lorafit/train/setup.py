@@ -14,6 +14,7 @@ from torch import nn
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.mask import Encoded
 from lorafit.data.pack import micro_batches, step_rows
+from lorafit.engine import workspace
 from lorafit.engine.batch import Packing
 from lorafit.engine.engine import Engine, prepare
 from lorafit.engine.layers import Features, untouched_layers
@@ -26,6 +27,8 @@ from lorafit.units import format_bytes, format_count
 CALIBRATION_TOKENS = 256
 # Below this many tokens a forward pass spends more on moving weights than on multiplying them.
 LEAST_MICRO_TOKENS = 256
+# What is predicted must stay below this share of the limit: the prediction is a few percent off.
+MARGIN = 0.95
 # Steps that are looked at to find the largest micro-batch.
 STEPS_SAMPLED = 32
 
@@ -54,7 +57,7 @@ def fit_to_memory(
         for size in sizes:
             tokens, supervised = _largest(rows, config, size)
             estimate = memory.estimate(spec, config, precision, tokens, supervised, recompute)
-            if estimate.peak_bytes <= limit:
+            if estimate.peak_bytes <= MARGIN * limit:
                 return Split(size, recompute), estimate
             tried.append((Split(size, recompute), estimate))
     least = min(tried, key=lambda pair: pair[1].peak_bytes)
@@ -89,11 +92,13 @@ def make_engine(
 
     directory: where the activations of frozen layers are kept while the run lasts.
     """
+    workspace.expect(_largest(rows, config, split.micro_tokens)[0])
     engine = prepare(model, share_prefix=config.dropout == 0)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
         engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0])
     engine.release_weights()
+    engine.tight = split.recompute or split.micro_tokens < config.micro_tokens
     for note in engine.notes:
         console.print(note, style="yellow", highlight=False)
     if config.dropout:

@@ -10,6 +10,7 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from lorafit.engine import workspace
 from lorafit.engine.kernels.build import library
 from lorafit.engine.kernels.plain import Geometry
 
@@ -63,7 +64,7 @@ def _rows(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
     """See `plain.rms_norm`."""
     x = x.contiguous()
-    y, inverse = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    y, inverse = workspace.rows(x, *x.shape), x.new_empty(len(x), dtype=torch.float32)
     _function("rms_norm", x.dtype)(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr(), *x.shape, eps, round_first
     )
@@ -73,7 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[
 def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """See `plain.rms_norm_backward`."""
     gy, x = gy.contiguous(), x.contiguous()
-    gx = torch.empty_like(x)
+    gx = workspace.rows(x, *x.shape)
     _function("rms_norm_backward", x.dtype)(
         gy.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), gx.data_ptr(), *x.shape
     )
@@ -83,7 +84,7 @@ def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
     """See `plain.rotary`."""
     x, cosine, sine = _rows(x), cosine.contiguous(), sine.contiguous()
-    y = x.new_empty(x.shape)
+    y = workspace.rows(x, *x.shape)
     _function("rotary", x.dtype)(
         x.data_ptr(), x.stride(0), cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), *x.shape, -1.0 if inverse else 1.0
     )
@@ -93,7 +94,7 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """See `plain.gated`."""
     gate, up = _rows(gate), _rows(up)
-    y = gate.new_empty(gate.shape)
+    y = workspace.rows(gate, *gate.shape)
     _function("gated", gate.dtype)(
         gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), y.data_ptr(), *gate.shape, kind
     )
@@ -104,7 +105,7 @@ def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """See `plain.gated_backward`."""
     gy, gate, up = _rows(gy), _rows(gate), _rows(up)
     n, width = gate.shape
-    both = gate.new_empty(n, 2 * width)
+    both = workspace.rows(gate, n, 2 * width)
     _function("gated_backward", gate.dtype)(
         *(gy.data_ptr(), gy.stride(0), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0)),
         *(both.data_ptr(), n, width, kind),
