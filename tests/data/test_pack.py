@@ -57,8 +57,8 @@ def test_padded_batches_hold_every_row_once_and_respect_the_limit(
         assert batch.computed_tokens == batch.input_ids.numel() <= limit or batch.rows == 1
         assert batch.attention_mask is not None
         for number, row in enumerate(batch.token_rows[:, 0].tolist()):
-            length = lengths[row]
-            assert data[row].input_ids.tolist() == batch.input_ids[number, :length].tolist()
+            length = max(1, lengths[row] - 1)  # the last token is predicted, and seen by nobody
+            assert data[row].input_ids[:length].tolist() == batch.input_ids[number, :length].tolist()
             assert [1] * length + [0] * (batch.input_ids.shape[1] - length) == batch.attention_mask[number].tolist()
     assert sum(lengths) == sum(batch.real_tokens for batch in batches)
     assert predicted(data, batches) == expected_predictions(data)
@@ -69,7 +69,7 @@ def test_padded_batches_hold_every_row_once_and_respect_the_limit(
 def test_rows_of_like_length_share_a_batch_and_a_too_long_row_stands_alone() -> None:
     batches = padded(encoded([2, 30, 10, 9, 3]), range(5), 20)
     assert [batch.token_rows[:, 0].tolist() for batch in batches] == [[1], [2, 3], [4, 0]]
-    assert [batch.computed_tokens for batch in batches] == [30, 20, 6]
+    assert [batch.computed_tokens for batch in batches] == [29, 18, 4]
     assert [batch.real_tokens for batch in batches] == [30, 19, 5]
 
 
@@ -145,7 +145,8 @@ def test_packed_rows_see_and_predict_what_they_do_alone(
             assert len(tokens) - 1 == batch.position_ids[0, at]
             assert tuple(data[batch.token_rows[0, at]].input_ids[: len(tokens)].tolist()) == tokens
     if not share:
-        assert sum(len(contexts(batch)) for batch in batches) == sum(batch.real_tokens for batch in batches)
+        read = [max(1, len(row.input_ids) - 1) for row in data]
+        assert sum(len(contexts(batch)) for batch in batches) == sum(read)
 
 
 def test_a_common_beginning_is_computed_once_and_two_of_them_twice() -> None:
@@ -154,16 +155,26 @@ def test_a_common_beginning_is_computed_once_and_two_of_them_twice() -> None:
     rows = [np.concatenate([first if n < 2 else second, tail]) for n, tail in enumerate(tails)]
     data = [Encoded(row.astype(np.int32), np.arange(len(row)) > len(row) - 3, 0, "f:1") for row in rows]
     (batch,) = micro_batches(data, [2, 0, 3, 1], 1000, Packing())
-    assert batch.computed_tokens == 90 + 50 + 4 * 5
+    assert len(contexts(batch)) == 90 + 50 + 4 * 4
     assert sum(len(row) for row in rows) == batch.real_tokens
     (whole,) = micro_batches(data, [2, 0, 3, 1], 1000, Packing(share_prefix=False))
-    assert len(contexts(whole)) == whole.real_tokens
+    assert len(contexts(whole)) == whole.real_tokens - 4
+
+
+def test_what_comes_after_the_last_prediction_is_not_read() -> None:
+    row = Encoded(np.arange(9, dtype=np.int32), np.isin(np.arange(9), [3, 4]), 0, "f:1")
+    silent = Encoded(np.arange(5, dtype=np.int32), np.zeros(5, dtype=np.bool_), 0, "f:2")
+    for packing in (Packing(), Packing(padded=True, share_prefix=False)):
+        (batch,) = micro_batches([row, silent], [0, 1], 100, packing)
+        assert set(contexts(batch).values()) >= {(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)}
+        assert max(map(len, contexts(batch).values())) == 4
+        assert (batch.real_tokens, batch.supervised_tokens, batch.rows) == (14, 2, 2)
 
 
 def test_equal_rows_share_all_but_their_last_token_and_weigh_twice() -> None:
     data = encoded([40]) * 3
     (batch,) = micro_batches(data, [0, 1, 2], 1000, Packing())
-    assert len(contexts(batch)) == 39 + 3
+    assert len(contexts(batch)) == 38 + 3
     assert {1.0, 3.0} == set(batch.weights.tolist())
     assert batch.supervised_tokens == 3 * 20
 

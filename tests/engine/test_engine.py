@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
 from lorafit.data.mask import Encoded
-from lorafit.data.pack import micro_batches
+from lorafit.data.pack import micro_batches, read_tokens
 from lorafit.engine import engine as engine_module
 from lorafit.engine import groups as groups_module
 from lorafit.engine.engine import Engine, plain, prepare
@@ -204,7 +204,7 @@ def test_starting_from_kept_features_gives_the_same_gradients(name: str, dropout
     engine = prepare(model, share_prefix=not dropout)
     assert untouched_layers(model) == 1
     batches = micro_batches(data, range(len(data)), 100, engine.packing)
-    engine.keep_features(tmp_path / "features", [len(row.input_ids) for row in data], batches)
+    engine.keep_features(tmp_path / "features", [read_tokens(row) for row in data], batches)
     computed: list[str] = []
     first, last = decoder_layers(model)[1]
     handles = [

@@ -1,7 +1,8 @@
 """Encoded rows -> the order of an epoch, and batches of tensors. The only file of `data` that imports torch.
 
 A packed batch is its rows one after the other. Rows that begin with the same tokens form a family: their common prefix
-stands once, in front, and each row continues it. Everything a token sees is the same as in its row alone.
+stands once, in front, and each row continues it. Everything a token sees is the same as in its row alone. Tokens that
+no prediction depends on are left out.
 """
 
 from __future__ import annotations
@@ -47,6 +48,19 @@ def micro_batches(
     return [_pack(encoded, parts) for parts in _fill(encoded, families, micro_tokens)]
 
 
+def read_tokens(row: Encoded) -> int:
+    """How many of a row's tokens the model has to read: those before its last token with a loss, at least one.
+
+    What comes after, and that token itself, is seen by nothing that is predicted: an end-of-turn token, a line break.
+    """
+    supervised = np.flatnonzero(row.supervised)
+    return int(supervised[-1]) if len(supervised) else 1
+
+
+def _read(row: Encoded) -> NDArray[np.int32]:
+    return row.input_ids[: read_tokens(row)]
+
+
 # --- packed ---------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +75,7 @@ class Family:
 def _families(encoded: Sequence[Encoded], row_ids: Sequence[int]) -> list[Family]:
     """The rows, grouped so that shared prefixes save the most tokens."""
     # Big-endian bytes sort as the token ids do; the row's number breaks ties, so the order depends on the rows alone.
-    ordered = sorted(row_ids, key=lambda row: (encoded[row].input_ids.astype(">i4").tobytes(), row))
+    ordered = sorted(row_ids, key=lambda row: (_read(encoded[row]).astype(">i4").tobytes(), row))
     return [
         family
         for first in range(0, len(ordered), ROWS_COMPARED)
@@ -71,7 +85,7 @@ def _families(encoded: Sequence[Encoded], row_ids: Sequence[int]) -> list[Family
 
 def _best_split(encoded: Sequence[Encoded], ordered: list[int]) -> list[Family]:
     """Cut sorted rows into runs; a run of n rows with a common prefix of p tokens saves (n - 1) p. Exact, by DP."""
-    common = [_common(encoded[a].input_ids, encoded[b].input_ids) for a, b in itertools.pairwise(ordered)]
+    common = [_common(_read(encoded[a]), _read(encoded[b])) for a, b in itertools.pairwise(ordered)]
     best, start = [0] * (len(ordered) + 1), [0] * (len(ordered) + 1)
     prefixes = [0] * (len(ordered) + 1)
     for end in range(1, len(ordered) + 1):
@@ -104,12 +118,12 @@ def _fill(encoded: Sequence[Encoded], families: list[Family], micro_tokens: int)
     free = micro_tokens
     for family in families:
         taken: list[int] = []
-        for row in sorted(family.rows, key=lambda row: (-len(encoded[row].input_ids), row)):
-            cost = len(encoded[row].input_ids) - (family.prefix if taken else 0)
+        for row in sorted(family.rows, key=lambda row: (-read_tokens(encoded[row]), row)):
+            cost = read_tokens(encoded[row]) - (family.prefix if taken else 0)
             if cost > free and (batch or taken):
                 yield [*batch, Family(family.prefix, taken)] if taken else batch
                 batch, taken, free = [], [], micro_tokens
-                cost = len(encoded[row].input_ids)
+                cost = read_tokens(encoded[row])
             taken.append(row)
             free -= cost
         batch.append(Family(family.prefix if len(taken) > 1 else 0, taken))
@@ -147,7 +161,7 @@ def _pack(encoded: Sequence[Encoded], families: list[Family]) -> Batch:
         shared = place(family.rows[0], 0, family.prefix, 0) if family.prefix else 0
         pairs.add_shared([encoded[row] for row in family.rows], family.prefix, shared)
         for row in family.rows:
-            own = place(row, family.prefix, len(encoded[row].input_ids), shared)
+            own = place(row, family.prefix, read_tokens(encoded[row]), shared)
             pairs.add_own(encoded[row], family.prefix, shared, own)
     filling = -at % _length_step(at)
     ids.append(np.zeros(filling, dtype=np.int32))
@@ -260,9 +274,9 @@ def _bucket(runs: list[_Run]) -> Bucket:
 
 
 def _padded_groups(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
-    order = sorted(row_ids, key=lambda row: (-len(encoded[row].input_ids), row))
+    order = sorted(row_ids, key=lambda row: (-read_tokens(encoded[row]), row))
     while order:
-        count = max(1, micro_tokens // len(encoded[order[0]].input_ids))
+        count = max(1, micro_tokens // read_tokens(encoded[order[0]]))
         yield order[:count]
         order = order[count:]
 
@@ -270,20 +284,22 @@ def _padded_groups(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tok
 def _pad(encoded: Sequence[Encoded], row_ids: list[int]) -> Batch:
     """Rows side by side, padded on the right to the longest. Padding is any token: it is masked by position."""
     rows = [encoded[row] for row in row_ids]
-    width = max(len(row.input_ids) for row in rows)
-    lengths = np.array([len(row.input_ids) for row in rows])
-    input_ids = np.stack([np.pad(row.input_ids.astype(np.int64), (0, width - len(row.input_ids))) for row in rows])
-    row, column = np.nonzero([np.pad(row.supervised, (0, width - len(row.supervised))) for row in rows])
+    lengths = np.array([read_tokens(row) for row in rows])
+    width = int(lengths.max())
+    input_ids = np.stack([np.pad(_read(row).astype(np.int64), (0, width - read_tokens(row))) for row in rows])
+    places = [np.flatnonzero(row.supervised) for row in rows]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(width).expand(len(rows), -1),
         attention_mask=torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
         layout=None,
         token_rows=torch.tensor(row_ids)[:, None].expand(-1, width),
-        predicts=torch.from_numpy(row * width + column - 1),
-        targets=torch.from_numpy(input_ids[row, column]),
-        weights=torch.ones(len(row)),
+        predicts=torch.from_numpy(np.concatenate([n * width + at - 1 for n, at in enumerate(places)])),
+        targets=torch.from_numpy(
+            np.concatenate([row.input_ids[at] for row, at in zip(rows, places, strict=True)]).astype(np.int64)
+        ),
+        weights=torch.ones(sum(map(len, places))),
         rows=len(rows),
-        real_tokens=int(lengths.sum()),
-        supervised_tokens=len(row),
+        real_tokens=sum(len(row.input_ids) for row in rows),
+        supervised_tokens=sum(map(len, places)),
     )

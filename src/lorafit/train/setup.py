@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.mask import Encoded
-from lorafit.data.pack import micro_batches, step_rows
+from lorafit.data.pack import micro_batches, read_tokens, step_rows
 from lorafit.engine import workspace
 from lorafit.engine.batch import Packing
 from lorafit.engine.engine import Engine, prepare
@@ -119,7 +119,7 @@ def _keep_features(
     below = untouched_layers(engine.model)
     if epochs <= 1 or below == 0:
         return
-    lengths = [len(row.input_ids) for row in rows]
+    lengths = [read_tokens(row) for row in rows]
     size = Features.file_bytes(lengths, engine.hidden, engine.dtype)
     what = f"the lowest {below} layers are frozen: their output for {format_count(sum(lengths))} tokens"
     if size > parse_bytes(config.feature_cache, "--feature-cache"):
