@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
+# What tests measure on a busy machine must not reach the user's cache; one place, so that kernels compile once.
+os.environ.setdefault("LORAFIT_CACHE", str(Path(tempfile.gettempdir()) / "lorafit-tests"))
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -105,7 +105,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
         run.clean()
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
-        result = _result(config, inputs, attached, progress, identity, estimate, load_s)
+        result = _result(config, inputs, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     _print_result(run, result, console)
@@ -310,6 +310,15 @@ def _result(
         "versions": identity["versions"],
         "data_sha256": inputs.hashes["data"],
         "model_sha256": inputs.hashes["model"],
+    }
+
+
+def _engine_facts(engine: Engine) -> dict[str, Any]:
+    """What preparing took of train_s (with compiling, probing and calibrating), and what could not be made faster."""
+    return {
+        "prepare_s": engine.prepare_s,
+        "padded": engine.packing.padded,
+        "int8_left_out": [error.label for error in engine.int8_errors if error.too_large],
     }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,23 @@ def test_auto_takes_fewer_bits_where_they_pay(
     assert precision.choose("auto") == expected
 
 
-def test_the_machine_is_measured_once_and_a_broken_cache_is_measured_again(
+def test_the_best_rate_ever_measured_is_kept_and_a_broken_cache_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
-    first = precision.flop_per_s()
-    assert all(1e8 < rate < 1e15 for rate in first.values()) and first.keys() == {"fp32", "bf16", "int8"}
-    assert precision.flop_per_s() == first
-    (tmp_path / "machine.json").write_text("{broken")
-    assert precision.flop_per_s() != first
+    path = tmp_path / "machine.json"
+    path.write_text("{broken")
+    rates = []
+    for measured in (2e11, 1e11, 3e11):
+        precision._best_rates.cache_clear()
+        monkeypatch.setattr(precision, "_measure", lambda name, rate=measured: rate)
+        rates.append(precision.flop_per_s())
+        (kept,) = json.loads(path.read_text()).values()
+        assert kept == rates[-1]
+    precision._best_rates.cache_clear()
+    assert [rate["int8"] for rate in rates] == [2e11, 2e11, 3e11]
+
+
+def test_a_rate_is_that_of_a_machine() -> None:
+    rates = precision.flop_per_s()
+    assert all(1e8 < rate < 1e15 for rate in rates.values()) and rates.keys() == {"fp32", "bf16", "int8"}
