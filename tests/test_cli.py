@@ -204,6 +204,11 @@ def test_json_is_alone_on_stdout(finished: Path, inputs: tuple[str, str]) -> Non
     assert done.stdout.count("\n") == 1
 
 
+def test_a_setting_that_is_on_can_be_turned_off(finished: Path, inputs: tuple[str, str]) -> None:
+    done = _typed("eval", str(finished), inputs[1], "--rows", "2", "--no-generate", "--json")
+    assert json.loads(done.stdout)["exact_match"] is None
+
+
 def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path, inputs: tuple[str, str]) -> None:
     (tmp_path / "run.toml").write_text(f'model = "{inputs[0]}"')
     done = _typed("eval", str(tmp_path), inputs[1])

@@ -78,7 +78,9 @@ def _parameter(config: type[Frozen], name: str, positional: bool) -> inspect.Par
         kind: Any = typer.Argument(metavar=name.upper(), help=help_text, show_default=False)
         return _keyword(name, Annotated[str | None, kind])
     if field.annotation is bool:
-        kind = typer.Option("--" + name.replace("_", "-"), help=help_text, show_default=False)
+        flag = name.replace("_", "-")
+        both = f"--{flag}/--no-{flag}" if field.default else f"--{flag}"
+        kind = typer.Option(both, help=help_text, show_default=False)
         return _keyword(name, Annotated[bool | None, kind])
     names = ALIASES.get(name, ("--" + name.replace("_", "-"),))
     metavar = _metavar(str(field.annotation))
