@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,9 +40,6 @@ from lorafit.train.reporting import ConsoleReporter, MetricsLog
 from lorafit.train.setup import Split, fit_to_memory, make_engine
 from lorafit.train.signals import stop_on_signals
 from lorafit.units import format_bytes, format_count, format_seconds, format_share
-
-if TYPE_CHECKING:
-    pass
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
@@ -97,7 +94,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             engine=engine,
             config=config,
             identity=identity,
-            evaluate=_evaluation(engine, held_out, config) if held_out else None,
+            evaluate=_evaluation(engine, held_out, split.micro_tokens) if held_out else None,
         )
         load_s = time.time() - start.started_at
         run.write_config(config.model_dump())
@@ -195,12 +192,12 @@ def _plan(
     return estimate
 
 
-def _evaluation(engine: Engine, held_out: EncodedSet, config: TrainConfig) -> Callable[[], float]:
+def _evaluation(engine: Engine, held_out: EncodedSet, micro_tokens: int) -> Callable[[], float]:
     """A function that gives the mean loss per supervised token over the held-out rows, without dropout."""
 
     def evaluate() -> float:
         engine.model.eval()
-        return mean_loss(engine, held_out, config.micro_tokens, lambda rows: None)
+        return mean_loss(engine, held_out, micro_tokens, lambda rows: None)
 
     return evaluate
 

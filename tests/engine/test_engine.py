@@ -252,6 +252,15 @@ def test_recomputed_layers_give_the_same_gradients_and_count_their_work_once(nam
     assert TALLY.flop - before == once
 
 
+@pytest.mark.parametrize("limit", ["attention_chunk_size", "sliding_window"])
+def test_a_mask_that_no_attention_function_is_told_of_means_padding(limit: str) -> None:
+    model = adapted(build("llama"))
+    setattr(model.config, limit, 64)  # Llama's layers pass neither on
+    engine = prepare(model, share_prefix=True)
+    assert engine.packing.padded
+    assert "by its mask alone" in engine.notes[0]
+
+
 def test_preparing_twice_is_preparing_once() -> None:
     model, data = adapted(tiny.llama()), rows()
     expected = alone(model, data)

@@ -28,6 +28,8 @@ IGNORED_ARGUMENTS = frozenset(
 )
 
 _layout: tuple[Bucket, ...] | None = None
+# The windows that layers asked for in the calls so far: `Probe` looks whether those of the configuration came through.
+windows: set[int] = set()
 
 
 @contextmanager
@@ -78,6 +80,7 @@ def attention_function(
     """
     scaling = more.pop("scaling", None)
     window = more.pop("sliding_window", None) or 0
+    windows.add(int(window))
     unknown = {name for name, given in more.items() if given is not None and given is not False} - IGNORED_ARGUMENTS
     if _layout is None or attention_mask is not None or unknown or more.get("softcap") or query.shape[0] != 1:
         raise NotImplementedError(f"packed attention can't serve {sorted(unknown) or 'this call'}")

@@ -31,28 +31,22 @@ def decoder_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def untouched_layers(model: nn.Module) -> int:
-    """How many layers, from the first on, stand below everything that is trained. 0 where embeddings are trained."""
+    """How many layers, from the first on, stand below everything that is trained.
+
+    0 where anything is trained that is neither in a layer nor in the output head alone: it may come before them.
+    """
     name, layers = decoder_layers(model)
-    after = {id(p) for module in _after_layers(model, name) for p in module.parameters()}
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    before = {id(p) for p in embeddings.parameters()}
+    in_head = {id(p) for p in head.parameters()} - before if isinstance(head, nn.Module) else set()
     trained = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
     lowest = len(layers)
     for path, parameter in trained:
-        if path.startswith(f"{name}."):
+        if layers and path.startswith(f"{name}."):
             lowest = min(lowest, int(path[len(name) + 1 :].split(".", 1)[0]))
-        elif id(parameter) not in after:
+        elif id(parameter) not in in_head:
             return 0
     return lowest if trained else 0
-
-
-def _after_layers(model: nn.Module, name: str) -> Iterable[nn.Module]:
-    """Modules that come after the layers: the norm beside the list, known by its place, and the output head."""
-    parent, _, own = name.rpartition(".")
-    beside = list(model.get_submodule(parent).named_children())
-    place = [child for child, _ in beside].index(own) if own else 0
-    yield from (module for _, module in beside[place + 1 :])
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, nn.Module) and not getattr(model.config.get_text_config(), "tie_word_embeddings", False):  # type: ignore[union-attr, operator]
-        yield head
 
 
 class Stopped(Exception):  # a signal, not an error

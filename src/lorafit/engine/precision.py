@@ -76,7 +76,7 @@ def _processor() -> str:
 
 
 def _measure(precision: str) -> float:
-    """The best of several: what the machine can do when it is left alone."""
+    """FLOP/s of x W^T, the best of several: what the machine can do when it is left alone."""
     product = _product(precision, torch.ones(OUT, IN, dtype=DTYPES[precision]))
     x = torch.ones(ROWS, IN, dtype=DTYPES[precision])
     best = float("inf")
