@@ -19,7 +19,7 @@ from lorafit.engine import engine as engine_module
 from lorafit.engine import groups as groups_module
 from lorafit.engine.engine import Engine, plain, prepare
 from lorafit.engine.layers import decoder_layers, untouched_layers
-from lorafit.engine.product import Dense, Int8
+from lorafit.engine.product import Dense, Int8, PackedInt8
 from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
 from lorafit.lora.inject import set_scale
@@ -317,7 +317,7 @@ def test_int8_gradients_are_close_and_its_groups_are_measured() -> None:
     # Below the lowest adapted layer, at the embedding, no gradient is asked for.
     assert all(0 < error.forward < 0.05 and error.backward < 0.1 for error in engine.int8_errors)
     assert sum(error.backward > 0 for error in engine.int8_errors) == 4 * 2 - 1
-    assert all(isinstance(group.linears.product, Int8) for group in engine.groups)
+    assert all(isinstance(group.linears.product, Int8 | PackedInt8) for group in engine.groups)
     assert not any(parameter.grad is not None for parameter in model.parameters())
     # A product is off by about 1%, and a gradient went through some ten of them.
     assert _gradient_error(reference[1], together(engine, data)[1]) < 0.1
@@ -331,7 +331,7 @@ def test_a_group_whose_int8_error_is_too_large_stays_in_bf16_and_is_listed(monke
     kept = [error for error in engine.int8_errors if error.too_large]
     assert 0 < len(kept) == len(engine.notes) < len(engine.groups)
     for error, group in zip(engine.int8_errors, engine.groups, strict=True):
-        assert isinstance(group.linears.product, Dense if error.too_large else Int8)
+        assert isinstance(group.linears.product, Dense if error.too_large else Int8 | PackedInt8)
         assert not error.too_large or any(error.label in note for note in engine.notes)
 
 

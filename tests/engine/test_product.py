@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafit.engine.product import Dense, Int8, Packed, Product
+from lorafit.engine.kernels import products
+from lorafit.engine.product import Dense, Int8, Packed, PackedInt8, Product
+from lorafit.engine.update import PackedUpdate, spans
 
 SHAPES = [(1, 3, 2), (5, 17, 33), (300, 64, 96), (513, 576, 192)]
+own_int8 = pytest.mark.skipif(not products.has_int8(), reason="this machine's int8 product is torch's")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -49,10 +52,37 @@ def _bound(x: Tensor, W: Tensor) -> Tensor:
 def test_int8_is_within_its_rounding_bound(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, width, out = shape
     W, x, g = (random(*s, seed=k).to(dtype) for k, s in enumerate(((out, width), (n, width), (n, out))))
-    product = Int8(W, None)
+    assert_within_bound(Int8(W, None), W, x, g)
+
+
+def assert_within_bound(product: Product, W: Tensor, x: Tensor, g: Tensor) -> None:
     for (a, b), got in zip(((x, W), (g, W.T)), both(product, x, g), strict=True):
         exact, bound = a.double() @ b.double().T, _bound(a.double(), b.double())
-        assert ((got.double() - exact).abs() <= bound + exact.abs() * torch.finfo(dtype).eps).all()
+        assert ((got.double() - exact).abs() <= bound + exact.abs() * torch.finfo(x.dtype).eps).all()
+
+
+@own_int8
+@pytest.mark.parametrize("shape", [(1, 16, 16), (7, 48, 80), (300, 64, 96), (513, 576, 192), (41, 1600, 64)])
+def test_our_own_int8_is_within_the_same_bound(shape: tuple[int, int, int]) -> None:
+    n, width, out = shape
+    W, x, g = (random(*s, seed=k).bfloat16() for k, s in enumerate(((out, width), (n, width + 8), (n, out + 8))))
+    assert_within_bound(PackedInt8(W, None), W, x[:, :width], g[:, 8:])  # rows that are apart
+    other = Int8(W, x[:, :width].abs().amax(0)), PackedInt8(W, x[:, :width].abs().amax(0))
+    for expected, got in zip(*(both(product, x[:, :width], g[:, 8:]) for product in other), strict=True):
+        # The same whole numbers, but where a quotient lies on the edge between two of them.
+        assert (expected.float() - got.float()).norm() <= 2e-3 * expected.float().norm()
+
+
+@own_int8
+def test_an_update_added_on_the_way_is_added_exactly_once() -> None:
+    W, x = random(96, 64).bfloat16(), random(37, 64, seed=1).bfloat16()
+    A, B = random(5, 64, seed=2).bfloat16().float(), random(96, 5, seed=3).bfloat16().float()
+    update = PackedUpdate(spans([96], [5], [2.0]), [A, B])
+    h, product = update.down(x), PackedInt8(W, None)
+    fused, apart = product.forward(x, update.up(h)), product.forward(x)
+    exact = apart.double() + 2 * h[:, :5].double() @ B.double().T
+    # `apart` was rounded once more than `fused`.
+    assert ((fused.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * (exact.abs() + apart.abs())).all()
 
 
 def test_columns_with_outliers_no_longer_drown_the_others() -> None:

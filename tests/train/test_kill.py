@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lorafit.engine.kernels.build import library
 from tests import tiny
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -84,6 +85,7 @@ def _result(run: Path) -> bytes:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes, int]:
     """The settings, the adapter of a run left alone, and how many durable calls it made."""
+    library()  # or the first run would compile the kernels, and make a durable call more than the others
     directory = tmp_path_factory.mktemp("kill")
     model, data = tiny.write_model(directory / "model"), tiny.write_chat(directory / "rows.jsonl", 14)
     settings = {**SETTINGS, "model": str(model), "data": str(data)}

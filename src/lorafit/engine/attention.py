@@ -1,8 +1,9 @@
 """Causal attention over packed rows: every row sees itself and the prefix that it continues, and nothing else.
 
-Two batched matrix products per bucket and chunk of queries, with a softmax kernel between them that knows the mask from
-geometry; no mask tensor exists. Scores are recomputed in the backward pass instead of kept (Dao et al. 2022,
-FlashAttention, section 3.1). It is registered as a transformers attention function, so a model's own code calls it.
+In bfloat16 it is a kernel of our own where the processor can (`kernels.rows`). Elsewhere it is two batched matrix
+products per bucket and chunk of queries, with a softmax kernel between them that knows the mask from geometry; no mask
+tensor exists. Either way scores are recomputed in the backward pass instead of kept (Dao et al. 2022, FlashAttention,
+section 3.1). It is registered as a transformers attention function, so a model's own code calls it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorafit.engine import kernels, workspace
 from lorafit.engine.batch import CHUNK, Bucket
+from lorafit.engine.kernels import rows as row_kernels
 from lorafit.engine.kernels.plain import Geometry
 from lorafit.engine.tally import TALLY
 
@@ -88,11 +92,69 @@ def attention_function(
         raise NotImplementedError("packed attention is causal and without dropout")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out: Tensor = _PackedAttention.apply(q, k, v, _layout, scale, window)  # type: ignore[no-untyped-call]
+    rows = _rows(_layout) if row_kernels.serve(q, v) else None
+    if rows is not None:
+        out: Tensor = _RowAttention.apply(q, k, v, rows, scale, window)  # type: ignore[no-untyped-call]
+    else:
+        out = _BucketAttention.apply(q, k, v, _layout, scale, window)  # type: ignore[no-untyped-call]
     return out[None], None
 
 
-class _PackedAttention(torch.autograd.Function):
+# --- row by row, in our own kernel ----------------------------------------------------------------------------------
+
+_last_rows: tuple[tuple[Bucket, ...], NDArray[np.int64] | None] = ((), None)
+
+
+def _rows(layout: tuple[Bucket, ...]) -> NDArray[np.int64] | None:
+    """The rows of a layout as `kernels.rows` takes them; None where a prefix is no row of its own."""
+    global _last_rows
+    if _last_rows[0] is not layout:  # every layer asks for the same one
+        starts = [bucket.tokens.view(bucket.rows, -1)[:, 0] for bucket in layout]
+        pairs = torch.stack([torch.cat(starts), torch.cat([bucket.lengths for bucket in layout])], dim=1).tolist()
+        places = {tuple(pair): number for number, pair in enumerate(pairs)}
+        prefixes = [(bucket.prefix_start, bucket.prefix) for bucket in layout for _ in range(bucket.rows)]
+        if all(prefix in places for prefix in prefixes if prefix[1]):
+            continued = [places[prefix] if prefix[1] else -1 for prefix in prefixes]
+            table = [(*pair, before) for pair, before in zip(pairs, continued, strict=True)]
+            _last_rows = layout, np.array(table, dtype=np.int64)
+        else:
+            _last_rows = layout, None
+    return _last_rows[1]
+
+
+class _RowAttention(torch.autograd.Function):
+    """q: (tokens, heads, dim). k: (tokens, kv_heads, dim). v: (tokens, kv_heads, dim_v). Tokens may be apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: NDArray[np.int64], scale: float, window: int
+    ) -> Tensor:
+        out, log_sum = row_kernels.forward(q, k, v, rows, scale, window)
+        # v is a view of one matrix with q and k as they were before they were rotated; a copy lets go of those.
+        ctx.save_for_backward(q, k, workspace.rows(v, *v.shape).copy_(v), log_sum)
+        ctx.rows, ctx.scale, ctx.window = rows, scale, window
+        TALLY.add(_flop(q, v, rows))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_sum = ctx.saved_tensors
+        TALLY.add(2 * _flop(q, v, ctx.rows))
+        return *row_kernels.backward(q, k, v, g_out, log_sum, ctx.rows, ctx.scale, ctx.window), None, None, None
+
+
+def _flop(q: Tensor, v: Tensor, rows: NDArray[np.int64]) -> int:
+    """Of the two products of the forward pass, over the keys that queries may see; a window is not counted."""
+    lengths = rows[:, 1]
+    before = np.where(rows[:, 2] >= 0, lengths[rows[:, 2]], 0)
+    pairs = int((lengths * before + lengths * (lengths + 1) // 2).sum())
+    return 2 * q.shape[1] * pairs * (q.shape[2] + v.shape[2])
+
+
+# --- bucket by bucket, in batched products --------------------------------------------------------------------------
+
+
+class _BucketAttention(torch.autograd.Function):
     """q: (tokens, heads, dim). k: (tokens, kv_heads, dim). v: (tokens, kv_heads, dim_v). Rows may be apart."""
 
     @staticmethod

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lorafit.engine import workspace
 from lorafit.engine.linear import Factors, FrozenLinears
 from lorafit.engine.patch import Patches
-from lorafit.engine.product import Dense, Int8, Packed, Product
+from lorafit.engine.product import Dense, Int8, Packed, PackedInt8, Product, make_int8
+from lorafit.engine.update import Addend
 from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.layer import LoRALayer
 
@@ -173,20 +174,24 @@ class _Calibration(Dense):
 
     def __init__(self, W: Tensor) -> None:
         super().__init__(W)
-        self.int8: Int8 | None = None
+        self.int8: Int8 | PackedInt8 | None = None
         self.forward_error, self.backward_error = _Error(), _Error()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product x W^T."""
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T, plus the update."""
         y = super().forward(x)
         if self.int8 is None:
-            self.int8 = Int8(self.W, x.abs().amax(0))
+            self.int8 = make_int8(self.W, x.abs().amax(0))
         self.forward_error.add(y, self.int8.forward(x))
+        if update is not None:
+            update.add_to(y)
         return y
 
-    def backward(self, g: Tensor) -> Tensor:
-        """The product g W."""
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W, plus the update."""
         gx = super().backward(g)
         if self.int8 is not None:
             self.backward_error.add(gx, self.int8.backward(g))
+        if update is not None:
+            update.add_to(gx)
         return gx

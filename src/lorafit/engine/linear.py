@@ -7,7 +7,7 @@ Source of the update: Hu et al. 2021, eq. 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from lorafit.engine.elementwise import Recipe, recipe_of
 from lorafit.engine.product import Product
 from lorafit.engine.tally import TALLY
-
-# Up to this sum of ranks the updates of a group are one product, with zeros between their blocks.
-LARGEST_BLOCK_RANK = 64
+from lorafit.engine.update import PackedUpdate, Span, Update, make_update, spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +58,16 @@ class FrozenLinears:
             self._input = None  # or the last input would live until the next call
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
+    def spans(self, factors: Sequence[Tensor]) -> list[Span]:
+        """The adapted layers, given their factors A, B in turn."""
+        ranks = iter([len(A) for A in factors[::2]])
+        adapted = [(next(ranks), f.scaling()) if f is not None else (None, 0.0) for f in self.factors]
+        return spans(self.outs, [r for r, _ in adapted], [scaling for _, scaling in adapted])
+
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         tensors = [t for f in self.factors if f is not None for t in (f.A(), f.B())]
         flat = x.reshape(-1, x.shape[-1])
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
         outputs: tuple[Tensor, ...] = _Apply.apply(flat, self, recipe_of(x), *tensors)  # type: ignore[no-untyped-call]
         return outputs
 
@@ -72,130 +77,45 @@ class _Apply(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, group: FrozenLinears, recipe: Recipe | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        y = group.product.forward(x)
+        update, h = None, None
+        if factors:
+            update = make_update(group.spans(factors), factors, x)
+            h = update.down(x)
+            TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
+        y = group.product.forward(x, update.up(h) if update is not None and h is not None else None)
         TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
         if group.bias is not None:
             y += group.bias
-        h, update = None, None
-        if factors:
-            update = _Update(group, factors, x.dtype)
-            h = x @ update.A.T
-            for part in update.parts:
-                y[:, part.columns].addmm_(h[:, part.ranks], part.B.T)
-            TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
-        ctx.group, ctx.update = group, update
+        ctx.group, ctx.update, ctx.factors = group, update, sum(factor.numel() for factor in factors)
         # What x is made from, by `again`, is kept anyway.
         ctx.again = recipe.function if recipe else _as_it_is
         kept = recipe.tensors if recipe else (x,)
+        ctx.save_for_backward(*(kept if factors else ()), h, *factors)
         ctx.inputs = len(kept) if factors else 0
-        ctx.save_for_backward(*kept[: ctx.inputs], h, *factors)
         ctx.set_materialize_grads(False)
         return torch.split(y, group.outs, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, h, factors = _parted(ctx.saved_tensors, ctx.inputs)
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
         group: FrozenLinears = ctx.group
-        g = _side_by_side(gradients, group.outs)
-        gx = group.product.backward(g) if ctx.needs_input_grad[0] else None
-        TALLY.add(2 * gx.numel() * g.shape[1] if gx is not None else 0)
-        if not factors:
-            return gx, None, None
-        x = ctx.again(*inputs)
-        update: _Update = ctx.update
+        update: Update | PackedUpdate | None = ctx.update
         ctx.update = None  # autograd lets go of saved tensors by itself, of this it does not
-        gh, gBs = torch.empty_like(h), []
-        for part in update.parts:
-            torch.mm(g[:, part.columns], part.B, out=gh[:, part.ranks])
-            gBs += part.split(g[:, part.columns].T @ h[:, part.ranks])
-        gA = gh.T @ x
-        if gx is not None:
-            gx.addmm_(gh, update.A)
-        TALLY.add(2 * len(g) * sum(2 * B.numel() + (1 if gx is None else 2) * A.numel() for A, B in _pairs(factors)))
-        gAs = torch.split(gA, [len(A) for A, _ in _pairs(factors)])
-        return gx, None, None, *(t.to(factors[0].dtype) for pair in zip(gAs, gBs, strict=True) for t in pair)
+        g = _side_by_side(gradients, group.outs)
+        gh = update.down_backward(g) if update is not None else None
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = group.product.backward(g, update.up_backward(gh) if update is not None and gh is not None else None)
+            TALLY.add(2 * gx.numel() * g.shape[1])
+        if update is None or gh is None:
+            return gx, None, None
+        TALLY.add(2 * len(g) * ctx.factors * 2)
+        x, h = ctx.again(*saved[: ctx.inputs]), saved[ctx.inputs]
+        return gx, None, None, *update.gradients(x, h, g, gh)
 
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-def _parted(saved: tuple[Tensor, ...], inputs: int) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
-    return saved[:inputs], saved[inputs], saved[inputs + 1 :]
-
-
-def _pairs(factors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(factors[::2], factors[1::2], strict=True)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """One adapted layer of a group: its columns of y, its columns of h = x A^T, and its scaling."""
-
-    columns: slice
-    ranks: slice
-    scaling: float
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Adapted layers whose update is one product h[:, ranks] B^T, written to y[:, columns]. B is scaled."""
-
-    spans: list[_Span]
-    columns: slice
-    ranks: slice
-    B: Tensor
-
-    def split(self, gB: Tensor) -> list[Tensor]:
-        """The gradient of B of each layer, from that of the whole without its scaling."""
-        return [
-            gB[_within(span.columns, self.columns), _within(span.ranks, self.ranks)] * span.scaling
-            for span in self.spans
-        ]
-
-
-class _Update:
-    """The factors of a group as few matrices: A (sum of ranks, in), and B block by block on a diagonal.
-
-    Skinny products are bound by memory: reading g once for all layers is worth the zeros between the blocks, as long as
-    the ranks are small. parts is empty where every scaling is 0, so that y stays bitwise the base's.
-    """
-
-    def __init__(self, group: FrozenLinears, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
-        As = list(factors[::2])
-        self.A = (As[0] if len(As) == 1 else torch.cat(As)).to(dtype)
-        spans = list(_spans(group, factors))
-        together = [spans] if len(self.A) <= LARGEST_BLOCK_RANK else [[span] for span in spans]
-        some = any(span.scaling for span in spans)
-        numbers = {id(span): number for number, span in enumerate(spans)}
-        self.parts = [
-            _part(part, [factors[2 * numbers[id(span)] + 1] for span in part], dtype) for part in together if some
-        ]
-
-
-def _spans(group: FrozenLinears, factors: Sequence[Tensor]) -> Iterator[_Span]:
-    column = rank = number = 0
-    for out, adapted in zip(group.outs, group.factors, strict=True):
-        if adapted is not None:
-            r = len(factors[2 * number])
-            yield _Span(slice(column, column + out), slice(rank, rank + r), adapted.scaling())
-            rank, number = rank + r, number + 1
-        column += out
-
-
-def _part(spans: list[_Span], Bs: list[Tensor], dtype: torch.dtype) -> _Part:
-    columns = slice(spans[0].columns.start, spans[-1].columns.stop)
-    ranks = slice(spans[0].ranks.start, spans[-1].ranks.stop)
-    if len(spans) == 1:
-        return _Part(spans, columns, ranks, (Bs[0] * spans[0].scaling).to(dtype))
-    whole = Bs[0].new_zeros(columns.stop - columns.start, ranks.stop - ranks.start, dtype=dtype)
-    for span, B in zip(spans, Bs, strict=True):
-        whole[_within(span.columns, columns), _within(span.ranks, ranks)] = B * span.scaling
-    return _Part(spans, columns, ranks, whole)
-
-
-def _within(inner: slice, outer: slice) -> slice:
-    return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
 def _side_by_side(gradients: tuple[Tensor | None, ...], outs: list[int]) -> Tensor:

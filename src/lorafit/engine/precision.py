@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorafit import files
-from lorafit.engine.product import Dense, Int8, Packed, Product
+from lorafit.engine.product import Dense, Packed, Product, make_int8
 
 # The type that the model is loaded in; int8 products are made from bf16 weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
@@ -89,5 +89,5 @@ def _measure(precision: str) -> float:
 
 def _product(precision: str, W: torch.Tensor) -> Product:
     if precision == "int8":
-        return Int8(W, None)
+        return make_int8(W, None)
     return Packed(W, ROWS) if precision == "fp32" and torch.backends.mkldnn.is_available() else Dense(W)  # type: ignore[no-untyped-call]

@@ -6,6 +6,9 @@
 | bf16, fp16 | torch's own, which is oneDNN and needs no packing | as stored |
 | int8 | int8 x int8, int32 sums; a scale a row of x and g, and an output of W and W^T | int8, once for each way |
 
+Where the processor has the instructions, int8 is a kernel of our own, which quantizes, scales and adds the low-rank
+update in one pass (`PackedInt8`); elsewhere it is torch's product between passes of quantizing and scaling (`Int8`).
+
 The int8 scheme is that of SwitchBack (Wortsman et al. 2023, algorithm 1), all in 8 bits: of its three products, the one
 that needs more is the gradient of W, and a frozen W has none.
 """
@@ -18,19 +21,30 @@ import torch
 from torch import Tensor
 
 from lorafit.engine import kernels, workspace
+from lorafit.engine.kernels import products
+from lorafit.engine.update import Addend
 
 # Rows multiplied at a time in int8: the int32 sums of one block stay in the cache until they are scaled.
 INT8_ROWS = 256
 
 
 class Product(Protocol):
-    """forward: x (n, in) -> x W^T (n, out). backward: g (n, out) -> g W (n, in). In the type of their argument."""
+    """forward: x (n, in) -> x W^T (n, out). backward: g (n, out) -> g W (n, in). In the type of their argument.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product x W^T."""
+    update: what is to be added to the product, of the same shape.
+    """
 
-    def backward(self, g: Tensor) -> Tensor:
-        """The product g W."""
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T, plus the update."""
+
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W, plus the update."""
+
+
+def _plus(y: Tensor, update: Addend | None) -> Tensor:
+    if update is not None:
+        update.add_to(y)
+    return y
 
 
 class Dense:
@@ -39,13 +53,13 @@ class Dense:
     def __init__(self, W: Tensor) -> None:
         self.W = W
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product x W^T."""
-        return torch.mm(x, self.W.T, out=workspace.rows(x, len(x), len(self.W)))
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T, plus the update."""
+        return _plus(torch.mm(x, self.W.T, out=workspace.rows(x, len(x), len(self.W))), update)
 
-    def backward(self, g: Tensor) -> Tensor:
-        """The product g W."""
-        return torch.mm(g, self.W, out=workspace.rows(g, len(g), self.W.shape[1]))
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W, plus the update."""
+        return _plus(torch.mm(g, self.W, out=workspace.rows(g, len(g), self.W.shape[1])), update)
 
 
 class Packed:
@@ -56,18 +70,18 @@ class Packed:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(W.contiguous(), rows)
         self.transposed: Tensor | None = None  # evaluation never needs it
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product x W^T."""
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T, plus the update."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return y
+        return _plus(y, update)
 
-    def backward(self, g: Tensor) -> Tensor:
-        """The product g W."""
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W, plus the update."""
         if self.transposed is None:
             W = self.packed.to_dense()
             self.transposed = torch.ops.mkldnn._reorder_linear_weight(W.T.contiguous(), self.rows)
         gx: Tensor = torch.ops.mkldnn._linear_pointwise(g, self.transposed, None, "none", [], "")
-        return gx
+        return _plus(gx, update)
 
 
 class Int8:
@@ -84,13 +98,42 @@ class Int8:
         back, self.back_scales = kernels.of(W).quantize_columns(W.contiguous())
         self.q, self.back = (workspace.lasting(W, *W.shape, dtype=torch.int8).copy_(x) for x in (q, back))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X W^T, within `rounding_bound`."""
-        return _multiply(x, self.inverse, self.q.T, self.scales)
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T within int8's rounding, plus the update."""
+        return _plus(_multiply(x, self.inverse, self.q.T, self.scales), update)
 
-    def backward(self, g: Tensor) -> Tensor:
-        """G W, within `rounding_bound`."""
-        return _multiply(g, None, self.back, self.back_scales)
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W within int8's rounding, plus the update."""
+        return _plus(_multiply(g, None, self.back, self.back_scales), update)
+
+
+class PackedInt8:
+    """The same numbers by our own kernel. W: (out, in), float32 or bfloat16; both dimensions multiples of 16."""
+
+    def __init__(self, W: Tensor, tops: Tensor | None) -> None:
+        smooth = _smoothing(W, tops) if tops is not None else None
+        self.operand = products.int8_operand(W, transposed=False, smooth=smooth)
+        self.transposed = products.int8_operand(W, transposed=True)
+
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T within int8's rounding, plus the update."""
+        return _packed_int8(x, self.operand, update)
+
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W within int8's rounding, plus the update."""
+        return _packed_int8(g, self.transposed, update)
+
+
+def _packed_int8(x: Tensor, operand: products.Int8Operand, update: Addend | None) -> Tensor:
+    if isinstance(update, products.LowRank):
+        return products.int8_product(x, operand, update)
+    return _plus(products.int8_product(x, operand, None), update)
+
+
+def make_int8(W: Tensor, tops: Tensor | None) -> Int8 | PackedInt8:
+    """The fastest int8 product that this machine has for activations in the type of W. tops: see `Int8`."""
+    fits = W.dtype == torch.bfloat16 and W.device.type == "cpu" and all(size % products.LANES == 0 for size in W.shape)
+    return PackedInt8(W, tops) if fits and products.has_int8() else Int8(W, tops)
 
 
 SMOOTHING = 0.7  # the share of the difficulty that moves from x to W; 0.5 in the paper, measured better here

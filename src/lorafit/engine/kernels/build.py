@@ -1,4 +1,4 @@
-"""Compile `kernels.cpp` with the system's compiler, once; the library is kept in the user's cache.
+"""Compile the C++ files beside this one with the system's compiler, once; the library is kept in the user's cache.
 
 Without a compiler, and with LORAFIT_NO_NATIVE=1, there is none: `plain` serves.
 """
@@ -20,7 +20,8 @@ import torch
 
 from lorafit import files
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "products.cpp", "attention.cpp"))
+HEADERS = (Path(__file__).with_name("dot.h"),)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-std=c++17")
 COMPILE_TIMEOUT_S = 120
@@ -70,7 +71,13 @@ def _command(compiler: str, openmp: Path | None, native: bool) -> list[str]:
 
 def _key(command: list[str]) -> str:
     """Changes with the source, the command and the processor's features, which -march=native depends on."""
-    told = [SOURCE.read_text(), *command, torch.__version__, platform.machine(), _features()]
+    told = [
+        *(source.read_text() for source in SOURCES + HEADERS),
+        *command,
+        torch.__version__,
+        platform.machine(),
+        _features(),
+    ]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
 
 
@@ -87,7 +94,7 @@ def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / "kernels.so"
         subprocess.run(
-            [command[0], str(SOURCE), *command[1:], "-o", str(made)],
+            [command[0], *map(str, SOURCES), *command[1:], "-o", str(made)],
             check=True,
             capture_output=True,
             timeout=COMPILE_TIMEOUT_S,

@@ -1,0 +1,405 @@
+// Matrix products of a frozen weight in int8, and the narrow ones of its low-rank update in bfloat16.
+//
+// Both accumulate in registers along the whole inner dimension: a tile of ROWS rows by 64 columns stays in 24 registers,
+// a row's cell is broadcast against a packed operand. So a product's scaling and its low-rank sum cost no pass over
+// memory of their own, and every sum has one fixed order, whatever the number of threads.
+//
+// Needs AVX-512 with VNNI and BF16 (`int8_products`, `low_rank_products` say what was compiled). With AMX, oneDNN's int8
+// product is several times faster than VNNI can be, so then there is none here.
+
+#include "dot.h"
+
+#if HAS_DOT && !defined(__AMX_INT8__)
+EXPORT int int8_products() { return 1; }
+#else
+EXPORT int int8_products() { return 0; }
+#endif
+EXPORT int low_rank_products() { return HAS_DOT; }
+
+#if HAS_DOT
+
+namespace {
+
+constexpr int PANEL = LANES * VECTORS;
+constexpr int64_t CHUNK_BYTES = 384 << 10;  // of quantized rows that stay in a core's L2 beside a panel of the weight
+
+// --- narrow products ------------------------------------------------------------------------------------------------
+
+template <int R, int V>
+void narrow_tile(const bf16* x, int64_t stride, int64_t n, int64_t depth, const bf16* operand, bf16* y,
+                 int64_t y_stride) {
+    const bf16* rows[R];
+    row_pointers(rows, x, stride, 0, n);
+    __m512 sums[R][V];
+    clear(sums);
+    dot_bf16(sums, rows, operand, depth * LANES, depth);
+    repeat<R>(EACH(r) {
+        if (r < n) repeat<V>(EACH(v) { narrow(y + r * y_stride + v * LANES, sums[r][v]); });
+    });
+}
+
+// Layers whose update has columns of its own: [first_column, +columns) of y by [first_rank, +ranks) of h.
+struct Span {
+    int64_t first_column, columns, first_rank, ranks;
+    int64_t offset;  // where its operand begins
+};
+
+// Adds h B^T to one tile of y, held in registers.
+template <int R>
+INLINE void add_update(__m512 (&y)[R][VECTORS], int64_t first_column, const bf16* const (&h)[R], const bf16* operand,
+                       const Span* spans, int64_t count) {
+    for (int64_t s = 0; s < count; ++s) {
+        const Span& at = spans[s];
+        const int64_t last = at.first_column + at.columns;
+        if (first_column >= last || first_column + PANEL <= at.first_column) continue;
+        const bf16* ranks[R];
+        repeat<R>(EACH(r) { ranks[r] = h[r] + at.first_rank; });
+        const int64_t block = at.ranks * LANES;
+        const bf16* begin = operand + at.offset + (first_column - at.first_column) / LANES * block;
+        if (first_column >= at.first_column && first_column + PANEL <= last) {
+            dot_bf16<R, VECTORS>(y, ranks, begin, block, at.ranks);
+            continue;
+        }
+        repeat<VECTORS>(EACH(v) {  // a panel that two layers share
+            const int64_t column = first_column + v * LANES;
+            if (column < at.first_column || column >= last) return;
+            __m512 part[R][1];
+            repeat<R>(EACH(r) { part[r][0] = y[r][v]; });
+            dot_bf16<R, 1>(part, ranks, begin + v * block, block, at.ranks);
+            repeat<R>(EACH(r) { y[r][v] = part[r][0]; });
+        });
+    }
+}
+
+// Rows `first` .. of a tile into y: (n, width), its columns from `column` on.
+INLINE void write_tile(const __m512 (&out)[ROWS][VECTORS], bf16* y, int64_t stride, int64_t first, int64_t n,
+                       int64_t column, int64_t width) {
+    repeat<ROWS>(EACH(r) {
+        if (first + r >= n) return;
+        repeat<VECTORS>(EACH(v) {
+            if (column + v * LANES < width) narrow(y + (first + r) * stride + column + v * LANES, out[r][v]);
+        });
+    });
+}
+
+// --- int8 -------------------------------------------------------------------------------------------------------------
+
+// q = round(x * columns / scale), scale = max |x * columns| / 127; offset = 128 * the sum of q.
+inline void quantize_row(const bf16* x, const float* columns, int8_t* q, float* scale, int32_t* offset, int64_t width) {
+    __m512 top = _mm512_setzero_ps();
+    for (int64_t j = 0; j < width; j += LANES) {
+        __m512 cells = widen(x + j);
+        if (columns) cells = _mm512_mul_ps(cells, _mm512_loadu_ps(columns + j));
+        top = _mm512_max_ps(top, _mm512_abs_ps(cells));
+    }
+    const float largest = _mm512_reduce_max_ps(top);
+    *scale = largest / 127.0f;
+    const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t j = 0; j < width; j += LANES) {
+        __m512 cells = widen(x + j);
+        if (columns) cells = _mm512_mul_ps(cells, _mm512_loadu_ps(columns + j));
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(cells, inverse));
+        sum = _mm512_add_epi32(sum, whole);
+        _mm_storeu_si128((__m128i*)(q + j), _mm512_cvtsepi32_epi8(whole));
+    }
+    *offset = 128 * _mm512_reduce_add_epi32(sum);
+}
+
+// sum += products of four unsigned bytes with four signed ones, in each 32-bit cell. By hand: of the intrinsic, GCC 12
+// keeps copies of the sums, runs out of registers and halves the speed.
+INLINE void add_products(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+}
+
+// ROWS rows by one panel. The weight is stored as w + 128, unsigned, as the instruction wants one of the two to be.
+INLINE void int8_tile(const int8_t* const (&rows)[ROWS], const uint8_t* panel, int64_t depth,
+                      __m512i (&sums)[ROWS][VECTORS]) {
+    for (int64_t d = 0; d < depth; d += 4, panel += 4 * PANEL) {
+        __m512i columns[VECTORS];
+        repeat<VECTORS>(EACH(v) { columns[v] = _mm512_loadu_si512(panel + v * 64); });
+        repeat<ROWS>(EACH(r) {
+            const __m512i cell = broadcast(rows[r] + d);
+            repeat<VECTORS>(EACH(v) { add_products(sums[r][v], columns[v], cell); });
+        });
+    }
+}
+
+struct Quantized {
+    const int8_t* q;
+    const float* scales;
+    const int32_t* offsets;
+    int64_t n, depth;
+};
+struct Weight {
+    const uint8_t* packed;
+    const float* scales;  // (panels * 64,)
+    int64_t columns;
+};
+struct Update {
+    const bf16* h;
+    int64_t stride;
+    const bf16* operand;
+    const Span* spans;
+    int64_t count;
+};
+
+void product_tile(const Quantized& x, const Weight& weight, const Update& update, int64_t first, int64_t panel,
+                  bf16* y, int64_t stride) {
+    const int8_t* rows[ROWS];
+    row_pointers(rows, x.q, x.depth, first, x.n);
+    __m512i sums[ROWS][VECTORS];
+    repeat<ROWS>(EACH(r) { repeat<VECTORS>(EACH(v) { sums[r][v] = _mm512_setzero_si512(); }); });
+    int8_tile(rows, weight.packed + panel * PANEL * x.depth, x.depth, sums);
+    const int64_t column = panel * PANEL;
+    __m512 scales[VECTORS], out[ROWS][VECTORS];
+    repeat<VECTORS>(EACH(v) { scales[v] = _mm512_loadu_ps(weight.scales + column + v * LANES); });
+    repeat<ROWS>(EACH(r) {
+        const int64_t i = first + r < x.n ? first + r : x.n - 1;
+        const __m512i offset = _mm512_set1_epi32(x.offsets[i]);
+        const __m512 scale = _mm512_set1_ps(x.scales[i]);
+        repeat<VECTORS>(EACH(v) {
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][v], offset));
+            out[r][v] = _mm512_mul_ps(sum, _mm512_mul_ps(scale, scales[v]));
+        });
+    });
+    if (update.count) {
+        const bf16* h[ROWS];
+        row_pointers(h, update.h, update.stride, first, x.n);
+        add_update<ROWS>(out, column, h, update.operand, update.spans, update.count);
+    }
+    write_tile(out, y, stride, first, x.n, column, weight.columns);
+}
+
+// A panel's place for the cell (d, column), d along the inner dimension: [panel][depth / 4][64 columns][4].
+inline int64_t place(int64_t d, int64_t column, int64_t depth) {
+    return column / PANEL * PANEL * depth + d / 4 * 4 * PANEL + column % PANEL * 4 + d % 4;
+}
+
+inline uint8_t shifted(float x) { return static_cast<uint8_t>(_mm_cvtss_si32(_mm_set_ss(x)) + 128); }
+
+// A scale for every row of w (outs, ins): the operand of x W^T.
+template <typename T>
+void pack_rows(const T* w, const float* columns, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
+#pragma omp parallel for schedule(static)
+    for (int64_t o = 0; o < outs; ++o) {
+        const T* row = w + o * ins;
+        __m512 top = _mm512_setzero_ps();
+        for (int64_t j = 0; j < ins; j += LANES) {
+            __m512 cells = widen(row + j);
+            if (columns) cells = _mm512_mul_ps(cells, _mm512_loadu_ps(columns + j));
+            top = _mm512_max_ps(top, _mm512_abs_ps(cells));
+        }
+        const float largest = _mm512_reduce_max_ps(top);
+        scales[o] = largest / 127.0f;
+        const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+        for (int64_t j = 0; j < ins; j += LANES) {
+            __m512 cells = widen(row + j);
+            if (columns) cells = _mm512_mul_ps(cells, _mm512_loadu_ps(columns + j));
+            alignas(16) uint8_t q[LANES];
+            const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(cells, inverse)));
+            _mm_store_si128((__m128i*)q, _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
+            for (int64_t d = 0; d < LANES; d += 4) std::memcpy(packed + place(j + d, o, ins), q + d, 4);
+        }
+    }
+}
+
+// A scale for every column of w (outs, ins): the operand of g W.
+template <typename T>
+void pack_columns(const T* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
+#pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < ins; j += LANES) {
+        __m512 top = _mm512_setzero_ps();
+        for (int64_t o = 0; o < outs; ++o) top = _mm512_max_ps(top, _mm512_abs_ps(widen(w + o * ins + j)));
+        _mm512_storeu_ps(scales + j, _mm512_mul_ps(top, _mm512_set1_ps(1.0f / 127.0f)));
+        const __mmask16 some = _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), top);
+        for (int64_t o = 0; o < outs; o += 4) {
+            __m512i cells = _mm512_setzero_si512();  // four outputs' bytes side by side, for each of 16 inputs
+            for (int t = 0; t < 4; ++t) {
+                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(widen(w + (o + t) * ins + j), inverse));
+                const __m512i byte = _mm512_and_si512(_mm512_add_epi32(whole, _mm512_set1_epi32(128)),
+                                                      _mm512_set1_epi32(255));
+                cells = _mm512_or_si512(cells, _mm512_sllv_epi32(byte, _mm512_set1_epi32(8 * t)));
+            }
+            _mm512_storeu_si512(packed + place(o, j, outs), cells);
+        }
+    }
+}
+
+}  // namespace
+
+// w: (outs, ins) contiguous, both multiples of 16. packed: panels * 64 * depth bytes, scales: panels * 64 floats, where
+// panels = ceil(operand's columns / 64) and depth is the other dimension. What is beyond the columns must be zeroed.
+EXPORT void pack_rows_f32(const float* w, const float* columns, uint8_t* packed, float* scales, int64_t outs,
+                          int64_t ins) {
+    pack_rows(w, columns, packed, scales, outs, ins);
+}
+EXPORT void pack_rows_bf16(const bf16* w, const float* columns, uint8_t* packed, float* scales, int64_t outs,
+                           int64_t ins) {
+    pack_rows(w, columns, packed, scales, outs, ins);
+}
+EXPORT void pack_columns_f32(const float* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
+    pack_columns(w, packed, scales, outs, ins);
+}
+EXPORT void pack_columns_bf16(const bf16* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
+    pack_columns(w, packed, scales, outs, ins);
+}
+
+// y = (x * columns) operand + h B^T. x: n rows of `depth`, `stride` apart. columns: (depth,) or null. y: (n, width).
+// q: n * depth bytes, row_scales, offsets: n cells each, to work in. Without an update, spans is null and count 0.
+EXPORT void int8_product(const bf16* x, int64_t stride, const float* columns, int8_t* q, float* row_scales,
+                         int32_t* offsets, int64_t n, int64_t depth, const uint8_t* packed, const float* scales,
+                         int64_t width, const bf16* h, int64_t ranks, const bf16* operand, const Span* spans,
+                         int64_t count, bf16* y, int64_t y_stride) {
+    const Quantized rows{q, row_scales, offsets, n, depth};
+    const Weight weight{packed, scales, width};
+    const Update update{h, ranks, operand, spans, count};
+    const int64_t panels = (width + PANEL - 1) / PANEL;
+    int64_t chunk = CHUNK_BYTES / depth / ROWS * ROWS;
+    if (chunk < ROWS) chunk = ROWS;
+    const int64_t chunks = (n + chunk - 1) / chunk;
+    chunk = ((n + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; ++i)
+            quantize_row(x + i * stride, columns, q + i * depth, row_scales + i, offsets + i, depth);
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t p = 0; p < panels; ++p)
+            for (int64_t c = 0; c < chunks; ++c)
+                for (int64_t first = c * chunk; first < n && first < (c + 1) * chunk; first += ROWS)
+                    product_tile(rows, weight, update, first, p, y, y_stride);
+    }
+}
+
+// --- the low-rank update ----------------------------------------------------------------------------------------------
+
+// Operand whose columns are rows of `factor` (columns, depth), contiguous along depth. Up to `padded` columns are written.
+EXPORT void pack_factor_rows(const float* factor, int64_t columns, int64_t depth, int64_t padded_columns,
+                             int64_t padded_depth, float scale, bf16* operand) {
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t block = 0; block < padded_columns; block += LANES)
+        for (int64_t d = 0; d < padded_depth; d += LANES)
+            for (int64_t c = block; c < block + LANES; ++c) {
+                const int64_t left = c < columns ? depth - d : 0;
+                const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+                const __m512 cells = _mm512_maskz_loadu_ps(some, factor + c * depth + d);
+                alignas(32) bf16 pairs[LANES];
+                narrow(pairs, _mm512_mul_ps(cells, _mm512_set1_ps(scale)));
+                bf16* out = operand + block * padded_depth + d * LANES + c % LANES * 2;
+                for (int64_t j = 0; j < LANES; j += 2) std::memcpy(out + j * LANES, pairs + j, 4);
+            }
+}
+
+// Operand whose columns are columns of `factor` (depth, columns): neighbours along depth are its rows.
+EXPORT void pack_factor_columns(const float* factor, int64_t depth, int64_t columns, int64_t padded_depth,
+                                int64_t padded_columns, int64_t first_depth, int64_t whole_depth, float scale,
+                                bf16* operand) {
+#pragma omp parallel for schedule(static)
+    for (int64_t d = 0; d < padded_depth; d += 2)
+        for (int64_t c = 0; c < padded_columns; c += LANES) {
+            const int64_t left = columns - c;
+            const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+            __m256i cells[2];
+            for (int64_t t = 0; t < 2; ++t) {
+                const __mmask16 here = d + t < depth ? some : 0;
+                const __m512 row = _mm512_maskz_loadu_ps(here, factor + (d + t) * columns + c);
+                cells[t] = round_cells(_mm512_mul_ps(row, _mm512_set1_ps(scale)));
+            }
+            _mm512_storeu_si512(operand + c * whole_depth + (first_depth + d) * LANES, pair_up(cells[0], cells[1]));
+        }
+}
+
+// y = x operand. x: n rows of `depth`, `stride` apart. y: n rows of `width`, a multiple of 16, `y_stride` apart.
+EXPORT void narrow_product(const bf16* x, int64_t stride, int64_t n, int64_t depth, const bf16* operand, int64_t width,
+                           bf16* y, int64_t y_stride) {
+    constexpr int64_t TALL = 12;
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < n; first += TALL) {
+        const bf16* rows = x + first * stride;
+        bf16* out = y + first * y_stride;
+        for (int64_t c = 0; c < width;) {
+            const bf16* block = operand + c * depth;
+            if (width - c >= 2 * LANES) {
+                narrow_tile<TALL, 2>(rows, stride, n - first, depth, block, out + c, y_stride);
+                c += 2 * LANES;
+            } else {
+                narrow_tile<TALL, 1>(rows, stride, n - first, depth, block, out + c, y_stride);
+                c += LANES;
+            }
+        }
+    }
+}
+
+// y += h B^T. y: n rows of `width`, `stride` apart.
+EXPORT void add_low_rank(const bf16* h, int64_t ranks, const bf16* operand, const Span* spans, int64_t count, bf16* y,
+                         int64_t stride, int64_t n, int64_t width) {
+    const int64_t panels = (width + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < n; first += ROWS) {
+        const bf16* rows[ROWS];
+        row_pointers(rows, h, ranks, first, n);
+        for (int64_t p = 0; p < panels; ++p) {
+            __m512 out[ROWS][VECTORS];
+            const int64_t column = p * PANEL;
+            repeat<ROWS>(EACH(r) {
+                repeat<VECTORS>(EACH(v) {
+                    const bool inside = first + r < n && column + v * LANES < width;
+                    out[r][v] = inside ? widen(y + (first + r) * stride + column + v * LANES) : _mm512_setzero_ps();
+                });
+            });
+            add_update<ROWS>(out, column, rows, operand, spans, count);
+            write_tile(out, y, stride, first, n, column, width);
+        }
+    }
+}
+
+// Neighbouring rows of a (n, width) side by side, as products along n want them: ((n + 1) / 2, width, 2).
+EXPORT void pair_rows(const bf16* a, int64_t n, int64_t width, bf16* pairs) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += 2)
+        for (int64_t j = 0; j < width; ++j) {
+            pairs[i * width + 2 * j] = a[i * width + j];
+            pairs[i * width + 2 * j + 1] = i + 1 < n ? a[(i + 1) * width + j] : 0;
+        }
+}
+
+// out[r, c] = scale * sum over n of a[n, r] x[n, c]. pairs: a, from `pair_rows`, `ranks_stride` wide, from its rank
+// `first` on. x: n rows of `width`, a multiple of 16, `stride` apart. out: `by_rank` apart along r, `by_column` along c.
+EXPORT void outer_sum(const bf16* pairs, int64_t ranks_stride, int64_t first, int64_t ranks, const bf16* x,
+                      int64_t stride, int64_t n, int64_t width, float scale, float* out, int64_t by_rank,
+                      int64_t by_column) {
+    constexpr int TALL = 8;
+    // Interleaving two rows' halves leaves columns 0-3, 8-11, .. in one register and 4-7, 12-15, .. in the other.
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < width; c += 2 * LANES) {
+        const __mmask32 some = width - c >= 2 * LANES ? 0xffffffffu : 0xffffu;
+        for (int64_t r = 0; r < ranks; r += TALL) {
+            __m512 sums[TALL][2];
+            repeat<TALL>(EACH(t) { sums[t][0] = sums[t][1] = _mm512_setzero_ps(); });
+            for (int64_t i = 0; i < n; i += 2) {
+                const __m512i even = _mm512_maskz_loadu_epi16(some, x + i * stride + c);
+                const __m512i odd = i + 1 < n ? _mm512_maskz_loadu_epi16(some, x + (i + 1) * stride + c)
+                                              : _mm512_setzero_si512();
+                const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+                const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+                const bf16* cells = pairs + i * ranks_stride + 2 * (first + r);
+                repeat<TALL>(EACH(t) {
+                    const __m512bh cell = (__m512bh)broadcast(cells + 2 * t);
+                    sums[t][0] = _mm512_dpbf16_ps(sums[t][0], cell, low);
+                    sums[t][1] = _mm512_dpbf16_ps(sums[t][1], cell, high);
+                });
+            }
+            repeat<TALL>(EACH(t) {
+                if (r + t >= ranks) return;
+                alignas(64) float cells[2][LANES];
+                for (int v = 0; v < 2; ++v) _mm512_store_ps(cells[v], _mm512_mul_ps(sums[t][v], _mm512_set1_ps(scale)));
+                for (int64_t j = 0; j < 2 * LANES && c + j < width; ++j)
+                    out[(r + t) * by_rank + (c + j) * by_column] = cells[j / 4 % 2][j / 8 * 4 + j % 4];
+            });
+        }
+    }
+}
+
+#endif

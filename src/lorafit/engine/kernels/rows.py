@@ -1,0 +1,107 @@
+"""Attention over rows in C++ (`attention.cpp`), in bfloat16 on a CPU; head dimensions are multiples of 16."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit.engine import workspace
+from lorafit.engine.kernels.build import library
+from lorafit.engine.kernels.products import LANES, has_low_rank
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("heads", "kv_heads", "dim", "dim_v", "window", "rows")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        ("scale", c_float),
+    ]
+
+
+def serve(q: Tensor, v: Tensor) -> bool:
+    """Whether tensors like these can be given to `forward`. q: (tokens, heads, dim). v: (tokens, kv_heads, dim_v)."""
+    fits = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] % LANES == v.shape[2] % LANES == 0
+    return fits and has_low_rank()
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    loaded = library()
+    assert loaded is not None, "ask serve() first"
+    function = loaded[name]
+    function.argtypes = (c_void_p,) * {"tokens": 2, "forward": 9, "backward": 13}[name.removeprefix("attention_")]
+    function.restype = c_int64 if name == "attention_tokens" else None
+    return function
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Tokens may be apart, but each is one piece."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: np.ndarray[Any, Any], scale: float, window: int) -> Any:
+    sizes = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window, len(rows)
+    return _Shape(*sizes, *(x.stride(0) for x in (q, k, v, out)), scale)
+
+
+def _operand(x: Tensor, tokens: int) -> Tensor:
+    return x.new_empty(tokens * x.shape[1] * x.shape[2])
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: np.ndarray[Any, np.dtype[np.int64]], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """(out, log sum exp of scores): (tokens, heads, dim_v), (tokens, heads) float32.
+
+    q: (tokens, heads, dim). k: (tokens, kv_heads, dim). v: (tokens, kv_heads, dim_v). rows: (n, 3): first token, how
+    many, and the number of the row that this one continues, or -1. window: most keys a query sees; 0 for all.
+    """
+    q, k, v = map(_by_token, (q, k, v))
+    out = workspace.rows(q, len(q), q.shape[1], v.shape[2])
+    log_sum = torch.zeros(len(q), q.shape[1])
+    shape = _shape(q, k, v, out, rows, scale, window)
+    _clear_the_rest(rows, out)
+    tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.ctypes.data)
+    keys, values = _operand(k, tokens), _operand(v, tokens)
+    _function("attention_forward")(
+        *(ctypes.addressof(shape), rows.ctypes.data),
+        *(x.data_ptr() for x in (q, k, v, keys, values, out, log_sum)),
+    )
+    return out, log_sum
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_out: Tensor,
+    log_sum: Tensor,
+    rows: np.ndarray[Any, np.dtype[np.int64]],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, contiguous."""
+    q, k, v, g_out = map(_by_token, (q, k, v, g_out))
+    gq, gk, gv = (workspace.rows(x, *x.shape) for x in (q, k, v))
+    shape = _shape(q, k, v, g_out, rows, scale, window)
+    _clear_the_rest(rows, gq, gk, gv)
+    tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.ctypes.data)
+    operands = _operand(k, tokens), _operand(k, tokens), _operand(v, tokens)
+    _function("attention_backward")(
+        *(ctypes.addressof(shape), rows.ctypes.data),
+        *(x.data_ptr() for x in (q, k, v, g_out, log_sum, *operands, gq, gk, gv)),
+    )
+    return gq, gk, gv
+
+
+def _clear_the_rest(rows: np.ndarray[Any, np.dtype[np.int64]], *tensors: Tensor) -> None:
+    """Tokens of no row stand behind all rows; nothing is written to them."""
+    end = int((rows[:, 0] + rows[:, 1]).max(initial=0))
+    for x in tensors:
+        x[end:] = 0
