@@ -111,7 +111,7 @@ class TrainConfig(LoRAConfig):
     """Stop after N optimizer steps, whatever --epochs says."""
     batch_size: int = Field(16, ge=1)
     """Rows per optimizer step."""
-    micro_tokens: int = Field(2048, ge=1)
+    micro_tokens: int = Field(1024, ge=1)
     """Most tokens of a forward pass: a step is split to stay below; the result is the same."""
     seq_len: int = Field(2048, ge=2)
     """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""

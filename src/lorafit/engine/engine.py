@@ -6,11 +6,10 @@ what rows alone give, whether logits are the head's output as it is. What it fin
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine import attention, loss
+from lorafit.engine import attention, loss, workspace
 from lorafit.engine.batch import Batch, Bucket, Packing
 from lorafit.engine.groups import Group, Int8Error, calibrate, make_group
 from lorafit.engine.layers import Features, decoder_layers, recompute, untouched_layers
@@ -81,10 +80,11 @@ class Engine:
         with self._running(batch):
             return compute(self.model, batch)
 
-    def use_int8(self, batch: Batch) -> None:
+    def use_int8(self, batch: Batch, release: bool = False) -> None:
         """Products with frozen weights in int8 from now on, calibrated on this batch of real rows.
 
-        A group whose error on it is too large stays as it was, and is in `notes`. Leaves no gradients.
+        A group whose error on it is too large stays as it was, and is in `notes`. Leaves no gradients. release: as
+        `release_weights`, of every weight as soon as its int8 copies exist.
         """
         started = time.perf_counter()
 
@@ -92,7 +92,8 @@ class Engine:
             (self.loss(batch) / max(1, batch.supervised_tokens)).backward()  # type: ignore[no-untyped-call]
 
         with _without_dropout(self.model):
-            self.int8_errors = calibrate(self.groups, run)
+            self.int8_errors = calibrate(self.groups, run, release)
+        self.released = self.released or release
         for parameter in self.model.parameters():
             parameter.grad = None
         self.notes += [
@@ -128,12 +129,12 @@ class Engine:
     def release_weights(self) -> None:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
         self.released = any([group.release() for group in self.groups])
-        return_free_memory()
+        workspace.release()
 
     def after_step(self) -> None:
         """Where memory is tight, hand back what the step has freed; the next one pays for it with page faults."""
         if self.tight:
-            return_free_memory()
+            workspace.release()
 
     def close(self) -> None:
         """Give the model its own forwards back. Raises ModelError if its weights were released."""
@@ -198,15 +199,9 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
         engine.notes.append(f"rows are padded: {reason}")
     names = {module: name for name, module in model.named_modules()}
     engine.groups = [make_group(group, [names[m] for m in group], engine.patches) for group in linear_groups]
-    return_free_memory()
+    workspace.return_free_memory()
     engine.prepare_s = time.perf_counter() - started
     return engine
-
-
-def return_free_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps what weights leave between others, and it never fits again."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.layer import LoRALayer
 
 USUAL_ROWS = 512
+# Released weights are handed back to the system after so many groups, each time taking about a millisecond.
+GROUPS_PER_TRIM = 16
 # Largest relative error (Frobenius norm) of a product in int8, on the rows it was calibrated on, forward and backward.
 # Scaled column by column, SmolLM2's layers stay below 0.032 and 0.07, and its loss is that of bf16; not scaled, up to
 # 0.064 and 0.125, and a run ended with a test loss 15% higher.
@@ -129,24 +132,34 @@ class Int8Error:
         return not (self.forward <= INT8_LIMITS[0] and self.backward <= INT8_LIMITS[1])
 
 
-def calibrate(groups: list[Group], run: Callable[[], None]) -> list[Int8Error]:
+def calibrate(groups: list[Group], run: Callable[[], None], release: bool) -> list[Int8Error]:
     """Put int8 products into groups, each measured against the dense one; where the error is too large, it stays.
 
-    run: takes the model forward and backward over some real rows, once.
+    run: takes the model forward and backward over some real rows, once. release: give stored weights back, each as soon
+    as it is done with.
     """
-    for group in groups:
-        assert group.W is not None, "weights are released after calibration"
-        group.linears.product = _Calibration(group.W)
-    run()
-    errors = []
-    for group in groups:
+    errors: dict[Group, Int8Error] = {}
+
+    def finish(group: Group) -> None:
         measured = group.linears.product
         assert isinstance(measured, _Calibration)
         error = Int8Error(group.label, measured.forward_error.value, measured.backward_error.value)
         chosen = measured.int8 if measured.int8 is not None and not error.too_large else None
         group.linears.product = chosen or Dense(measured.W)
-        errors.append(error)
-    return errors
+        if release:
+            group.release()
+        errors[group] = error
+        if release and len(errors) % GROUPS_PER_TRIM == 0:
+            workspace.return_free_memory()
+
+    for group in groups:
+        assert group.W is not None, "weights are released after calibration"
+        group.linears.product = _Calibration(group.W, partial(finish, group))
+    run()
+    for group in groups:  # those below the lowest adapter have no backward pass
+        if group not in errors:
+            finish(group)
+    return [errors[group] for group in groups]
 
 
 @dataclass
@@ -170,10 +183,14 @@ def _square(x: Tensor) -> float:
 
 
 class _Calibration(Dense):
-    """The dense product, with int8's beside it, made from the first x that comes by."""
+    """The dense product, with int8's beside it, made from the first x that comes by.
 
-    def __init__(self, W: Tensor) -> None:
+    finish: called when every forward call has had its backward call.
+    """
+
+    def __init__(self, W: Tensor, finish: Callable[[], None]) -> None:
         super().__init__(W)
+        self.finish, self.pending = finish, 0
         self.int8: Int8 | PackedInt8 | None = None
         self.forward_error, self.backward_error = _Error(), _Error()
 
@@ -183,6 +200,7 @@ class _Calibration(Dense):
         if self.int8 is None:
             self.int8 = make_int8(self.W, x.abs().amax(0))
         self.forward_error.add(y, self.int8.forward(x))
+        self.pending += 1
         if update is not None:
             update.add_to(y)
         return y
@@ -194,4 +212,7 @@ class _Calibration(Dense):
             self.backward_error.add(gx, self.int8.backward(g))
         if update is not None:
             update.add_to(gx)
+        self.pending -= 1
+        if self.pending == 0:
+            self.finish()
         return gx

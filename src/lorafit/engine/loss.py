@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafit.engine import kernels
+from lorafit.engine import kernels, workspace
 from lorafit.engine.batch import Batch
 from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
@@ -98,9 +98,10 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         TALLY.add(2 * hidden.numel() * len(W) * (2 if wanted else 1))
         total = hidden.new_zeros((), dtype=torch.float64)
+        whole = workspace.block(hidden, CHUNK, len(W))
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
-            logits = F.linear(hidden[rows], W)
+            logits = torch.mm(hidden[rows], W.T, out=whole[: len(hidden[rows])])
             nll = kernels.of(logits).cross_entropy_(logits, targets[rows], weights[rows], wanted)
             total += (nll.double() * weights[rows]).sum()
             if gradient is not None:

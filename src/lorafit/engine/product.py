@@ -95,8 +95,9 @@ class Int8:
         smooth = _smoothing(W, tops) if tops is not None else None
         self.inverse = None if smooth is None else 1 / smooth
         q, self.scales = kernels.of(W).quantize_rows(W.contiguous(), smooth)
-        back, self.back_scales = kernels.of(W).quantize_columns(W.contiguous())
-        self.q, self.back = (workspace.lasting(W, *W.shape, dtype=torch.int8).copy_(x) for x in (q, back))
+        self.q = _lasting(q)
+        self.W: Tensor | None = W  # until g W is asked for
+        self.back: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T within int8's rounding, plus the update."""
@@ -104,7 +105,11 @@ class Int8:
 
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W within int8's rounding, plus the update."""
-        return _plus(_multiply(g, None, self.back, self.back_scales), update)
+        if self.back is None:
+            assert self.W is not None, "kept until now"
+            back, scales = kernels.of(self.W).quantize_columns(self.W.contiguous())
+            self.back, self.W = (_lasting(back), scales), None
+        return _plus(_multiply(g, None, *self.back), update)
 
 
 class PackedInt8:
@@ -113,7 +118,8 @@ class PackedInt8:
     def __init__(self, W: Tensor, tops: Tensor | None) -> None:
         smooth = _smoothing(W, tops) if tops is not None else None
         self.operand = products.int8_operand(W, transposed=False, smooth=smooth)
-        self.transposed = products.int8_operand(W, transposed=True)
+        self.W: Tensor | None = W  # until g W is asked for
+        self.transposed: products.Int8Operand | None = None
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T within int8's rounding, plus the update."""
@@ -121,6 +127,9 @@ class PackedInt8:
 
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W within int8's rounding, plus the update."""
+        if self.transposed is None:
+            assert self.W is not None, "kept until now"
+            self.transposed, self.W = products.int8_operand(self.W, transposed=True), None
         return _packed_int8(g, self.transposed, update)
 
 
@@ -134,6 +143,10 @@ def make_int8(W: Tensor, tops: Tensor | None) -> Int8 | PackedInt8:
     """The fastest int8 product that this machine has for activations in the type of W. tops: see `Int8`."""
     fits = W.dtype == torch.bfloat16 and W.device.type == "cpu" and all(size % products.LANES == 0 for size in W.shape)
     return PackedInt8(W, tops) if fits and products.has_int8() else Int8(W, tops)
+
+
+def _lasting(q: Tensor) -> Tensor:
+    return workspace.lasting(q, *q.shape, dtype=torch.int8).copy_(q)
 
 
 SMOOTHING = 0.7  # the share of the difficulty that moves from x to W; 0.5 in the paper, measured better here

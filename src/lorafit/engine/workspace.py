@@ -1,47 +1,107 @@
-"""Where tensors lie, so that the allocator leaves few holes (docs/log.md: a third of the process was holes).
+"""Where the tensors of a step lie: in slabs, not on the heap, where a third of the process was holes (docs/log.md).
 
-Batches differ a little in length, and a block that is a little larger than the last hole leaves a hole of its own: what
-holds a row per token is allocated for the largest batch so far, and used in part. And what lasts as long as the engine
-lies together, not between the weights that it was made from, whose memory could never be joined otherwise.
+What holds a row per token is taken from a pool of blocks of few sizes, those of the largest batch so far, and goes back
+to it when the last tensor on it is gone.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections import defaultdict
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-# Above glibc's largest threshold (32 MiB), so a slab comes from the system and goes back to it.
-SLAB_BYTES = 64 << 20
-ALIGNMENT = 64
+from lorafit.slabs import SLAB_BYTES, Place, Slabs, mapped
+
+# What is smaller is left to the heap: taking a block costs some microseconds.
+SMALLEST_BLOCK = 64 << 10
+
+
+class _Block(np.ndarray[Any, np.dtype[np.uint8]]):
+    """A piece of a slab that goes back to its pool when the last tensor on it is gone."""
+
+    pool: _Pool
+    place: Place
+    extent: int
+
+    def __del__(self) -> None:
+        self.pool.free[self.extent].append(self.place)
+
+
+class _Pool:
+    """Blocks of each size, used again and again."""
+
+    def __init__(self) -> None:
+        self.slabs = Slabs()
+        self.free: defaultdict[int, list[Place]] = defaultdict(list)
+        self.made: defaultdict[int, int] = defaultdict(int)
+
+    def take(self, size: int) -> _Block:
+        free = self.free[size]
+        if free:
+            place = free.pop()
+        else:
+            place = self.slabs.take(size)
+            self.made[size] += 1
+        block = np.ndarray.__new__(_Block, (size,), np.uint8, place[0], place[1])
+        block.pool, block.place, block.extent = self, place, size
+        return block
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no block is in use."""
+        return all(len(self.free[size]) == made for size, made in self.made.items())
+
 
 _largest = 0
-_slab: Tensor | None = None
-_used = 0
+_pool = _Pool()
 
 
-def rows(like: Tensor, count: int, *rest: int) -> Tensor:
-    """Uninitialised (count, *rest), contiguous, in the type and on the device of `like`."""
-    global _largest
-    _largest = max(_largest, count)
-    # What is far shorter is no batch of tokens, and would waste more than holes do.
-    reserved = _largest if 4 * count > 3 * _largest else count
-    return like.new_empty(reserved, *rest)[:count]
+def rows(like: Tensor, count: int, *rest: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (count, *rest) with a row per token, on the device of `like` and in its type, or in `dtype`."""
+    expect(count)
+    # Memory beyond what is used is never touched. What is far shorter is no batch of tokens, and left to the heap.
+    if 8 * count > _largest:
+        return block(like, count, *rest, dtype=dtype, reserved=_largest)
+    return like.new_empty(count, *rest, dtype=dtype or like.dtype)
+
+
+def block(like: Tensor, count: int, *rest: int, dtype: torch.dtype | None = None, reserved: int = 0) -> Tensor:
+    """The same for any rows, of sizes that repeat. reserved: take a block for so many."""
+    dtype = dtype or like.dtype
+    width = math.prod(rest)
+    size = max(count, reserved) * width * dtype.itemsize
+    if not SMALLEST_BLOCK <= size <= SLAB_BYTES or count == 0 or like.device.type != "cpu":
+        return like.new_empty(count, *rest, dtype=dtype)
+    return torch.frombuffer(_pool.take(size), dtype=dtype, count=count * width).view(count, *rest)
 
 
 def lasting(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, contiguous, on the device of `like`; for what lives as long as the engine."""
-    global _slab, _used
-    size = torch.Size(shape).numel() * dtype.itemsize
-    if like.device.type != "cpu" or size > SLAB_BYTES // 2:
-        return like.new_empty(shape, dtype=dtype)
-    if _slab is None or _used + size > SLAB_BYTES:
-        _slab, _used = torch.empty(SLAB_BYTES, dtype=torch.uint8), 0
-    place = _slab[_used : _used + size]
-    _used += -(-size // ALIGNMENT) * ALIGNMENT
-    return place.view(dtype).view(shape)
+    """Zeros, contiguous, on the device of `like`; for what lives as long as the engine."""
+    return mapped(shape, dtype) if like.device.type == "cpu" else like.new_zeros(shape, dtype=dtype)
 
 
 def expect(count: int) -> None:
-    """Say how many tokens the largest batch to come has."""
-    global _largest
-    _largest = max(_largest, count)
+    """Say how many tokens the largest batch to come has. Blocks for smaller ones are given up."""
+    global _largest, _pool
+    if count > _largest:
+        _largest, _pool = count, _Pool()
+
+
+def release() -> None:
+    """Hand back whatever is free; the next batch pays for it with page faults."""
+    global _pool
+    if _pool.is_idle:
+        _pool = _Pool()
+    return_free_memory()
+
+
+def return_free_memory() -> None:
+    """Hand the heap's free memory back: glibc keeps what weights leave between others, and it never fits again."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -20,6 +20,7 @@ from lorafit.errors import ModelError, listed
 from lorafit.model.gguf_config import config_dict
 from lorafit.model.gguf_header import Header, TensorInfo
 from lorafit.model.gguf_names import NOT_PARAMETERS, hf_name
+from lorafit.slabs import mapped
 
 Undo = Callable[[torch.Tensor], torch.Tensor]
 
@@ -37,11 +38,13 @@ def state_dict(header: Header, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             "Use the safetensors version of the model",
         )
     undo = _undone(header)
+
+    def read(name: str) -> torch.Tensor:
+        values = undo(name)(read_tensor(header.path, header.tensors[name]))
+        return mapped(tuple(values.shape), dtype).copy_(values)
+
     with _one_thread():
-        return {
-            str(found): undo(name)(read_tensor(header.path, header.tensors[name])).to(dtype)
-            for name, found in names.items()
-        }
+        return {str(found): read(name) for name, found in names.items()}
 
 
 @contextmanager

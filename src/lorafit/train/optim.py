@@ -12,8 +12,27 @@ from torch import Tensor
 def adamw(
     parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """The fused AdamW. Source: Loshchilov and Hutter 2019, algorithm 2."""
-    return torch.optim.AdamW(list(parameters), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    """The fused AdamW. Source: Loshchilov and Hutter 2019, algorithm 2.
+
+    Its moments exist from the beginning, together: made at the first step, as torch would, they would lie scattered
+    among activations, whose memory could never be joined again.
+    """
+    given = list(parameters)
+    optimizer = torch.optim.AdamW(given, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    for parameter, first, second in zip(given, _zeros_like(given), _zeros_like(given), strict=True):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    return optimizer
+
+
+def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Zeros shaped like each, in one piece of memory where they are of one kind."""
+    if len({(t.dtype, t.device) for t in tensors}) != 1:
+        return [torch.zeros_like(t) for t in tensors]
+    whole = tensors[0].new_zeros(sum(t.numel() for t in tensors))
+    return [
+        part.view(t.shape) for part, t in zip(torch.split(whole, [t.numel() for t in tensors]), tensors, strict=True)
+    ]
 
 
 def rate(step: int, total_steps: int, peak: float, schedule: str, warmup: float) -> float:

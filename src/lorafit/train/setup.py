@@ -96,7 +96,7 @@ def make_engine(
     engine = prepare(model, share_prefix=config.dropout == 0)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
-        engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0])
+        engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0], release=True)
     engine.release_weights()
     engine.tight = split.recompute or split.micro_tokens < config.micro_tokens
     for note in engine.notes:

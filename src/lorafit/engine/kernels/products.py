@@ -123,9 +123,7 @@ def int8_operand(W: Tensor, transposed: bool, smooth: Tensor | None = None) -> I
     columns, depth = (width, out) if transposed else (out, width)
     panels = -(-columns // PANEL)
     packed = workspace.lasting(W, panels * PANEL * depth, dtype=torch.uint8)
-    scales = workspace.lasting(W, panels * PANEL, dtype=torch.float32).zero_()
-    if columns % PANEL:
-        packed.zero_()
+    scales = workspace.lasting(W, panels * PANEL, dtype=torch.float32)
     suffix = "f32" if W.dtype == torch.float32 else "bf16"
     if transposed:
         _function(f"pack_columns_{suffix}")(W.data_ptr(), packed.data_ptr(), scales.data_ptr(), out, width)
@@ -143,7 +141,7 @@ def int8_product(x: Tensor, operand: Int8Operand, update: LowRank | None) -> Ten
     x = _rows(x)
     n, depth = x.shape
     y = workspace.rows(x, n, operand.columns)
-    q = workspace.rows(x.new_empty(0, dtype=torch.int8), n, depth)
+    q = workspace.rows(x, n, depth, dtype=torch.int8)
     scales, offsets = x.new_empty(n, dtype=torch.float32), x.new_empty(n, dtype=torch.int32)
     low_rank = (None, 0, None, None, 0)
     if update is not None:
