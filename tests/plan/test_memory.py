@@ -45,12 +45,20 @@ def test_bf16_and_int8_take_a_quarter_of_fp32_with_its_packed_copies(tmp_path: P
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
     embeddings = spec.vocab * spec.hidden + 5 * spec.hidden  # tied head; five norms
     blocks = spec.parameters - embeddings
-    parts = {p: memory.estimate(spec, _config(), p, 1, 1, False).parts["weights"] for p in ("fp32", "bf16", "int8")}
+    parts = {p: memory.estimate(spec, _config(), p, 999, 1, False).parts["weights"] for p in ("fp32", "bf16", "int8")}
     assert parts == {
         "fp32": 8 * blocks + 4 * embeddings,
         "bf16": 2 * blocks + 2 * embeddings,
-        "int8": 2 * blocks + 2 * embeddings,  # the adapter takes more than calibration did
+        "int8": 2 * blocks + 2 * embeddings,  # activations take more than calibration did
     }
+
+
+def test_what_int8_is_made_from_counts_where_it_is_the_peak(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    one, many = (
+        memory.estimate(spec, _config(), "int8", n, 1, recompute=True) for n in (memory.CALIBRATION_TOKENS, 9999)
+    )
+    assert one.parts["weights"] > many.parts["weights"]
 
 
 def test_recomputing_layers_keeps_less(tmp_path: Path) -> None:
@@ -69,7 +77,7 @@ def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
     assert machine.physical_cores() >= 1
 
 
-@pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits", "allocator"])
+@pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits", "workspace"])
 def test_the_description_names_every_part(part: str, tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
     assert part in memory.estimate(spec, _config(), "fp32", 1, 1, False).describe()

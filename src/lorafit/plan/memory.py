@@ -1,9 +1,9 @@
 """An estimate of a run's peak memory, in parts, from shapes alone.
 
 Counted: the runtime, frozen weights with what is packed for products, the adapter with its gradients and moments,
-activations kept for the backward pass, a chunk of logits, and what the allocator holds between them. The figures are
-those of a decoder with gated MLPs run by the engine: attention keeps no scores, and what a norm or an activation gives
-is computed again (engine/elementwise.py).
+activations kept for the backward pass, a chunk of logits, and what a layer works in. The figures are those of a decoder
+with gated MLPs run by the engine: attention keeps no scores, and what a norm or an activation gives is computed again
+(engine/elementwise.py).
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
 RUNTIME_BYTES = 480 * MIB
-# fp32: value, gradient, two moments, the best so far, the copy that a checkpoint writes (with its moments).
-ADAPTER_COPIES = 8
+# fp32: value, gradient, two moments and, at the first step, the values before it. Outside a step there is no gradient,
+# and a checkpoint copies what it writes.
+ADAPTER_COPIES = 5
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
-# Freed blocks that nothing fits into, measured against what lives at the peak; oneDNN's code and buffers.
-FRAGMENTATION = 0.4
-ONEDNN_BYTES = 150 * MIB
+# Of the rows on which int8 is measured, before the first step.
+CALIBRATION_TOKENS = 256
+# What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
+WORK = 0.13
+KERNEL_BYTES = 30 * MIB
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,20 @@ def estimate(
     layer_weights = sum(a * b for a, b in _block_shapes(spec))
     activations = activation_bytes(spec, config, dtype, tokens, recompute)
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
+    adapter = bytes_of(adapter_params(spec, config.r), "fp32")
     if precision == "int8":
-        # While it is calibrated the weights it is made from are there as well; later their place is taken.
-        later = round((1 + FRAGMENTATION) * activations) + ADAPTER_COPIES * bytes_of(
-            adapter_params(spec, config.r), "fp32"
-        )
-        weights += max(0, bytes_of(layer_weights, dtype) - later)
+        # While it is calibrated the weights that it is made from are there, beside one of its two copies.
+        few = activation_bytes(spec, config, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
+        before = layer_weights + 2 * adapter + round((1 + WORK) * few)
+        weights += max(0, before - ADAPTER_COPIES * adapter - round((1 + WORK) * activations))
     return MemoryEstimate(
         {
             "runtime": RUNTIME_BYTES,
             "weights": weights,
-            "adapter": ADAPTER_COPIES * bytes_of(adapter_params(spec, config.r), "fp32"),
+            "adapter": ADAPTER_COPIES * adapter,
             "activations": activations,
             "logits": bytes_of(min(supervised, LOGIT_ROWS) * spec.vocab, dtype),
-            "allocator": round(FRAGMENTATION * activations) + ONEDNN_BYTES,
+            "workspace": round(WORK * activations) + KERNEL_BYTES,
         }
     )
 

@@ -23,8 +23,6 @@ from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
 from lorafit.units import format_bytes, format_count
 
-# Tokens of the first batch that int8 is calibrated on: enough to see which columns hold outliers.
-CALIBRATION_TOKENS = 256
 # Below this many tokens a forward pass spends more on moving weights than on multiplying them.
 LEAST_MICRO_TOKENS = 256
 # What is predicted must stay below this share of the limit: the prediction is a few percent off.
@@ -96,7 +94,7 @@ def make_engine(
     engine = prepare(model, share_prefix=config.dropout == 0)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
-        engine.use_int8(micro_batches(rows, first, CALIBRATION_TOKENS, engine.packing)[0], release=True)
+        engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
     engine.release_weights()
     engine.tight = split.recompute or split.micro_tokens < config.micro_tokens
     for note in engine.notes:
