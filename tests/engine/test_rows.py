@@ -82,8 +82,8 @@ def test_it_is_attention_and_its_gradient(case: tuple[list[tuple[int, list[int]]
     )
     exact = Exact(*(x.double() for x in (q, k, v, g)), made, 0.3, window)
     apart = torch.cat([v.flatten(1), v.flatten(1)], dim=1)[:, : kv_heads * dim_v].view(v.shape)
-    out, log_sum = rows.forward(q, k, apart, made, 0.3, window)
-    gradients = rows.backward(q, k, apart, g, log_sum, made, 0.3, window)
+    out, log_sum = rows.forward(q, k, apart, rows.RowTable(made), 0.3, window)
+    gradients = rows.backward(q, k, apart, g, log_sum, rows.RowTable(made), 0.3, window)
     names, values = ("out", "gq", "gk", "gv"), (exact.out, exact.gq, exact.gk, exact.gv)
     for name, got, expected, size in zip(names, (out, *gradients), values, exact.sizes, strict=True):
         error = (got.double() - expected).abs()
@@ -98,8 +98,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            out, log_sum = rows.forward(q, k, v, made, 0.2, 0)
-            results.append((out, *rows.backward(q, k, v, g, log_sum, made, 0.2, 0)))
+            out, log_sum = rows.forward(q, k, v, rows.RowTable(made), 0.2, 0)
+            results.append((out, *rows.backward(q, k, v, g, log_sum, rows.RowTable(made), 0.2, 0)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

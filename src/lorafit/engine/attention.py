@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lorafit.engine import kernels, workspace
 from lorafit.engine.batch import CHUNK, Bucket
 from lorafit.engine.kernels import rows as row_kernels
 from lorafit.engine.kernels.plain import Geometry
+from lorafit.engine.kernels.rows import RowTable
 from lorafit.engine.tally import TALLY
 
 NAME = "lorafit_packed"
@@ -102,10 +102,10 @@ def attention_function(
 
 # --- row by row, in our own kernel ----------------------------------------------------------------------------------
 
-_last_rows: tuple[tuple[Bucket, ...], NDArray[np.int64] | None] = ((), None)
+_last_rows: tuple[tuple[Bucket, ...], RowTable | None] = ((), None)
 
 
-def _rows(layout: tuple[Bucket, ...]) -> NDArray[np.int64] | None:
+def _rows(layout: tuple[Bucket, ...]) -> RowTable | None:
     """The rows of a layout as `kernels.rows` takes them; None where a prefix is no row of its own."""
     global _last_rows
     if _last_rows[0] is not layout:  # every layer asks for the same one
@@ -116,7 +116,7 @@ def _rows(layout: tuple[Bucket, ...]) -> NDArray[np.int64] | None:
         if all(prefix in places for prefix in prefixes if prefix[1]):
             continued = [places[prefix] if prefix[1] else -1 for prefix in prefixes]
             table = [(*pair, before) for pair, before in zip(pairs, continued, strict=True)]
-            _last_rows = layout, np.array(table, dtype=np.int64)
+            _last_rows = layout, RowTable(np.array(table, dtype=np.int64))
         else:
             _last_rows = layout, None
     return _last_rows[1]
@@ -126,9 +126,7 @@ class _RowAttention(torch.autograd.Function):
     """q: (tokens, heads, dim). k: (tokens, kv_heads, dim). v: (tokens, kv_heads, dim_v). Tokens may be apart."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: NDArray[np.int64], scale: float, window: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: RowTable, scale: float, window: int) -> Tensor:
         out, log_sum = row_kernels.forward(q, k, v, rows, scale, window)
         # v is a view of one matrix with q and k as they were before they were rotated; a copy lets go of those.
         ctx.save_for_backward(q, k, workspace.rows(v, *v.shape).copy_(v), log_sum)
@@ -143,12 +141,9 @@ class _RowAttention(torch.autograd.Function):
         return *row_kernels.backward(q, k, v, g_out, log_sum, ctx.rows, ctx.scale, ctx.window), None, None, None
 
 
-def _flop(q: Tensor, v: Tensor, rows: NDArray[np.int64]) -> int:
-    """Of the two products of the forward pass, over the keys that queries may see; a window is not counted."""
-    lengths = rows[:, 1]
-    before = np.where(rows[:, 2] >= 0, lengths[rows[:, 2]], 0)
-    pairs = int((lengths * before + lengths * (lengths + 1) // 2).sum())
-    return 2 * q.shape[1] * pairs * (q.shape[2] + v.shape[2])
+def _flop(q: Tensor, v: Tensor, rows: RowTable) -> int:
+    """Of the two products of the forward pass."""
+    return 2 * q.shape[1] * rows.pairs * (q.shape[2] + v.shape[2])
 
 
 # --- bucket by bucket, in batched products --------------------------------------------------------------------------

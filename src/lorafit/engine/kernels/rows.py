@@ -5,15 +5,37 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lorafit.engine import workspace
 from lorafit.engine.kernels.build import library
 from lorafit.engine.kernels.products import LANES, has_low_rank
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """Rows that stand one after the other. array: (n, 3): first token, how many, which row this one continues or -1."""
+
+    array: NDArray[np.int64]
+
+    @cached_property
+    def end(self) -> int:
+        """The first token behind all rows."""
+        return int((self.array[:, 0] + self.array[:, 1]).max(initial=0))
+
+    @cached_property
+    def pairs(self) -> int:
+        """How often a query meets a key that it may see, a window left out of account."""
+        lengths, before = self.array[:, 1], self.array[:, 2]
+        prefixes = np.where(before >= 0, lengths[before], 0)
+        return int((lengths * prefixes + lengths * (lengths + 1) // 2).sum())
 
 
 class _Shape(ctypes.Structure):
@@ -45,8 +67,8 @@ def _by_token(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: np.ndarray[Any, Any], scale: float, window: int) -> Any:
-    sizes = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window, len(rows)
+def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: RowTable, scale: float, window: int) -> Any:
+    sizes = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window, len(rows.array)
     return _Shape(*sizes, *(x.stride(0) for x in (q, k, v, out)), scale)
 
 
@@ -54,23 +76,21 @@ def _operand(x: Tensor, tokens: int) -> Tensor:
     return x.new_empty(tokens * x.shape[1] * x.shape[2])
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, rows: np.ndarray[Any, np.dtype[np.int64]], scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, rows: RowTable, scale: float, window: int) -> tuple[Tensor, Tensor]:
     """(out, log sum exp of scores): (tokens, heads, dim_v), (tokens, heads) float32.
 
-    q: (tokens, heads, dim). k: (tokens, kv_heads, dim). v: (tokens, kv_heads, dim_v). rows: (n, 3): first token, how
-    many, and the number of the row that this one continues, or -1. window: most keys a query sees; 0 for all.
+    q: (tokens, heads, dim). k: (tokens, kv_heads, dim). v: (tokens, kv_heads, dim_v). window: most keys a query sees; 0
+    for all.
     """
     q, k, v = map(_by_token, (q, k, v))
     out = workspace.rows(q, len(q), q.shape[1], v.shape[2])
     log_sum = torch.zeros(len(q), q.shape[1])
     shape = _shape(q, k, v, out, rows, scale, window)
     _clear_the_rest(rows, out)
-    tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.ctypes.data)
+    tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.array.ctypes.data)
     keys, values = _operand(k, tokens), _operand(v, tokens)
     _function("attention_forward")(
-        *(ctypes.addressof(shape), rows.ctypes.data),
+        *(ctypes.addressof(shape), rows.array.ctypes.data),
         *(x.data_ptr() for x in (q, k, v, keys, values, out, log_sum)),
     )
     return out, log_sum
@@ -82,7 +102,7 @@ def backward(
     v: Tensor,
     g_out: Tensor,
     log_sum: Tensor,
-    rows: np.ndarray[Any, np.dtype[np.int64]],
+    rows: RowTable,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,17 +111,17 @@ def backward(
     gq, gk, gv = (workspace.rows(x, *x.shape) for x in (q, k, v))
     shape = _shape(q, k, v, g_out, rows, scale, window)
     _clear_the_rest(rows, gq, gk, gv)
-    tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.ctypes.data)
+    tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.array.ctypes.data)
     operands = _operand(k, tokens), _operand(k, tokens), _operand(v, tokens)
     _function("attention_backward")(
-        *(ctypes.addressof(shape), rows.ctypes.data),
+        *(ctypes.addressof(shape), rows.array.ctypes.data),
         *(x.data_ptr() for x in (q, k, v, g_out, log_sum, *operands, gq, gk, gv)),
     )
     return gq, gk, gv
 
 
-def _clear_the_rest(rows: np.ndarray[Any, np.dtype[np.int64]], *tensors: Tensor) -> None:
+def _clear_the_rest(rows: RowTable, *tensors: Tensor) -> None:
     """Tokens of no row stand behind all rows; nothing is written to them."""
-    end = int((rows[:, 0] + rows[:, 1]).max(initial=0))
     for x in tensors:
-        x[end:] = 0
+        if rows.end < len(x):
+            x[rows.end :] = 0
