@@ -78,8 +78,8 @@ def test_an_update_added_on_the_way_is_added_exactly_once() -> None:
     W, x = random(96, 64).bfloat16(), random(37, 64, seed=1).bfloat16()
     A, B = random(5, 64, seed=2).bfloat16().float(), random(96, 5, seed=3).bfloat16().float()
     update = PackedUpdate(spans([96], [5], [2.0]), [A, B])
-    h, product = update.down(x), PackedInt8(W, None)
-    fused, apart = product.forward(x, update.up(h)), product.forward(x)
+    (h, addend), product = update.forward(x), PackedInt8(W, None)
+    fused, apart = product.forward(x, addend), product.forward(x)
     exact = apart.double() + 2 * h[:, :5].double() @ B.double().T
     # `apart` was rounded once more than `fused`.
     assert ((fused.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * (exact.abs() + apart.abs())).all()

@@ -77,12 +77,12 @@ class _Apply(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, group: FrozenLinears, recipe: Recipe | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        update, h = None, None
+        update, h, addend = None, None, None
         if factors:
             update = make_update(group.spans(factors), factors, x)
-            h = update.down(x)
+            h, addend = update.forward(x)
             TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
-        y = group.product.forward(x, update.up(h) if update is not None and h is not None else None)
+        y = group.product.forward(x, addend)
         TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
         if group.bias is not None:
             y += group.bias
@@ -102,10 +102,10 @@ class _Apply(torch.autograd.Function):
         update: Update | PackedUpdate | None = ctx.update
         ctx.update = None  # autograd lets go of saved tensors by itself, of this it does not
         g = _side_by_side(gradients, group.outs)
-        gh = update.down_backward(g) if update is not None else None
+        gh, addend = update.backward(g) if update is not None else (None, None)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = group.product.backward(g, update.up_backward(gh) if update is not None and gh is not None else None)
+            gx = group.product.backward(g, addend)
             TALLY.add(2 * gx.numel() * g.shape[1])
         if update is None or gh is None:
             return gx, None, None

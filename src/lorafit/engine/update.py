@@ -105,24 +105,17 @@ class Update:
         self.some = any(span.scaling for span in found)
         self.dtypes = [factor.dtype for factor in factors]
 
-    def down(self, x: Tensor) -> Tensor:
-        """The product x A^T, h: (n, sum of ranks)."""
-        return x @ self.A.T
+    def forward(self, x: Tensor) -> tuple[Tensor, Addend | None]:
+        """(h, h B^T to be added to y), h = x A^T: (n, sum of ranks)."""
+        h = x @ self.A.T
+        return h, _Sum(h, [(part.columns, part.ranks, part.B) for part in self.parts]) if self.some else None
 
-    def up(self, h: Tensor) -> Addend | None:
-        """The product h B^T, to be added to y."""
-        return _Sum(h, [(part.columns, part.ranks, part.B) for part in self.parts]) if self.some else None
-
-    def down_backward(self, g: Tensor) -> Tensor:
-        """The product g B, gh. g: (n, sum of outs)."""
+    def backward(self, g: Tensor) -> tuple[Tensor, Addend]:
+        """(gh, gh A to be added to gx), gh = g B. g: (n, sum of outs)."""
         gh = g.new_empty(len(g), len(self.A))
         for part in self.parts:
             torch.mm(g[:, part.columns], part.B, out=gh[:, part.ranks])
-        return gh
-
-    def up_backward(self, gh: Tensor) -> Addend:
-        """The product gh A, to be added to gx."""
-        return _Sum(gh, [(slice(None), slice(None), self.A.T)])
+        return gh, _Sum(gh, [(slice(None), slice(None), self.A.T)])
 
     def gradients(self, x: Tensor, h: Tensor, g: Tensor, gh: Tensor) -> list[Tensor]:
         """Those of A, B of each layer in turn."""
@@ -155,57 +148,22 @@ class PackedUpdate:
     """The same in bfloat16 by `kernels.products`: the ranks of every layer padded to 16, no zeros between layers."""
 
     def __init__(self, found: list[Span], factors: Sequence[Tensor]) -> None:
-        self.spans = found
-        self.As, self.Bs = ([factor.float().contiguous() for factor in factors[k::2]] for k in (0, 1))
-        self.width = self.As[0].shape[1]
-        self.dtypes = [factor.dtype for factor in factors]
         columns = tuple((s.columns.start, s.columns.stop - s.columns.start) for s in found)
-        self.layout = _layout(columns, tuple(len(A) for A in self.As))
-        self.ranks = sum(ranks for _, _, _, ranks in self.layout.parts)
+        self.layout = _layout(columns, tuple(len(A) for A in factors[::2]))
+        self.factors = products.Factors(factors, tuple(span.scaling for span in found), self.layout)
+        self.dtypes = [factor.dtype for factor in factors]
 
-    def _operand(self, cells: int) -> Tensor:
-        return self.As[0].new_empty(cells, dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> tuple[Tensor, Addend | None]:
+        """(h, h B^T to be added to y), h = x A^T: (n, sum of padded ranks)."""
+        return self.factors.down(x)
 
-    def down(self, x: Tensor) -> Tensor:
-        """The product x A^T, h: (n, sum of padded ranks)."""
-        operand, h = self._operand(self.ranks * self.width), x.new_empty(len(x), self.ranks)
-        for A, (_, _, first, _) in zip(self.As, self.layout.parts, strict=True):
-            products.pack_rows_(A, 1.0, operand[first * self.width :])
-        products.narrow_product_(x, operand, h)
-        return h
-
-    def up(self, h: Tensor) -> products.LowRank | None:
-        """The product h B^T, to be added to y."""
-        if not any(span.scaling for span in self.spans):
-            return None
-        operand, first = self._operand(self.layout.cells), 0
-        for B, span, (_, columns, _, ranks) in zip(self.Bs, self.spans, self.layout.parts, strict=True):
-            products.pack_rows_(B, span.scaling, operand[first:])
-            first += columns * ranks
-        return products.LowRank(h, operand, self.layout)
-
-    def down_backward(self, g: Tensor) -> Tensor:
-        """The product g B, gh. g: (n, sum of outs)."""
-        gh = g.new_empty(len(g), self.ranks)
-        for B, span, (_, columns, first, ranks) in zip(self.Bs, self.spans, self.layout.parts, strict=True):
-            operand = self._operand(columns * ranks)
-            products.pack_columns_(B, span.scaling, operand, 0, columns)
-            products.narrow_product_(g[:, span.columns], operand, gh[:, first : first + ranks])
-        return gh
-
-    def up_backward(self, gh: Tensor) -> products.LowRank:
-        """The product gh A, to be added to gx."""
-        operand = self._operand(self.ranks * self.width)
-        for A, (_, _, first, _) in zip(self.As, self.layout.parts, strict=True):
-            products.pack_columns_(A, 1.0, operand, first, self.ranks)
-        return products.LowRank(gh, operand, _whole(self.width, self.ranks))
+    def backward(self, g: Tensor) -> tuple[Tensor, Addend]:
+        """(gh, gh A to be added to gx), gh = g B. g: (n, sum of outs)."""
+        return self.factors.down_backward(g)
 
     def gradients(self, x: Tensor, h: Tensor, g: Tensor, gh: Tensor) -> list[Tensor]:
         """Those of A, B of each layer in turn."""
-        by_gh, by_h, both = products.Pairs(gh), products.Pairs(h), []
-        for A, span, (_, _, first, _) in zip(self.As, self.spans, self.layout.parts, strict=True):
-            both.append(by_gh.outer_sum(first, len(A), x, 1.0, transposed=False))
-            both.append(by_h.outer_sum(first, len(A), g[:, span.columns], span.scaling, transposed=True))
+        both = self.factors.gradients(x, h, g, gh)
         return [gradient.to(dtype) for gradient, dtype in zip(both, self.dtypes, strict=True)]
 
 
@@ -215,8 +173,3 @@ def _layout(columns: tuple[tuple[int, int], ...], ranks: tuple[int, ...]) -> pro
     return products.Spans(
         tuple((*column, first, products.padded(r)) for column, first, r in zip(columns, firsts, ranks, strict=True))
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _whole(width: int, ranks: int) -> products.Spans:
-    return products.Spans(((0, width, 0, ranks),))

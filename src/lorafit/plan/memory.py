@@ -23,7 +23,7 @@ ADAPTER_COPIES = 5
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
 # Of the rows on which int8 is measured, before the first step.
-CALIBRATION_TOKENS = 256
+CALIBRATION_TOKENS = 128
 # What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
 WORK = 0.13
 KERNEL_BYTES = 30 * MIB

@@ -275,59 +275,181 @@ EXPORT void int8_product(const bf16* x, int64_t stride, const float* columns, in
 
 // --- the low-rank update ----------------------------------------------------------------------------------------------
 
-// Operand whose columns are rows of `factor` (columns, depth), contiguous along depth. Up to `padded` columns are written.
-EXPORT void pack_factor_rows(const float* factor, int64_t columns, int64_t depth, int64_t padded_columns,
-                             int64_t padded_depth, float scale, bf16* operand) {
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t block = 0; block < padded_columns; block += LANES)
-        for (int64_t d = 0; d < padded_depth; d += LANES)
-            for (int64_t c = block; c < block + LANES; ++c) {
-                const int64_t left = c < columns ? depth - d : 0;
-                const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-                const __m512 cells = _mm512_maskz_loadu_ps(some, factor + c * depth + d);
-                alignas(32) bf16 pairs[LANES];
-                narrow(pairs, _mm512_mul_ps(cells, _mm512_set1_ps(scale)));
-                bf16* out = operand + block * padded_depth + d * LANES + c % LANES * 2;
-                for (int64_t j = 0; j < LANES; j += 2) std::memcpy(out + j * LANES, pairs + j, 4);
-            }
+namespace {
+
+// One adapted layer of a group. A: (rank, width), B: (at.columns, rank), contiguous; at.ranks is rank padded to 16.
+struct Factor {
+    Span at;
+    const float *A, *B;
+    int64_t rank;
+    float scale;
+};
+
+// Operand whose columns are the rows of `factor` (columns, depth): 16 of them from `block` on, 16 cells from d on.
+inline void pack_rows_of(const float* factor, int64_t columns, int64_t depth, int64_t padded_depth, int64_t block,
+                         int64_t d, float scale, bf16* operand) {
+    for (int64_t c = 0; c < LANES; ++c) {
+        const int64_t left = block + c < columns ? depth - d : 0;
+        const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+        const __m512 cells = _mm512_maskz_loadu_ps(some, factor + (block + c) * depth + d);
+        alignas(32) bf16 pairs[LANES];
+        narrow(pairs, _mm512_mul_ps(cells, _mm512_set1_ps(scale)));
+        bf16* out = operand + block * padded_depth + d * LANES + c * 2;
+        for (int64_t j = 0; j < LANES; j += 2) std::memcpy(out + j * LANES, pairs + j, 4);
+    }
 }
 
-// Operand whose columns are columns of `factor` (depth, columns): neighbours along depth are its rows.
-EXPORT void pack_factor_columns(const float* factor, int64_t depth, int64_t columns, int64_t padded_depth,
-                                int64_t padded_columns, int64_t first_depth, int64_t whole_depth, float scale,
-                                bf16* operand) {
-#pragma omp parallel for schedule(static)
-    for (int64_t d = 0; d < padded_depth; d += 2)
-        for (int64_t c = 0; c < padded_columns; c += LANES) {
-            const int64_t left = columns - c;
-            const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-            __m256i cells[2];
-            for (int64_t t = 0; t < 2; ++t) {
-                const __mmask16 here = d + t < depth ? some : 0;
-                const __m512 row = _mm512_maskz_loadu_ps(here, factor + (d + t) * columns + c);
-                cells[t] = round_cells(_mm512_mul_ps(row, _mm512_set1_ps(scale)));
-            }
-            _mm512_storeu_si512(operand + c * whole_depth + (first_depth + d) * LANES, pair_up(cells[0], cells[1]));
+// Operand whose columns are those of `factor` (depth, columns): its rows d and d + 1, up to `padded` columns. The operand
+// is `whole_depth` deep and has this factor from `first` on.
+inline void pack_columns_of(const float* factor, int64_t depth, int64_t columns, int64_t padded, int64_t d,
+                            int64_t first, int64_t whole_depth, float scale, bf16* operand) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+        const int64_t left = columns - c;
+        const __mmask16 some = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+        __m256i cells[2];
+        for (int64_t t = 0; t < 2; ++t) {
+            const __mmask16 here = d + t < depth ? some : 0;
+            const __m512 row = _mm512_maskz_loadu_ps(here, factor + (d + t) * columns + c);
+            cells[t] = round_cells(_mm512_mul_ps(row, _mm512_set1_ps(scale)));
         }
+        _mm512_storeu_si512(operand + c * whole_depth + (first + d) * LANES, pair_up(cells[0], cells[1]));
+    }
 }
 
-// y = x operand. x: n rows of `depth`, `stride` apart. y: n rows of `width`, a multiple of 16, `y_stride` apart.
-EXPORT void narrow_product(const bf16* x, int64_t stride, int64_t n, int64_t depth, const bf16* operand, int64_t width,
-                           bf16* y, int64_t y_stride) {
-    constexpr int64_t TALL = 12;
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < n; first += TALL) {
-        const bf16* rows = x + first * stride;
-        bf16* out = y + first * y_stride;
-        for (int64_t c = 0; c < width;) {
-            const bf16* block = operand + c * depth;
-            if (width - c >= 2 * LANES) {
-                narrow_tile<TALL, 2>(rows, stride, n - first, depth, block, out + c, y_stride);
-                c += 2 * LANES;
-            } else {
-                narrow_tile<TALL, 1>(rows, stride, n - first, depth, block, out + c, y_stride);
-                c += LANES;
-            }
+constexpr int64_t TALL = 12;  // rows of a narrow product at a time: with one or two registers a row
+
+// y = x operand, for TALL rows. y: `width` columns, a multiple of 16.
+inline void narrow_rows(const bf16* x, int64_t stride, int64_t n, int64_t depth, const bf16* operand, int64_t width,
+                        bf16* y, int64_t y_stride) {
+    for (int64_t c = 0; c < width;) {
+        const bf16* block = operand + c * depth;
+        if (width - c >= 2 * LANES) {
+            narrow_tile<TALL, 2>(x, stride, n, depth, block, y + c, y_stride);
+            c += 2 * LANES;
+        } else {
+            narrow_tile<TALL, 1>(x, stride, n, depth, block, y + c, y_stride);
+            c += LANES;
+        }
+    }
+}
+
+// Rows i and i + 1 of a (n, width) side by side, as products along n want them: ((n + 1) / 2, width, 2).
+inline void pair_two(const bf16* a, int64_t n, int64_t width, int64_t i, bf16* pairs) {
+    const __m256i none = _mm256_setzero_si256();
+    for (int64_t j = 0; j < width; j += LANES) {
+        const __m256i even = _mm256_loadu_si256((const __m256i*)(a + i * width + j));
+        const __m256i odd = i + 1 < n ? _mm256_loadu_si256((const __m256i*)(a + (i + 1) * width + j)) : none;
+        _mm512_storeu_si512(pairs + i * width + 2 * j, pair_up(even, odd));
+    }
+}
+
+// out[r, c] = scale * sum over n of a[n, first + r] x[n, c] for 32 columns from c on. pairs: a's, `width_of_pairs` wide.
+// out: `by_rank` apart along r, `by_column` along c.
+inline void outer_columns(const bf16* pairs, int64_t width_of_pairs, int64_t first, int64_t ranks, const bf16* x,
+                          int64_t stride, int64_t n, int64_t width, int64_t c, float scale, float* out,
+                          int64_t by_rank, int64_t by_column) {
+    constexpr int HIGH = 8;
+    const __mmask32 some = width - c >= 2 * LANES ? 0xffffffffu : 0xffffu;
+    for (int64_t r = 0; r < ranks; r += HIGH) {
+        __m512 sums[HIGH][2];
+        clear(sums);
+        for (int64_t i = 0; i < n; i += 2) {
+            const __m512i even = _mm512_maskz_loadu_epi16(some, x + i * stride + c);
+            const __m512i odd =
+                i + 1 < n ? _mm512_maskz_loadu_epi16(some, x + (i + 1) * stride + c) : _mm512_setzero_si512();
+            // Interleaving two rows leaves columns 0-3, 8-11, .. in one register and 4-7, 12-15, .. in the other.
+            const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+            const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+            const bf16* cells = pairs + i * width_of_pairs + 2 * (first + r);
+            repeat<HIGH>(EACH(t) {
+                const __m512bh cell = (__m512bh)broadcast(cells + 2 * t);
+                sums[t][0] = _mm512_dpbf16_ps(sums[t][0], cell, low);
+                sums[t][1] = _mm512_dpbf16_ps(sums[t][1], cell, high);
+            });
+        }
+        repeat<HIGH>(EACH(t) {
+            if (r + t >= ranks) return;
+            alignas(64) float cells[2][LANES];
+            repeat<2>(EACH(v) { _mm512_store_ps(cells[v], _mm512_mul_ps(sums[t][v], _mm512_set1_ps(scale))); });
+            for (int64_t j = 0; j < 2 * LANES && c + j < width; ++j)
+                out[(r + t) * by_rank + (c + j) * by_column] = cells[j / 4 % 2][j / 8 * 4 + j % 4];
+        });
+    }
+}
+
+}  // namespace
+
+// h = x A^T, for all layers: (n, ranks). up: the operand of h B^T, written here, layer by layer at their offsets; null
+// where it is not wanted. down: ranks * width cells to work in. x: (n, width), rows `stride` apart.
+EXPORT void update_down(const Factor* factors, int64_t count, int64_t width, int64_t ranks, const bf16* x,
+                        int64_t stride, int64_t n, bf16* down, bf16* up, bf16* h) {
+#pragma omp parallel
+    {
+        for (const Factor* f = factors; f < factors + count; ++f) {
+#pragma omp for schedule(static) collapse(2) nowait
+            for (int64_t block = 0; block < f->at.ranks; block += LANES)
+                for (int64_t d = 0; d < width; d += LANES)
+                    pack_rows_of(f->A, f->rank, width, width, block, d, 1.0f, down + f->at.first_rank * width);
+            if (!up) continue;
+#pragma omp for schedule(static) collapse(2) nowait
+            for (int64_t block = 0; block < f->at.columns; block += LANES)
+                for (int64_t d = 0; d < f->at.ranks; d += LANES)
+                    pack_rows_of(f->B, f->at.columns, f->rank, f->at.ranks, block, d, f->scale, up + f->at.offset);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i += TALL)
+            narrow_rows(x + i * stride, stride, n - i, width, down, ranks, h + i * ranks, ranks);
+    }
+}
+
+// gh = g B: (n, ranks). up: the operand of gh A, written here: ranks * width cells. down: the layers' columns * ranks
+// cells to work in. g: rows `stride` apart.
+EXPORT void update_down_backward(const Factor* factors, int64_t count, int64_t width, int64_t ranks, const bf16* g,
+                                 int64_t stride, int64_t n, bf16* down, bf16* up, bf16* gh) {
+#pragma omp parallel
+    {
+        for (const Factor* f = factors; f < factors + count; ++f) {
+            const Span& at = f->at;
+#pragma omp for schedule(static) nowait
+            for (int64_t d = 0; d < at.columns; d += 2)
+                pack_columns_of(f->B, at.columns, f->rank, at.ranks, d, 0, at.columns, f->scale, down + at.offset);
+#pragma omp for schedule(static) nowait
+            for (int64_t d = 0; d < at.ranks; d += 2)
+                pack_columns_of(f->A, f->rank, width, width, d, at.first_rank, ranks, 1.0f, up);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i += TALL)
+            for (const Factor* f = factors; f < factors + count; ++f)
+                narrow_rows(g + i * stride + f->at.first_column, stride, n - i, f->at.columns, down + f->at.offset,
+                            f->at.ranks, gh + i * ranks + f->at.first_rank, ranks);
+    }
+}
+
+// gradients: of A (rank, width) and of B (columns, rank) for each layer in turn. pairs: 2 * (n + 1) * ranks cells to
+// work in.
+EXPORT void update_gradients(const Factor* factors, int64_t count, int64_t width, int64_t ranks, const bf16* x,
+                             int64_t x_stride, const bf16* h, const bf16* g, int64_t g_stride, const bf16* gh,
+                             int64_t n, bf16* pairs, float* const* gradients) {
+    bf16* by_h = pairs + (n + 1) / 2 * 2 * ranks;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i += 2) {
+            pair_two(gh, n, ranks, i, pairs);
+            pair_two(h, n, ranks, i, by_h);
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            const Factor& f = factors[k];
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t c = 0; c < width; c += 2 * LANES)
+                outer_columns(pairs, ranks, f.at.first_rank, f.rank, x, x_stride, n, width, c, 1.0f,
+                              gradients[2 * k], width, 1);
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t c = 0; c < f.at.columns; c += 2 * LANES)
+                outer_columns(by_h, ranks, f.at.first_rank, f.rank, g + f.at.first_column, g_stride, n, f.at.columns,
+                              c, f.scale, gradients[2 * k + 1], 1, f.rank);
         }
     }
 }
@@ -351,53 +473,6 @@ EXPORT void add_low_rank(const bf16* h, int64_t ranks, const bf16* operand, cons
             });
             add_update<ROWS>(out, column, rows, operand, spans, count);
             write_tile(out, y, stride, first, n, column, width);
-        }
-    }
-}
-
-// Neighbouring rows of a (n, width) side by side, as products along n want them: ((n + 1) / 2, width, 2).
-EXPORT void pair_rows(const bf16* a, int64_t n, int64_t width, bf16* pairs) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i += 2)
-        for (int64_t j = 0; j < width; ++j) {
-            pairs[i * width + 2 * j] = a[i * width + j];
-            pairs[i * width + 2 * j + 1] = i + 1 < n ? a[(i + 1) * width + j] : 0;
-        }
-}
-
-// out[r, c] = scale * sum over n of a[n, r] x[n, c]. pairs: a, from `pair_rows`, `ranks_stride` wide, from its rank
-// `first` on. x: n rows of `width`, a multiple of 16, `stride` apart. out: `by_rank` apart along r, `by_column` along c.
-EXPORT void outer_sum(const bf16* pairs, int64_t ranks_stride, int64_t first, int64_t ranks, const bf16* x,
-                      int64_t stride, int64_t n, int64_t width, float scale, float* out, int64_t by_rank,
-                      int64_t by_column) {
-    constexpr int TALL = 8;
-    // Interleaving two rows' halves leaves columns 0-3, 8-11, .. in one register and 4-7, 12-15, .. in the other.
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < width; c += 2 * LANES) {
-        const __mmask32 some = width - c >= 2 * LANES ? 0xffffffffu : 0xffffu;
-        for (int64_t r = 0; r < ranks; r += TALL) {
-            __m512 sums[TALL][2];
-            repeat<TALL>(EACH(t) { sums[t][0] = sums[t][1] = _mm512_setzero_ps(); });
-            for (int64_t i = 0; i < n; i += 2) {
-                const __m512i even = _mm512_maskz_loadu_epi16(some, x + i * stride + c);
-                const __m512i odd = i + 1 < n ? _mm512_maskz_loadu_epi16(some, x + (i + 1) * stride + c)
-                                              : _mm512_setzero_si512();
-                const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
-                const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
-                const bf16* cells = pairs + i * ranks_stride + 2 * (first + r);
-                repeat<TALL>(EACH(t) {
-                    const __m512bh cell = (__m512bh)broadcast(cells + 2 * t);
-                    sums[t][0] = _mm512_dpbf16_ps(sums[t][0], cell, low);
-                    sums[t][1] = _mm512_dpbf16_ps(sums[t][1], cell, high);
-                });
-            }
-            repeat<TALL>(EACH(t) {
-                if (r + t >= ranks) return;
-                alignas(64) float cells[2][LANES];
-                for (int v = 0; v < 2; ++v) _mm512_store_ps(cells[v], _mm512_mul_ps(sums[t][v], _mm512_set1_ps(scale)));
-                for (int64_t j = 0; j < 2 * LANES && c + j < width; ++j)
-                    out[(r + t) * by_rank + (c + j) * by_column] = cells[j / 4 % 2][j / 8 * 4 + j % 4];
-            });
         }
     }
 }

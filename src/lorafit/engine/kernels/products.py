@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +20,17 @@ from lorafit.engine import workspace
 from lorafit.engine.kernels.build import library
 
 LANES, PANEL = 16, 64
-P, N, F = c_void_p, c_int64, c_float
+P, N = c_void_p, c_int64
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pack_rows_f32": (P, P, P, P, N, N),
     "pack_rows_bf16": (P, P, P, P, N, N),
     "pack_columns_f32": (P, P, P, N, N),
     "pack_columns_bf16": (P, P, P, N, N),
     "int8_product": (P, N, P, P, P, P, N, N, P, P, N, P, N, P, P, N, P, N),
-    "pack_factor_rows": (P, N, N, N, N, F, P),
-    "pack_factor_columns": (P, N, N, N, N, N, N, F, P),
-    "narrow_product": (P, N, N, N, P, N, P, N),
+    "update_down": (P, N, N, N, P, N, N, P, P, P),
+    "update_down_backward": (P, N, N, N, P, N, N, P, P, P),
+    "update_gradients": (P, N, N, N, P, N, P, P, N, P, N, P, P),
     "add_low_rank": (P, N, P, P, N, P, N, N, N),
-    "pair_rows": (P, N, N, P),
-    "outer_sum": (P, N, N, N, P, N, N, N, F, P, N, N),
 }
 
 
@@ -72,6 +70,10 @@ class _Span(ctypes.Structure):
     _fields_ = [(name, c_int64) for name in ("first_column", "columns", "first_rank", "ranks", "offset")]
 
 
+class _Factor(ctypes.Structure):
+    _fields_ = [("at", _Span), ("A", c_void_p), ("B", c_void_p), ("rank", c_int64), ("scale", c_float)]
+
+
 @dataclass(frozen=True)
 class Spans:
     """Whose columns of y take which ranks of h: for each, (first column, columns, first rank, ranks), padded ranks."""
@@ -84,10 +86,15 @@ class Spans:
         offsets = [sum(columns * ranks for _, columns, _, ranks in self.parts[:i]) for i in range(len(self.parts))]
         return (_Span * len(self.parts))(*[_Span(*part, at) for part, at in zip(self.parts, offsets, strict=True)])
 
-    @property
+    @functools.cached_property
     def cells(self) -> int:
         """Of the operand of all parts together."""
         return sum(columns * ranks for _, columns, _, ranks in self.parts)
+
+    @functools.cached_property
+    def ranks(self) -> int:
+        """Of all parts together: the width of h."""
+        return sum(ranks for _, _, _, ranks in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +111,64 @@ class LowRank:
             *(self.h.data_ptr(), self.h.shape[1], self.operand.data_ptr(), ctypes.addressof(self.spans.array)),
             *(len(self.spans.parts), y.data_ptr(), y.stride(0), *y.shape),
         )
+
+
+class Factors:
+    """The factors of layers that share an input, in turn A: (rank, width) and B: (columns, rank), float32."""
+
+    def __init__(self, tensors: Sequence[Tensor], scalings: tuple[float, ...], spans: Spans) -> None:
+        self.tensors = [
+            t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous() for t in tensors
+        ]
+        self.width, self.spans = tensors[0].shape[1], spans
+        self.is_silent = not any(scalings)
+        pointers = tuple(t.data_ptr() for t in self.tensors)
+        self.array = _factors(pointers, tuple(len(A) for A in tensors[::2]), scalings, spans)
+        self.head = (ctypes.addressof(self.array), len(spans.parts), self.width, spans.ranks)
+
+    def down(self, x: Tensor) -> tuple[Tensor, LowRank | None]:
+        """(h, h B^T to be added), h = x A^T: (n, ranks). The sum is None where every scaling is 0."""
+        h = x.new_empty(len(x), self.spans.ranks)
+        down = x.new_empty(self.spans.ranks * self.width)
+        up = None if self.is_silent else x.new_empty(self.spans.cells)
+        _function("update_down")(
+            *(*self.head, x.data_ptr(), x.stride(0), len(x), down.data_ptr()),
+            *(None if up is None else up.data_ptr(), h.data_ptr()),
+        )
+        return h, None if up is None else LowRank(h, up, self.spans)
+
+    def down_backward(self, g: Tensor) -> tuple[Tensor, LowRank]:
+        """(gh, gh A to be added), gh = g B: (n, ranks)."""
+        gh = g.new_empty(len(g), self.spans.ranks)
+        down, up = g.new_empty(self.spans.cells), g.new_empty(self.spans.ranks * self.width)
+        _function("update_down_backward")(
+            *(*self.head, g.data_ptr(), g.stride(0), len(g), down.data_ptr(), up.data_ptr(), gh.data_ptr())
+        )
+        return gh, LowRank(gh, up, _whole(self.width, self.spans.ranks))
+
+    def gradients(self, x: Tensor, h: Tensor, g: Tensor, gh: Tensor) -> list[Tensor]:
+        """Those of the factors, float32."""
+        n = len(x)
+        found = [torch.empty_like(t) for t in self.tensors]
+        pairs = x.new_empty(2 * (n + 1) * self.spans.ranks)
+        pointers = (c_void_p * len(found))(*[t.data_ptr() for t in found])
+        _function("update_gradients")(
+            *(*self.head, x.data_ptr(), x.stride(0), h.data_ptr(), g.data_ptr(), g.stride(0), gh.data_ptr(), n),
+            *(pairs.data_ptr(), ctypes.addressof(pointers)),
+        )
+        return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _factors(pointers: tuple[int, ...], ranks: tuple[int, ...], scalings: tuple[float, ...], spans: Spans) -> Any:
+    """As C reads them. The optimizer writes in place, so every step asks for the same."""
+    rows = zip(spans.array, pointers[::2], pointers[1::2], ranks, scalings, strict=True)
+    return (_Factor * len(ranks))(*[_Factor(*row) for row in rows])
+
+
+@functools.lru_cache(maxsize=256)
+def _whole(width: int, ranks: int) -> Spans:
+    return Spans(((0, width, 0, ranks),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,47 +222,3 @@ def int8_product(x: Tensor, operand: Int8Operand, update: LowRank | None) -> Ten
         *(*low_rank, y.data_ptr(), y.stride(0)),
     )
     return y
-
-
-def pack_rows_(factor: Tensor, scale: float, operand: Tensor) -> None:
-    """The operand whose columns are the rows of `factor` (columns, depth), each padded to LANES, times scale."""
-    columns, depth = factor.shape
-    _function("pack_factor_rows")(
-        factor.data_ptr(), columns, depth, padded(columns), padded(depth), scale, operand.data_ptr()
-    )
-
-
-def pack_columns_(factor: Tensor, scale: float, operand: Tensor, first_depth: int, depth: int) -> None:
-    """The operand whose columns are those of `factor`, written from `first_depth` on into one that is `depth` deep."""
-    rows, columns = factor.shape
-    _function("pack_factor_columns")(
-        *(factor.data_ptr(), rows, columns, padded(rows), padded(columns), first_depth, depth, scale),
-        operand.data_ptr(),
-    )
-
-
-def narrow_product_(x: Tensor, operand: Tensor, y: Tensor) -> None:
-    """Y = x operand, for a y of few columns. x: (n, depth), y: (n, columns); rows may be apart."""
-    _function("narrow_product")(
-        *(x.data_ptr(), x.stride(0), *x.shape, operand.data_ptr(), y.shape[1], y.data_ptr(), y.stride(0))
-    )
-
-
-class Pairs:
-    """The rows of a (n, ranks) matrix laid out for sums over n."""
-
-    def __init__(self, a: Tensor) -> None:
-        n, self.ranks = a.shape
-        self.pairs = a.new_empty((n + 1) // 2 * 2, self.ranks)
-        _function("pair_rows")(a.data_ptr(), n, self.ranks, self.pairs.data_ptr())
-
-    def outer_sum(self, first: int, ranks: int, x: Tensor, scale: float, transposed: bool) -> Tensor:
-        """Scale * a[:, first : first + ranks]^T x, float32: (ranks, width), or (width, ranks) where transposed."""
-        n, width = x.shape
-        out = x.new_empty(*((width, ranks) if transposed else (ranks, width)), dtype=torch.float32)
-        strides = (1, ranks) if transposed else (width, 1)
-        _function("outer_sum")(
-            *(self.pairs.data_ptr(), self.ranks, first, ranks, x.data_ptr(), x.stride(0), n, width),
-            *(scale, out.data_ptr(), *strides),
-        )
-        return out

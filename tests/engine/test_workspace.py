@@ -1,0 +1,85 @@
+"""Blocks come back when the last tensor on them is gone, and no two tensors that live share memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafit import slabs
+from lorafit.engine import workspace
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(workspace, "_pool", workspace._Pool())
+    monkeypatch.setattr(workspace, "_largest", 0)
+    yield
+
+
+LIKE = torch.zeros(0, dtype=torch.bfloat16)
+
+
+def take(count: int = 600) -> Tensor:
+    return workspace.rows(LIKE, count, 8, 64)
+
+
+def test_a_block_is_used_again_once_every_view_of_it_is_gone() -> None:
+    first = take()
+    where, view = first.data_ptr(), first[5:, 0]
+    del first
+    assert take().data_ptr() != where  # its view still lies there
+    del view
+    assert take().data_ptr() == where
+
+
+def test_what_autograd_saved_is_not_taken_away() -> None:
+    x = take().fill_(3.0).requires_grad_()
+    where, y = x.data_ptr(), (x.detach().requires_grad_() * 2)
+    leaf = x.detach().requires_grad_()
+    product = leaf * leaf
+    del x, y
+    assert all(take().data_ptr() != where for _ in range(3))
+    product.sum().backward()
+    assert leaf.grad is not None
+    assert (leaf.grad == 6).all()
+
+
+def test_shorter_batches_use_the_blocks_of_the_longest() -> None:
+    first = take(600)
+    where = first.data_ptr()
+    del first
+    shorter = take(500)
+    assert shorter.shape == (500, 8, 64)
+    assert shorter.data_ptr() == where
+    assert shorter.is_contiguous()
+
+
+def test_tensors_that_live_do_not_overlap() -> None:
+    live = [take(600).fill_(number) for number in range(40)] + [workspace.block(LIKE, 256, 1000).fill_(40)]
+    assert all((x == number).all() for number, x in enumerate(live))
+    assert all(x.data_ptr() % slabs.ALIGNMENT == 0 for x in live)
+
+
+def test_an_idle_pool_is_given_up_and_one_in_use_is_not() -> None:
+    kept = take().fill_(7.0)
+    pool = workspace._pool
+    workspace.release()
+    assert workspace._pool is pool
+    del kept
+    workspace.release()
+    assert workspace._pool is not pool
+
+
+def test_small_and_empty_tensors_and_other_devices_are_torchs_own() -> None:
+    assert workspace.rows(LIKE, 2, 3).shape == (2, 3)
+    assert workspace.rows(LIKE, 0, 4096).shape == (0, 4096)
+    assert workspace.rows(torch.empty(0, device="meta"), 600, 512).device.type == "meta"
+
+
+def test_mapped_memory_is_zeros_and_takes_any_size() -> None:
+    for shape in ((0,), (3,), (300, 1000), (2, 3, 50_000)):
+        x = slabs.mapped(shape, torch.bfloat16)
+        assert x.shape == shape and x.dtype == torch.bfloat16 and x.eq(0).all()
