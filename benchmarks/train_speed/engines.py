@@ -153,7 +153,18 @@ def lorafit_result(out: Path) -> Result:
     lines = [parsed(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("kind") == "step"]
     losses = [step["loss"] for step in steps]
-    names = ("train_s", "load_s", "peak_rss_bytes", "steps", "tokens_seen", "tokens_computed", "precision", "versions")
+    names = (
+        "train_s",
+        "load_s",
+        "prepare_s",
+        "peak_rss_bytes",
+        "steps",
+        "tokens_seen",
+        "tokens_computed",
+        "flop",
+        "mfu",
+    )
+    names += ("precision", "versions")
     return {name: told.get(name) for name in names} | {
         "step_s": [step["step_s"] for step in steps],
         "train_loss": None if None in losses else statistics.fmean(losses),
