@@ -185,8 +185,8 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
     engine = Engine(model)
     setattr(model, ATTRIBUTE, engine)
     attention.register()
-    probe = Probe(model)
     with _without_dropout(model):
+        probe = Probe(model)
         engine.chunked = probe.logits_are_the_heads()
         reason = probe.why_not_packed()
         linear_groups = probe.linear_groups()

@@ -19,22 +19,38 @@ class Probe:
     """Two short rows with the same beginning, and what the model makes of them."""
 
     def __init__(self, model: nn.Module) -> None:
+        """Runs the model once; it must be without dropout."""
         self.model = model
         device = next(model.parameters()).device
         vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         ids = torch.randint(0, vocabulary, (2 * PROBE_ROW,), generator=torch.Generator().manual_seed(0)).to(device)
         # Two rows with the same first two tokens.
         self.rows = [ids[:PROBE_ROW], torch.cat([ids[:2], ids[PROBE_ROW:]])]
+        self.head_calls: list[tuple[Tensor, Tensor]] = []
+        self.linear_calls: list[tuple[nn.Module, Tensor]] = []
+        self.first_logits = self._watched()
+
+    def _watched(self) -> Tensor:
+        """Logits of the first row, with what the output head and the linear layers were given on the way."""
+        handles = [
+            module.register_forward_pre_hook(lambda module, arguments: self.linear_calls.append((module, arguments[0])))
+            for module in _linears(self.model)
+        ]
+        handles.append(
+            loss.head_of(self.model).register_forward_hook(
+                lambda module, arguments, output: self.head_calls.append((arguments[0], output))
+            )
+        )
+        try:
+            return self._logits(self.rows[0])
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def logits_are_the_heads(self) -> bool:
         """Whether logits are the output head's output, untouched, and hidden states its input."""
-        head, seen = loss.head_of(self.model), []
-        handle = head.register_forward_hook(lambda module, arguments, output: seen.append((arguments[0], output)))
-        try:
-            logits = self._logits(self.rows[0])
-        finally:
-            handle.remove()
-        return len(seen) == 1 and torch.equal(seen[0][1].reshape(logits.shape), logits)
+        logits, calls = self.first_logits, self.head_calls
+        return len(calls) == 1 and torch.equal(calls[0][1].reshape(logits.shape), logits)
 
     def why_not_packed(self) -> str | None:
         """The reason why this model can't run rows one after the other, or None if it gives what rows alone give."""
@@ -52,7 +68,7 @@ class Probe:
         )
         if hidden_mask:
             return f"{type(self.model).__name__} limits attention by its mask alone"
-        expected = torch.cat([self._logits(self.rows[0]), self._logits(self.rows[1])[2:]])
+        expected = torch.cat([self.first_logits, self._logits(self.rows[1])[2:]])
         # Contamination between rows, or wrong positions, change logits by as much as they are large.
         off = float((got.float() - expected.float()).norm() / expected.float().norm())
         if not off < 4 * torch.finfo(got.dtype).eps ** 0.75:
@@ -61,16 +77,7 @@ class Probe:
 
     def linear_groups(self) -> list[list[nn.Module]]:
         """Frozen linear layers in the order of their calls; those that were given the same tensor together."""
-        calls: list[tuple[nn.Module, Tensor]] = []
-        handles = [
-            module.register_forward_pre_hook(lambda module, arguments: calls.append((module, arguments[0])))
-            for module in _linears(self.model)
-        ]
-        try:
-            self._logits(self.rows[0])
-        finally:
-            for handle in handles:
-                handle.remove()
+        calls = self.linear_calls
         once = {id(module): sum(module is other for other, _ in calls) == 1 for module, _ in calls}
         groups: list[list[nn.Module]] = []
         previous: Tensor | None = None

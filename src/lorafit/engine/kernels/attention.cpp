@@ -39,19 +39,6 @@ inline int64_t up16(int64_t x) { return (x + LANES - 1) / LANES * LANES; }
 inline int64_t down16(int64_t x) { return x / LANES * LANES; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
-// e^x to about 1e-7 relative, for x <= 0 (Cephes expf's coefficients).
-inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-    __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(k, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, k);
-}
-
 // Cells c .. c + 15 that lie in [from, to).
 inline __mmask16 within(int64_t c, int64_t from, int64_t to) {
     const uint32_t below_to = (1u << clamp(to - c, 0, LANES)) - 1, below_from = (1u << clamp(from - c, 0, LANES)) - 1;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -20,7 +21,11 @@ import torch
 
 from lorafit import files
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "products.cpp", "attention.cpp"))
+log = logging.getLogger(__name__)
+
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "gated.cpp", "products.cpp", "attention.cpp")
+)
 HEADERS = (Path(__file__).with_name("dot.h"),)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-std=c++17")
@@ -36,16 +41,23 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     openmp = _torch_openmp()
-    commands = [_command(compiler, openmp, native) for native in (True, False)]
-    for command in commands:
+    for native in (True, False):
+        command = _command(compiler, openmp, native)
         made = files.cache_dir() / f"kernels-{_key(command)}.so"
         try:
             if not made.exists():
                 _compile(command, made)
             return ctypes.CDLL(str(made))
-        except (OSError, subprocess.SubprocessError):
-            continue
+        except (OSError, subprocess.SubprocessError) as error:
+            failed = error
+    log.warning("the kernels could not be compiled, so training is slower: %s", _reason(failed))
     return None
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's first complaint, or what kept it from running."""
+    said = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
+    return next((line.strip() for line in said if "error" in line.lower()), str(error))
 
 
 def _wanted() -> tuple[str, ...]:

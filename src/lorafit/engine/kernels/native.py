@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lorafit.engine import workspace
 from lorafit.engine.kernels.build import library
-from lorafit.engine.kernels.plain import Geometry
+from lorafit.engine.kernels.plain import SILU, Geometry
+from lorafit.engine.kernels.products import LANES, has_low_rank
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 P, N, F, I = c_void_p, c_int64, c_float, c_int  # noqa: E741  # one letter each, as in a signature
@@ -95,9 +96,8 @@ def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """See `plain.gated`."""
     gate, up = _rows(gate), _rows(up)
     y = workspace.rows(gate, *gate.shape)
-    _function("gated", gate.dtype)(
-        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), y.data_ptr(), *gate.shape, kind
-    )
+    given = (gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), y.data_ptr(), *gate.shape)
+    _silu("silu_gated")(*given) if _is_silu(gate, kind) else _function("gated", gate.dtype)(*given, kind)
     return y
 
 
@@ -106,11 +106,29 @@ def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> Tensor:
     gy, gate, up = _rows(gy), _rows(gate), _rows(up)
     n, width = gate.shape
     both = workspace.rows(gate, n, 2 * width)
-    _function("gated_backward", gate.dtype)(
+    given = (
         *(gy.data_ptr(), gy.stride(0), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0)),
-        *(both.data_ptr(), n, width, kind),
+        *(both.data_ptr(), n, width),
+    )
+    _silu("silu_gated_backward")(*given) if _is_silu(gate, kind) else _function("gated_backward", gate.dtype)(
+        *given, kind
     )
     return both
+
+
+def _is_silu(gate: Tensor, kind: int) -> bool:
+    """Whether `gated.cpp` has it."""
+    return kind == SILU and gate.dtype == torch.bfloat16 and gate.shape[1] % LANES == 0 and has_low_rank()
+
+
+@functools.cache
+def _silu(name: str) -> Callable[..., None]:
+    loaded = library()
+    assert loaded is not None, "ask available() first"
+    function: Callable[..., None] = loaded[name]
+    arguments = (P, N, P, N, P, N, N) if name == "silu_gated" else (P, N, P, N, P, N, P, N, N)
+    function.argtypes, function.restype = arguments, None  # type: ignore[attr-defined]  # ctypes' own
+    return function
 
 
 def gather_heads(x: Tensor, tokens: Tensor, kv_heads: int) -> Tensor:

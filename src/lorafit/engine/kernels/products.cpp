@@ -348,12 +348,15 @@ inline void pair_two(const bf16* a, int64_t n, int64_t width, int64_t i, bf16* p
 inline void outer_columns(const bf16* pairs, int64_t width_of_pairs, int64_t first, int64_t ranks, const bf16* x,
                           int64_t stride, int64_t n, int64_t width, int64_t c, float scale, float* out,
                           int64_t by_rank, int64_t by_column) {
-    constexpr int HIGH = 8;
+    constexpr int HIGH = 8, AHEAD = 16;
     const __mmask32 some = width - c >= 2 * LANES ? 0xffffffffu : 0xffffu;
     for (int64_t r = 0; r < ranks; r += HIGH) {
         __m512 sums[HIGH][2];
         clear(sums);
         for (int64_t i = 0; i < n; i += 2) {
+            // A row further is a page further: no processor fetches that ahead by itself.
+            _mm_prefetch((const char*)(x + (i + AHEAD) * stride + c), _MM_HINT_T0);
+            _mm_prefetch((const char*)(x + (i + AHEAD + 1) * stride + c), _MM_HINT_T0);
             const __m512i even = _mm512_maskz_loadu_epi16(some, x + i * stride + c);
             const __m512i odd =
                 i + 1 < n ? _mm512_maskz_loadu_epi16(some, x + (i + 1) * stride + c) : _mm512_setzero_si512();
