@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from peft import PeftModel
 from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
@@ -22,6 +24,7 @@ from lorafit.engine.layers import decoder_layers, untouched_layers
 from lorafit.engine.product import Dense, Int8, PackedInt8
 from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
+from lorafit.export import peft as peft_format
 from lorafit.lora.inject import set_scale
 from lorafit.methods.table import METHODS
 from tests import tiny
@@ -134,6 +137,31 @@ def test_packed_rows_with_a_shared_prefix_give_the_gradients_of_rows_alone(name:
     assert_same(expected, together(engine, data))
     engine.close()
     assert_same(expected, alone(model, data), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will drop
+def test_gradients_are_those_of_peft(name: str, variant: str, tmp_path: Path) -> None:
+    model, data = adapted(build(name), variant=variant), rows()
+    peft_format.save(model, tmp_path, LoRAConfig(r=3, alpha=7.0, variant=variant), base="base", tokenizer=None)
+    theirs = PeftModel.from_pretrained(build(name), tmp_path, is_trainable=True)
+    total = torch.zeros(())
+    for row in data:
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        learned = torch.from_numpy(row.supervised)[1:]
+        logits = theirs(input_ids=ids[None]).logits[0, :-1]
+        total = total + F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
+    total.backward()  # type: ignore[no-untyped-call]
+    ends = {".lora_A.default.weight": ".lora_A", ".lora_B.default.weight": ".lora_B"}
+    ends[".lora_magnitude_vector.default.weight"] = ".magnitude"
+    expected = {
+        name.removeprefix("base_model.model.").removesuffix(end) + ours: parameter.grad
+        for name, parameter in theirs.named_parameters()
+        for end, ours in ends.items()
+        if name.endswith(end) and parameter.grad is not None
+    }
+    assert_same((float(total.detach()), expected), together(prepare(model, share_prefix=True), data))
 
 
 @pytest.mark.parametrize(

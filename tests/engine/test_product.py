@@ -106,3 +106,20 @@ def test_a_row_of_zeros_and_a_column_never_used_are_no_division_by_zero() -> Non
         product = Int8(W, tops)
         assert product.forward(x).isfinite().all() and (product.forward(x)[1] == 0).all()
         assert product.backward(torch.zeros(3, 4)).eq(0).all()
+
+
+@own_int8
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_cell_that_is_no_number_shows_in_its_own_row_alone(bad: float) -> None:
+    W, x = random(64, 32).bfloat16(), random(9, 32, seed=1).bfloat16()
+    x[4, 7] = bad
+    y = PackedInt8(W, None).forward(x)
+    assert not y[4].isfinite().any()
+    assert y[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+@own_int8
+def test_no_rows_are_no_rows() -> None:
+    product = PackedInt8(random(64, 32).bfloat16(), None)
+    assert product.forward(torch.empty(0, 32, dtype=torch.bfloat16)).shape == (0, 64)
+    assert product.backward(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 32)

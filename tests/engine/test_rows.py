@@ -103,3 +103,12 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_query_that_is_no_number_gives_no_number() -> None:
+    made = rows.RowTable(table([(0, [20]), (0, [7])]))
+    q, k, v = (torch.ones(27, h, 16).bfloat16() for h in (2, 1, 1))
+    q[5, 1] = float("nan")
+    out, _ = rows.forward(q, k, v, made, 0.25, 0)
+    assert out[5, 1].isnan().all()
+    assert out.isnan().sum() == 16

@@ -8,7 +8,7 @@ section 3.1). It is registered as a transformers attention function, so a model'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,20 +47,24 @@ def _in_force(layout: tuple[Bucket, ...]) -> Iterator[None]:
         _layout = before
 
 
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configurations by which the model's layers choose their attention function, each once."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
 @contextmanager
-def packed(model: nn.Module, layout: tuple[Bucket, ...]) -> Iterator[None]:
-    """While this holds, the model's attention is ours over these buckets."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = {key: c for key, c in configs.items() if hasattr(c, "_attn_implementation_internal")}
-    before = {key: c._attn_implementation_internal for key, c in configs.items()}
+def packed(configs: Sequence[Any], layout: tuple[Bucket, ...]) -> Iterator[None]:
+    """While this holds, the attention of the model with these configurations is ours over these buckets."""
+    before = [config._attn_implementation_internal for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation_internal = NAME
         with _in_force(layout):
             yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
 
 
 def register() -> None:

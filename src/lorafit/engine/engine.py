@@ -52,6 +52,7 @@ class Engine:
     prepare_s: float = 0.0
     features: Features | None = None
     _layout: tuple[Bucket, ...] | None = None
+    _configs: list[Any] = field(default_factory=list)
 
     @property
     def hidden(self) -> int:
@@ -122,7 +123,7 @@ class Engine:
 
     @contextmanager
     def _running_again(self, layout: tuple[Bucket, ...] | None) -> Iterator[None]:
-        packed = attention.packed(self.model, layout) if layout is not None else nullcontext()
+        packed = attention.packed(self._configs, layout) if layout is not None else nullcontext()
         with packed, self.patches.in_force():
             yield
 
@@ -182,7 +183,7 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
     earlier: Engine | None = getattr(model, ATTRIBUTE, None)
     if earlier is not None:
         earlier.close()
-    engine = Engine(model)
+    engine = Engine(model, _configs=attention.configs_of(model))
     setattr(model, ATTRIBUTE, engine)
     attention.register()
     with _without_dropout(model):

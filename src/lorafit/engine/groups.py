@@ -17,6 +17,7 @@ from lorafit.engine.product import Dense, Int8, Packed, PackedInt8, Product, mak
 from lorafit.engine.update import Addend
 from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.layer import LoRALayer
+from lorafit.slabs import mapped
 
 USUAL_ROWS = 512
 # Released weights are handed back to the system after so many groups, each time taking about a millisecond.
@@ -100,7 +101,9 @@ def _stack_weights(kinds: list[Kind]) -> Tensor:
         return kinds[0].read_weight()
     weights = [kind.read_weight() for kind in kinds]
     rows, (width, dtype) = sum(map(len, weights)), (weights[0].shape[1], weights[0].dtype)
-    whole = torch.cat(weights, out=workspace.lasting(weights[0], rows, width, dtype=dtype))
+    # By themselves: in int8 they are given back, one by one.
+    place = mapped((rows, width), dtype) if weights[0].device.type == "cpu" else None
+    whole = torch.cat(weights, out=place)
     first = 0
     for kind in kinds:
         kind.weight.data = whole[first : first + kind.out_features]

@@ -59,7 +59,7 @@ class Probe:
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
         attention.windows.clear()
         try:
-            with attention.packed(self.model, batch.layout or ()):
+            with attention.packed(attention.configs_of(self.model), batch.layout or ()):
                 got = loss.run(self.model, batch).logits[0]
         except REFUSALS as error:
             return f"{type(self.model).__name__} does not take packed attention ({_first_line(error)})"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.slabs import SLAB_BYTES, Place, Slabs, mapped
+from lorafit.slabs import SLAB_BYTES, Place, Slabs
 
 # What is smaller is left to the heap: taking a block costs some microseconds.
 SMALLEST_BLOCK = 64 << 10
@@ -60,6 +60,7 @@ class _Pool:
 
 _largest = 0
 _pool = _Pool()
+_lasting = Slabs()
 
 
 def rows(like: Tensor, count: int, *rest: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -83,7 +84,11 @@ def block(like: Tensor, count: int, *rest: int, dtype: torch.dtype | None = None
 
 def lasting(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros, contiguous, on the device of `like`; for what lives as long as the engine."""
-    return mapped(shape, dtype) if like.device.type == "cpu" else like.new_zeros(shape, dtype=dtype)
+    count = math.prod(shape)
+    if like.device.type != "cpu" or not SMALLEST_BLOCK <= count * dtype.itemsize <= SLAB_BYTES // 2:
+        return like.new_zeros(shape, dtype=dtype)
+    slab, offset = _lasting.take(count * dtype.itemsize)
+    return torch.frombuffer(slab, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def expect(count: int) -> None:

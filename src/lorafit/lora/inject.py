@@ -5,7 +5,7 @@ All base parameters are frozen and modules are replaced in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -49,8 +49,9 @@ class AttachReport:
 
 @dataclass
 class _Attachment:
-    """What `detach` must put back, and the dropout key of the model's layers. Kept on the model."""
+    """The adapted layers by name, their dropout key, and what `detach` must put back. Kept on the model."""
 
+    layers: dict[str, LoRALayer]
     key: DropoutKey
     requires_grad: dict[str, bool]
     fast_paths: list[tuple[str, str, int | bool]]
@@ -126,7 +127,7 @@ def _install(
     fast_paths = _leave_fast_paths(model)
     if fast_paths:
         notes.append(f"{len(fast_paths)} fused inference paths of nn.TransformerEncoder are off: they skip adapters")
-    model._lorafit_attachment = _Attachment(key, flags, fast_paths)  # type: ignore[assignment]  # not a module or tensor
+    model._lorafit_attachment = _Attachment(made, key, flags, fast_paths)  # type: ignore[assignment]  # not a module or tensor
     owners = {name: layer for name, layer in made.items() if layer.tied_to is None}
     return AttachReport(
         adapted={n: AdaptedLayer(m.r, m.alpha, m.in_features, m.out_features) for n, m in owners.items()},
@@ -171,6 +172,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The adapters' parameters, each once: what the optimizer is given."""
     return list(adapter_parameters(model).values())
+
+
+def attached_layers(model: nn.Module) -> Collection[LoRALayer]:
+    """All adapted layers, without a walk over the model. Raises TargetError if no adapter is attached."""
+    return _attachment(model).layers.values()
 
 
 def dropout_key(model: nn.Module) -> DropoutKey:

@@ -33,7 +33,7 @@ def attach(model: nn.Module, config: LoRAConfig) -> Attached:
 
 def before_forward(model: nn.Module, seed: int, step: int, rows: Tensor, tokens: Tensor) -> None:
     """Turn the adapters' dropout on and key it; the frozen base stays in eval mode."""
-    for layer in inject.lora_layers(model).values():
+    for layer in inject.attached_layers(model):
         layer.training = True
     key = inject.dropout_key(model)
     key.seed, key.step, key.rows, key.tokens = seed, step, rows, tokens

@@ -9,6 +9,8 @@
 
 #include "dot.h"
 
+#include <cmath>
+
 #if HAS_DOT && !defined(__AMX_INT8__)
 EXPORT int int8_products() { return 1; }
 #else
@@ -84,16 +86,19 @@ INLINE void write_tile(const __m512 (&out)[ROWS][VECTORS], bf16* y, int64_t stri
 
 // --- int8 -------------------------------------------------------------------------------------------------------------
 
-// q = round(x * columns / scale), scale = max |x * columns| / 127; offset = 128 * the sum of q.
+// q = round(x * columns / scale), scale = max |x * columns| / 127; offset = 128 * the sum of q. A cell that is not a
+// number, which no q can be, makes the scale, and so the whole row of the product, not a number.
 inline void quantize_row(const bf16* x, const float* columns, int8_t* q, float* scale, int32_t* offset, int64_t width) {
     __m512 top = _mm512_setzero_ps();
+    __mmask16 no_number = 0;
     for (int64_t j = 0; j < width; j += LANES) {
         __m512 cells = widen(x + j);
         if (columns) cells = _mm512_mul_ps(cells, _mm512_loadu_ps(columns + j));
+        no_number |= _mm512_cmp_ps_mask(cells, cells, _CMP_UNORD_Q);
         top = _mm512_max_ps(top, _mm512_abs_ps(cells));
     }
     const float largest = _mm512_reduce_max_ps(top);
-    *scale = largest / 127.0f;
+    *scale = no_number ? NAN : largest / 127.0f;
     const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t j = 0; j < width; j += LANES) {
@@ -176,8 +181,6 @@ inline int64_t place(int64_t d, int64_t column, int64_t depth) {
     return column / PANEL * PANEL * depth + d / 4 * 4 * PANEL + column % PANEL * 4 + d % 4;
 }
 
-inline uint8_t shifted(float x) { return static_cast<uint8_t>(_mm_cvtss_si32(_mm_set_ss(x)) + 128); }
-
 // A scale for every row of w (outs, ins): the operand of x W^T.
 template <typename T>
 void pack_rows(const T* w, const float* columns, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
@@ -252,6 +255,7 @@ EXPORT void int8_product(const bf16* x, int64_t stride, const float* columns, in
                          int32_t* offsets, int64_t n, int64_t depth, const uint8_t* packed, const float* scales,
                          int64_t width, const bf16* h, int64_t ranks, const bf16* operand, const Span* spans,
                          int64_t count, bf16* y, int64_t y_stride) {
+    if (n == 0) return;
     const Quantized rows{q, row_scales, offsets, n, depth};
     const Weight weight{packed, scales, width};
     const Update update{h, ranks, operand, spans, count};
