@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from contextlib import suppress
 
 import torch
@@ -29,7 +30,7 @@ class Slabs:
     def take(self, size: int) -> Place:
         """A slab and where in it `size` bytes begin; size at most SLAB_BYTES."""
         if self._slab is None or self._used + size > SLAB_BYTES:
-            self._slab, self._used = mmap.mmap(-1, SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
+            self._slab, self._used = _map(SLAB_BYTES), 0
             with suppress(OSError, AttributeError):  # fewer page faults, where the system has huge pages
                 self._slab.madvise(mmap.MADV_HUGEPAGE)
         offset = self._used
@@ -43,5 +44,10 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = count * dtype.itemsize
     if size < SMALLEST_MAPPED:
         return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(_map(size), dtype=dtype, count=count).view(shape)
+
+
+def _map(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -35,7 +35,7 @@ class Engine:
     """A model made ready to run fast. packing: how its batches are to be built. notes: what runs slower, and why.
 
     int8_errors: of every group of linear layers, where the precision is int8 and `use_int8` was called.
-    released: whether stored weights were freed. tight: whether memory matters more than time. features: see
+    tight: whether memory matters more than time. features: see
     `keep_features`.
     prepare_s: what all this took, in seconds.
     """
@@ -47,12 +47,16 @@ class Engine:
     groups: list[Group] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     int8_errors: list[Int8Error] = field(default_factory=list)
-    released: bool = False
     tight: bool = False
     prepare_s: float = 0.0
     features: Features | None = None
     _layout: tuple[Bucket, ...] | None = None
     _configs: list[Any] = field(default_factory=list)
+
+    @property
+    def released(self) -> bool:
+        """Whether a stored weight was freed."""
+        return any(group.W is None for group in self.groups)
 
     @property
     def hidden(self) -> int:
@@ -94,7 +98,6 @@ class Engine:
 
         with _without_dropout(self.model):
             self.int8_errors = calibrate(self.groups, run, release)
-        self.released = self.released or release
         for parameter in self.model.parameters():
             parameter.grad = None
         self.notes += [
@@ -129,7 +132,8 @@ class Engine:
 
     def release_weights(self) -> None:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
-        self.released = any([group.release() for group in self.groups])
+        for group in self.groups:
+            group.release()
         workspace.release()
 
     def after_step(self) -> None:

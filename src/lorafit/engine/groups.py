@@ -44,18 +44,17 @@ class Group:
         rest = [name.rsplit(".", 1)[-1] for name in self.names[1:]]
         return "+".join([self.names[0], *rest])
 
-    def release(self) -> bool:
+    def release(self) -> None:
         """Give the memory of the stored weights back, where the product has its own copy and nothing else reads them.
 
-        The modules keep a weight of the same shape that takes no memory and must not be used. True if it was done.
+        The modules keep a weight of the same shape that takes no memory and must not be used; W is None from then on.
         """
-        if isinstance(self.linears.product, Dense) or not all(map(is_whole, self.modules)):
-            return False
+        if self.W is None or isinstance(self.linears.product, Dense) or not all(map(is_whole, self.modules)):
+            return
         for kind in self.kinds:
             weight = kind.weight
             weight.data = weight.new_zeros(()).expand(weight.shape)
         self.W = None
-        return True
 
 
 def make_group(modules: list[nn.Module], names: list[str], patches: Patches) -> Group:
