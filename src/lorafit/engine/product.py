@@ -113,7 +113,7 @@ class Int8:
 
 
 class PackedInt8:
-    """The same numbers by our own kernel. W: (out, in), float32 or bfloat16; both dimensions multiples of 16."""
+    """The same numbers by our own kernel. W: (out, in) bfloat16; both dimensions multiples of 16."""
 
     def __init__(self, W: Tensor, tops: Tensor | None) -> None:
         smooth = _smoothing(W, tops) if tops is not None else None

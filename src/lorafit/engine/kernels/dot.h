@@ -38,7 +38,6 @@ INLINE void repeat(F&& f) {
 INLINE __m512 widen(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-INLINE __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
 INLINE __m256i round_cells(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 INLINE void narrow(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, round_cells(x)); }
 INLINE __m512i broadcast(const void* cell) {

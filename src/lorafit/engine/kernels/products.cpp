@@ -181,12 +181,16 @@ inline int64_t place(int64_t d, int64_t column, int64_t depth) {
     return column / PANEL * PANEL * depth + d / 4 * 4 * PANEL + column % PANEL * 4 + d % 4;
 }
 
-// A scale for every row of w (outs, ins): the operand of x W^T.
-template <typename T>
-void pack_rows(const T* w, const float* columns, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
+}  // namespace
+
+// w: (outs, ins) contiguous, both multiples of 16. packed: panels * 64 * depth bytes, scales: panels * 64 floats, where
+// panels = ceil(operand's columns / 64) and depth is the other dimension. What is beyond the columns must be zeroed.
+//
+// A scale for every row of w: the operand of x W^T.
+EXPORT void pack_rows(const bf16* w, const float* columns, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
 #pragma omp parallel for schedule(static)
     for (int64_t o = 0; o < outs; ++o) {
-        const T* row = w + o * ins;
+        const bf16* row = w + o * ins;
         __m512 top = _mm512_setzero_ps();
         for (int64_t j = 0; j < ins; j += LANES) {
             __m512 cells = widen(row + j);
@@ -207,9 +211,8 @@ void pack_rows(const T* w, const float* columns, uint8_t* packed, float* scales,
     }
 }
 
-// A scale for every column of w (outs, ins): the operand of g W.
-template <typename T>
-void pack_columns(const T* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
+// A scale for every column of w: the operand of g W.
+EXPORT void pack_columns(const bf16* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
 #pragma omp parallel for schedule(static)
     for (int64_t j = 0; j < ins; j += LANES) {
         __m512 top = _mm512_setzero_ps();
@@ -228,25 +231,6 @@ void pack_columns(const T* w, uint8_t* packed, float* scales, int64_t outs, int6
             _mm512_storeu_si512(packed + place(o, j, outs), cells);
         }
     }
-}
-
-}  // namespace
-
-// w: (outs, ins) contiguous, both multiples of 16. packed: panels * 64 * depth bytes, scales: panels * 64 floats, where
-// panels = ceil(operand's columns / 64) and depth is the other dimension. What is beyond the columns must be zeroed.
-EXPORT void pack_rows_f32(const float* w, const float* columns, uint8_t* packed, float* scales, int64_t outs,
-                          int64_t ins) {
-    pack_rows(w, columns, packed, scales, outs, ins);
-}
-EXPORT void pack_rows_bf16(const bf16* w, const float* columns, uint8_t* packed, float* scales, int64_t outs,
-                           int64_t ins) {
-    pack_rows(w, columns, packed, scales, outs, ins);
-}
-EXPORT void pack_columns_f32(const float* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
-    pack_columns(w, packed, scales, outs, ins);
-}
-EXPORT void pack_columns_bf16(const bf16* w, uint8_t* packed, float* scales, int64_t outs, int64_t ins) {
-    pack_columns(w, packed, scales, outs, ins);
 }
 
 // y = (x * columns) operand + h B^T. x: n rows of `depth`, `stride` apart. columns: (depth,) or null. y: (n, width).

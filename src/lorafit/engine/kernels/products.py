@@ -22,10 +22,8 @@ from lorafit.engine.kernels.build import library
 LANES, PANEL = 16, 64
 P, N = c_void_p, c_int64
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "pack_rows_f32": (P, P, P, P, N, N),
-    "pack_rows_bf16": (P, P, P, P, N, N),
-    "pack_columns_f32": (P, P, P, N, N),
-    "pack_columns_bf16": (P, P, P, N, N),
+    "pack_rows": (P, P, P, P, N, N),
+    "pack_columns": (P, P, P, N, N),
     "int8_product": (P, N, P, P, P, P, N, N, P, P, N, P, N, P, P, N, P, N),
     "update_down": (P, N, N, N, P, N, N, P, P, P),
     "update_down_backward": (P, N, N, N, P, N, N, P, P, P),
@@ -182,19 +180,18 @@ class Int8Operand:
 
 
 def int8_operand(W: Tensor, transposed: bool, smooth: Tensor | None = None) -> Int8Operand:
-    """The operand of x (W / smooth)^T, or of g W where transposed. W: (out, in), float32 or bfloat16."""
+    """The operand of x (W / smooth)^T, or of g W where transposed. W: (out, in) bfloat16."""
     W = W.contiguous()
     out, width = W.shape
     columns, depth = (width, out) if transposed else (out, width)
     panels = -(-columns // PANEL)
     packed = workspace.lasting(W, panels * PANEL * depth, dtype=torch.uint8)
     scales = workspace.lasting(W, panels * PANEL, dtype=torch.float32)
-    suffix = "f32" if W.dtype == torch.float32 else "bf16"
     if transposed:
-        _function(f"pack_columns_{suffix}")(W.data_ptr(), packed.data_ptr(), scales.data_ptr(), out, width)
+        _function("pack_columns")(W.data_ptr(), packed.data_ptr(), scales.data_ptr(), out, width)
         return Int8Operand(packed, scales, columns, None)
     pointer = None if smooth is None else smooth.data_ptr()
-    _function(f"pack_rows_{suffix}")(W.data_ptr(), pointer, packed.data_ptr(), scales.data_ptr(), out, width)
+    _function("pack_rows")(W.data_ptr(), pointer, packed.data_ptr(), scales.data_ptr(), out, width)
     return Int8Operand(packed, scales, columns, None if smooth is None else 1 / smooth)
 
 
