@@ -1,7 +1,8 @@
-"""Memory for tensors that comes from the system in whole pages, instead of from the C library's heap.
+"""Memory for large tensors, in slabs that are used again, instead of the C library's heap.
 
 On the heap, small objects that live longer stand between large tensors, whose memory can then never be joined again.
-Mapped memory goes back to the system when the last tensor on it is gone.
+Memory that a process has touched is also far cheaper than new memory, which the system has to find and to clear: what a
+released weight leaves is given to the next tensor, and goes back to the system when `release` says so.
 """
 
 from __future__ import annotations
@@ -9,45 +10,126 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from bisect import insort
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 SLAB_BYTES = 64 << 20
 ALIGNMENT = 64
 # What is smaller fits between others on the heap.
 SMALLEST_MAPPED = 64 << 10
-Place = tuple[mmap.mmap, int]
+Extent = tuple[int, int]  # where it begins, where it ends
+
+
+@dataclass(eq=False)
+class _Slab:
+    """Mapped memory, and which extents of it are free, from front to back."""
+
+    memory: mmap.mmap
+    free: list[Extent] = field(default_factory=list)
+
+    def is_free(self) -> bool:
+        return self.free == [(0, len(self.memory))]
+
+    def give(self, extent: Extent) -> None:
+        """Join an extent with its neighbours."""
+        insort(self.free, extent)
+        at = self.free.index(extent)
+        first, last = at, at
+        if at and self.free[at - 1][1] == extent[0]:
+            first -= 1
+        if at + 1 < len(self.free) and self.free[at + 1][0] == extent[1]:
+            last += 1
+        self.free[first : last + 1] = [(self.free[first][0], self.free[last][1])]
+
+    def clear(self) -> None:
+        """Let the system have the whole pages of what is free; where it can't, they stay."""
+        with suppress(OSError, AttributeError):
+            for begin, end in self.free:
+                begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+                if begin < end:
+                    self.memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+class Piece(np.ndarray[Any, np.dtype[np.uint8]]):
+    """A piece of a slab, which is free again when the last tensor on it is gone."""
+
+    slab: _Slab
+    extent: Extent
+    returned: deque[tuple[_Slab, Extent]]
+
+    def __del__(self) -> None:
+        # In any thread and at any time, so nothing else is touched here.
+        if getattr(self, "slab", None) is not None:  # a view of a piece has none
+            self.returned.append((self.slab, self.extent))
 
 
 class Slabs:
-    """Large pieces, handed out from front to back."""
+    """Memory handed out in pieces, each from the free extent that it fits best."""
 
     def __init__(self) -> None:
-        self._slab: mmap.mmap | None = None
-        self._used = 0
+        self._slabs: list[_Slab] = []
+        self._returned: deque[tuple[_Slab, Extent]] = deque()
 
-    def take(self, size: int) -> Place:
-        """A slab and where in it `size` bytes begin; size at most SLAB_BYTES."""
-        if self._slab is None or self._used + size > SLAB_BYTES:
-            self._slab, self._used = _map(SLAB_BYTES), 0
-            with suppress(OSError, AttributeError):  # fewer page faults, where the system has huge pages
-                self._slab.madvise(mmap.MADV_HUGEPAGE)
-        offset = self._used
-        self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        return self._slab, offset
+    def take(self, size: int) -> Piece:
+        """Uninitialised memory of `size` bytes."""
+        self._collect()
+        wanted = -(-max(1, size) // ALIGNMENT) * ALIGNMENT
+        fitting = [
+            (end - begin, number, begin)
+            for number, slab in enumerate(self._slabs)
+            for begin, end in slab.free
+            if end - begin >= wanted
+        ]
+        if fitting:
+            _, number, begin = min(fitting)
+            slab = self._slabs[number]
+        else:
+            slab, begin = _new_slab(max(SLAB_BYTES, wanted)), 0
+            self._slabs.append(slab)
+        at = next(i for i, extent in enumerate(slab.free) if extent[0] == begin)
+        end = slab.free[at][1]
+        slab.free[at : at + 1] = [(begin + wanted, end)] if begin + wanted < end else []
+        piece = np.ndarray.__new__(Piece, (size,), np.uint8, slab.memory, begin)
+        piece.slab, piece.extent, piece.returned = slab, (begin, begin + wanted), self._returned
+        return piece
+
+    def release(self) -> None:
+        """Hand back what is free to the system; whoever needs it next pays for it with page faults."""
+        self._collect()
+        self._slabs = [slab for slab in self._slabs if not slab.is_free()]
+        for slab in self._slabs:
+            slab.clear()
+
+    def _collect(self) -> None:
+        while self._returned:
+            slab, extent = self._returned.popleft()
+            slab.give(extent)
 
 
-def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU, contiguous, in memory of their own; small ones on the heap."""
+def _new_slab(size: int) -> _Slab:
+    size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    if sys.platform == "win32":
+        memory = mmap.mmap(-1, size)
+    else:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # fewer page faults, where the system has huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return _Slab(memory, [(0, size)])
+
+
+SLABS = Slabs()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised on the CPU, contiguous, in a slab; small ones on the heap."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < SMALLEST_MAPPED:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(_map(size), dtype=dtype, count=count).view(shape)
-
-
-def _map(size: int) -> mmap.mmap:
-    if sys.platform == "win32":
-        return mmap.mmap(-1, size)
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(SLABS.take(size), dtype=dtype, count=count).view(shape)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafit import slabs
 from lorafit.engine import workspace
+from lorafit.plan.machine import rss_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +85,57 @@ def test_small_and_empty_tensors_and_other_devices_are_torchs_own() -> None:
     assert workspace.rows(torch.empty(0, device="meta"), 600, 512).device.type == "meta"
 
 
-def test_mapped_memory_is_zeros_and_takes_any_size() -> None:
-    for shape in ((0,), (3,), (300, 1000), (2, 3, 50_000)):
-        x = slabs.mapped(shape, torch.bfloat16)
-        assert x.shape == shape and x.dtype == torch.bfloat16 and x.eq(0).all()
+def test_memory_in_slabs_takes_any_size() -> None:
+    for shape in ((0,), (3,), (300, 1000), (2, 3, 50_000), (slabs.SLAB_BYTES // 2 + 1,)):
+        x = slabs.empty(shape, torch.bfloat16)
+        assert x.shape == shape and x.dtype == torch.bfloat16 and x.is_contiguous()
+        assert x.fill_(1).eq(1).all()
+
+
+def test_what_a_tensor_leaves_is_given_to_the_next_joined_with_its_neighbours() -> None:
+    own = slabs.Slabs()
+    parts = [own.take(100_000) for _ in range(4)]
+    where = [part.ctypes.data for part in parts]
+    del parts[1], parts[1]
+    assert own.take(200_000).ctypes.data == where[1]
+    again = own.take(60_000)  # the last one is gone already; this fits best where two were
+    assert again.ctypes.data == where[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40 << 20)), max_size=40))
+def test_pieces_never_overlap_and_all_comes_back(steps: list[tuple[int, int]]) -> None:
+    own = slabs.Slabs()
+    live: dict[int, slabs.Piece] = {}
+    for number, size in steps:
+        live.pop(number, None)
+        live[number] = own.take(size)
+        spans = sorted((piece.ctypes.data, piece.ctypes.data + len(piece)) for piece in live.values())
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+        assert all(begin % slabs.ALIGNMENT == 0 for begin, _ in spans)
+    live.clear()
+    own.release()
+    assert own._slabs == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process holds")
+def test_release_hands_free_pages_back_to_the_system_and_keeps_what_lives() -> None:
+    own = slabs.Slabs()
+    kept, large = own.take(4096), own.take(40 << 20)
+    kept[:], large[:] = 7, 1
+    before = rss_bytes()
+    del large
+    own.release()
+    assert before - rss_bytes() > 30 << 20
+    assert (kept == 7).all()
+
+
+def test_scratch_is_kept_until_more_is_asked_for() -> None:
+    first = workspace.scratch("test", 1000)
+    assert workspace.scratch("test", 500) == first
+    assert workspace.scratch("another", 500) != first
+    elsewhere = []
+    thread = threading.Thread(target=lambda: elsewhere.append(workspace.scratch("test", 1000)))
+    thread.start()
+    thread.join()
+    assert elsewhere != [first]

@@ -40,9 +40,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor
     return y
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding. x: (1, heads, tokens, dim). cosine, sine: (1, tokens, dim). Tokens come out outermost."""
-    return cast(Tensor, _Rotary.apply(x, cosine, sine))  # type: ignore[no-untyped-call]
+def rotate(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding. q, k: (1, heads, tokens, dim). cosine, sine: (1, tokens, dim). Tokens come out outermost."""
+    return cast(tuple[Tensor, Tensor], _Rotary.apply(q, k, cosine, sine))  # type: ignore[no-untyped-call]
 
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
@@ -70,14 +70,14 @@ class _RMSNorm(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cosine, sine)
-        return _turn(x, cosine, sine, inverse=False)
+        return _turn(q, cosine, sine, inverse=False), _turn(k, cosine, sine, inverse=False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gq: Tensor, gk: Tensor) -> tuple[Tensor | None, ...]:
         cosine, sine = ctx.saved_tensors
-        return _turn(g, cosine, sine, inverse=True), None, None
+        return _turn(gq, cosine, sine, inverse=True), _turn(gk, cosine, sine, inverse=True), None, None
 
 
 def _turn(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:

@@ -25,6 +25,7 @@ from lorafit.engine.layers import Features, decoder_layers, recompute, untouched
 from lorafit.engine.patch import Patches, patch_gated_mlps, patch_norms, patch_rotary
 from lorafit.engine.probe import Probe
 from lorafit.errors import ModelError
+from lorafit.slabs import SLABS
 
 ATTRIBUTE = "_lorafit_engine"
 MOVED = ("input_ids", "position_ids", "attention_mask", "predicts", "targets", "weights")
@@ -52,6 +53,7 @@ class Engine:
     features: Features | None = None
     _layout: tuple[Bucket, ...] | None = None
     _configs: list[Any] = field(default_factory=list)
+    _stepped: bool = False
 
     @property
     def released(self) -> bool:
@@ -132,14 +134,19 @@ class Engine:
 
     def release_weights(self) -> None:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
-        for group in self.groups:
-            group.release()
-        workspace.release()
+        if any([group.release() for group in self.groups]):
+            workspace.release()
 
     def after_step(self) -> None:
-        """Where memory is tight, hand back what the step has freed; the next one pays for it with page faults."""
+        """Where memory is tight, hand back what the step has freed; the next one pays for it with page faults.
+
+        Otherwise, after the first, what it had no use for.
+        """
         if self.tight:
             workspace.release()
+        elif not self._stepped:
+            SLABS.release()
+        self._stepped = True
 
     def close(self) -> None:
         """Give the model its own forwards back. Raises ModelError if its weights were released."""

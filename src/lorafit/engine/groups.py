@@ -10,22 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine import workspace
+from lorafit import slabs
 from lorafit.engine.linear import Factors, FrozenLinears
 from lorafit.engine.patch import Patches
-from lorafit.engine.product import Dense, Int8, Packed, PackedInt8, Product, make_int8
+from lorafit.engine.product import Dense, Int8, Packed, PackedInt8, Product, make_int8, plus
 from lorafit.engine.update import Addend
 from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.layer import LoRALayer
-from lorafit.slabs import mapped
 
 USUAL_ROWS = 512
-# Released weights are handed back to the system after so many groups, each time taking about a millisecond.
-GROUPS_PER_TRIM = 16
 # Largest relative error (Frobenius norm) of a product in int8, on the rows it was calibrated on, forward and backward.
 # Scaled column by column, SmolLM2's layers stay below 0.032 and 0.07, and its loss is that of bf16; not scaled, up to
 # 0.064 and 0.125, and a run ended with a test loss 15% higher.
 INT8_LIMITS = (0.05, 0.1)
+# The rows whose products are computed both ways.
+SAMPLED = slice(None, None, 4)
 
 
 @dataclass(eq=False)
@@ -44,17 +43,19 @@ class Group:
         rest = [name.rsplit(".", 1)[-1] for name in self.names[1:]]
         return "+".join([self.names[0], *rest])
 
-    def release(self) -> None:
+    def release(self) -> bool:
         """Give the memory of the stored weights back, where the product has its own copy and nothing else reads them.
 
         The modules keep a weight of the same shape that takes no memory and must not be used; W is None from then on.
+        Returns whether there was anything to give.
         """
         if self.W is None or isinstance(self.linears.product, Dense) or not all(map(is_whole, self.modules)):
-            return
+            return False
         for kind in self.kinds:
             weight = kind.weight
             weight.data = weight.new_zeros(()).expand(weight.shape)
         self.W = None
+        return True
 
 
 def make_group(modules: list[nn.Module], names: list[str], patches: Patches) -> Group:
@@ -100,8 +101,7 @@ def _stack_weights(kinds: list[Kind]) -> Tensor:
         return kinds[0].read_weight()
     weights = [kind.read_weight() for kind in kinds]
     rows, (width, dtype) = sum(map(len, weights)), (weights[0].shape[1], weights[0].dtype)
-    # By themselves: in int8 they are given back, one by one.
-    place = mapped((rows, width), dtype) if weights[0].device.type == "cpu" else None
+    place = slabs.empty((rows, width), dtype) if weights[0].device.type == "cpu" else None
     whole = torch.cat(weights, out=place)
     first = 0
     for kind in kinds:
@@ -138,7 +138,7 @@ def calibrate(groups: list[Group], run: Callable[[], None], release: bool) -> li
     """Put int8 products into groups, each measured against the dense one; where the error is too large, it stays.
 
     run: takes the model forward and backward over some real rows, once. release: give stored weights back, each as soon
-    as it is done with.
+    as it is done with; the next int8 copies take their place.
     """
     errors: dict[Group, Int8Error] = {}
 
@@ -151,8 +151,6 @@ def calibrate(groups: list[Group], run: Callable[[], None], release: bool) -> li
         if release:
             group.release()
         errors[group] = error
-        if release and len(errors) % GROUPS_PER_TRIM == 0:
-            workspace.return_free_memory()
 
     for group in groups:
         assert group.W is not None, "weights are released after calibration"
@@ -185,7 +183,7 @@ def _square(x: Tensor) -> float:
 
 
 class _Calibration(Dense):
-    """The dense product, with int8's beside it, made from the first x that comes by.
+    """int8's product, made from the first x that comes by and held against the dense one, which takes over if need be.
 
     finish: called when every forward call has had its backward call.
     """
@@ -198,23 +196,23 @@ class _Calibration(Dense):
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
-        y = super().forward(x)
+        self.pending += 1
         if self.int8 is None:
             self.int8 = make_int8(self.W, x.abs().amax(0))
-        self.forward_error.add(y, self.int8.forward(x))
-        self.pending += 1
-        if update is not None:
-            update.add_to(y)
-        return y
+        y = self.int8.forward(x)
+        self.forward_error.add(super().forward(x[SAMPLED]), y[SAMPLED])
+        if not self.forward_error.value <= INT8_LIMITS[0]:
+            y = super().forward(x)
+        return plus(y, update)
 
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W, plus the update."""
-        gx = super().backward(g)
-        if self.int8 is not None:
-            self.backward_error.add(gx, self.int8.backward(g))
-        if update is not None:
-            update.add_to(gx)
+        assert self.int8 is not None, "made in the forward pass"
+        gx = self.int8.backward(g)
+        self.backward_error.add(super().backward(g[SAMPLED]), gx[SAMPLED])
+        if not self.backward_error.value <= INT8_LIMITS[1]:
+            gx = super().backward(g)
         self.pending -= 1
         if self.pending == 0:
             self.finish()
-        return gx
+        return plus(gx, update)

@@ -46,6 +46,7 @@ class FrozenLinears:
         self.bias = _stacked_bias(biases, outs)
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
+        self._update: tuple[object, PackedUpdate] | None = None
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
         """Output of layer `index`: (..., out), a view whose rows may be apart. x: (..., in)."""
@@ -64,6 +65,16 @@ class FrozenLinears:
         adapted = [(next(ranks), f.scaling()) if f is not None else (None, 0.0) for f in self.factors]
         return spans(self.outs, [r for r, _ in adapted], [scaling for _, scaling in adapted])
 
+    def update(self, factors: Sequence[Tensor], x: Tensor) -> Update | PackedUpdate:
+        """The update of an input like x. One that reads the factors where they lie serves as long as they lie there."""
+        scalings = [f.scaling() for f in self.factors if f is not None]
+        key = x.dtype, x.device.type, scalings, [t.data_ptr() for t in factors]
+        if self._update is not None and self._update[0] == key:
+            return self._update[1]
+        made = make_update(self.spans(factors), factors, x)
+        self._update = (key, made) if isinstance(made, PackedUpdate) and made.reads(factors) else None
+        return made
+
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         tensors = [t for f in self.factors if f is not None for t in (f.A(), f.B())]
         flat = x.reshape(-1, x.shape[-1])
@@ -79,11 +90,11 @@ class _Apply(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         update, h, addend = None, None, None
         if factors:
-            update = make_update(group.spans(factors), factors, x)
+            update = group.update(factors, x)
             h, addend = update.forward(x)
-            TALLY.add(2 * len(x) * sum(factor.numel() for factor in factors))
+            TALLY.add(2 * x.shape[0] * sum(factor.numel() for factor in factors))
         y = group.product.forward(x, addend)
-        TALLY.add(2 * len(x) * x.shape[1] * y.shape[1])
+        TALLY.add(2 * x.shape[0] * x.shape[1] * y.shape[1])
         if group.bias is not None:
             y += group.bias
         ctx.group, ctx.update, ctx.factors = group, update, sum(factor.numel() for factor in factors)
@@ -109,7 +120,7 @@ class _Apply(torch.autograd.Function):
             TALLY.add(2 * gx.numel() * g.shape[1])
         if update is None or gh is None:
             return gx, None, None
-        TALLY.add(2 * len(g) * ctx.factors * 2)
+        TALLY.add(2 * g.shape[0] * ctx.factors * 2)
         x, h = ctx.again(*saved[: ctx.inputs]), saved[ctx.inputs]
         return gx, None, None, *update.gradients(x, h, g, gh)
 

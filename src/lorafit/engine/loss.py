@@ -57,7 +57,7 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = arguments
         kept.append(hidden.flatten(0, -2)[batch.predicts])
-        return (kept[0][:1], *rest)  # the model goes on with the logits of one row
+        return (kept[0][:0], *rest)  # the model goes on with the logits of no row
 
     with _hook(head.register_forward_pre_hook(keep)):
         run(model, batch)

@@ -155,7 +155,7 @@ def _rotary_function(original: Callable[..., Any]) -> Callable[..., Any]:
     def replacement(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
         if more or named or q.shape[0] != 1 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
             return original(q, k, cos, sin, *more, **named)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, k, cos, sin)
 
     return replacement
 

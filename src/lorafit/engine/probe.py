@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -10,28 +12,29 @@ from lorafit.engine.batch import Batch, Bucket
 from lorafit.engine.linear import is_frozen
 from lorafit.lora.layer import LoRALayer
 
-PROBE_ROW = 6
+PROBE_ROW = 7
+PREFIX = 2  # tokens that both rows begin with
 # What models raise that were not written for attention functions, or get None for a mask that they need.
 REFUSALS = (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 
 
 class Probe:
-    """Two short rows with the same beginning, and what the model makes of them."""
+    """Two short rows of one length with the same beginning, and what the model makes of them."""
 
     def __init__(self, model: nn.Module) -> None:
         """Runs the model once; it must be without dropout."""
         self.model = model
         device = next(model.parameters()).device
         vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        ids = torch.randint(0, vocabulary, (2 * PROBE_ROW,), generator=torch.Generator().manual_seed(0)).to(device)
-        # Two rows with the same first two tokens.
-        self.rows = [ids[:PROBE_ROW], torch.cat([ids[:2], ids[PROBE_ROW:]])]
+        ids = torch.randint(0, vocabulary, (2, PROBE_ROW), generator=torch.Generator().manual_seed(0)).to(device)
+        ids[1, :PREFIX] = ids[0, :PREFIX]
+        self.rows = ids
         self.head_calls: list[tuple[Tensor, Tensor]] = []
         self.linear_calls: list[tuple[nn.Module, Tensor]] = []
-        self.first_logits = self._watched()
+        self.logits = self._watched()
 
     def _watched(self) -> Tensor:
-        """Logits of the first row, with what the output head and the linear layers were given on the way."""
+        """Logits of the rows, (2, PROBE_ROW, vocabulary), with what the output head and the linear layers were given."""
         handles = [
             module.register_forward_pre_hook(lambda module, arguments: self.linear_calls.append((module, arguments[0])))
             for module in _linears(self.model)
@@ -42,15 +45,16 @@ class Probe:
             )
         )
         try:
-            return self._logits(self.rows[0])
+            logits: Tensor = self.model(input_ids=self.rows, use_cache=False).logits
+            return logits
         finally:
             for handle in handles:
                 handle.remove()
 
     def logits_are_the_heads(self) -> bool:
         """Whether logits are the output head's output, untouched, and hidden states its input."""
-        logits, calls = self.first_logits, self.head_calls
-        return len(calls) == 1 and torch.equal(calls[0][1].reshape(logits.shape), logits)
+        calls = self.head_calls
+        return len(calls) == 1 and torch.equal(calls[0][1].reshape(self.logits.shape), self.logits)
 
     def why_not_packed(self) -> str | None:
         """The reason why this model can't run rows one after the other, or None if it gives what rows alone give."""
@@ -68,7 +72,7 @@ class Probe:
         )
         if hidden_mask:
             return f"{type(self.model).__name__} limits attention by its mask alone"
-        expected = torch.cat([self.first_logits, self._logits(self.rows[1])[2:]])
+        expected = torch.cat([self.logits[0], self.logits[1, PREFIX:]])
         # Contamination between rows, or wrong positions, change logits by as much as they are large.
         off = float((got.float() - expected.float()).norm() / expected.float().norm())
         if not off < 4 * torch.finfo(got.dtype).eps ** 0.75:
@@ -78,11 +82,11 @@ class Probe:
     def linear_groups(self) -> list[list[nn.Module]]:
         """Frozen linear layers in the order of their calls; those that were given the same tensor together."""
         calls = self.linear_calls
-        once = {id(module): sum(module is other for other, _ in calls) == 1 for module, _ in calls}
+        times = Counter(id(module) for module, _ in calls)
         groups: list[list[nn.Module]] = []
         previous: Tensor | None = None
         for module, x in calls:
-            if not once[id(module)]:
+            if times[id(module)] > 1:
                 continue
             if groups and x is previous and _stackable(groups[-1][-1], module):
                 groups[-1].append(module)
@@ -90,11 +94,6 @@ class Probe:
                 groups.append([module])
             previous = x
         return groups
-
-    def _logits(self, row: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits
-        return logits[0]
-
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -120,23 +119,23 @@ def _stackable(a: nn.Module, b: nn.Module) -> bool:
     return all(type(base) is nn.Linear for base in bases) and bases[0].weight.dtype == bases[1].weight.dtype
 
 
-def _packed_rows(rows: list[Tensor]) -> Batch:
-    """Two rows that share their first two tokens, packed by hand: the prefix once, then what each adds."""
+def _packed_rows(rows: Tensor) -> Batch:
+    """Two rows that share their first tokens, packed by hand: the prefix once, then what each adds."""
     a, b = rows
-    ids = torch.cat([a, b[2:]])
-    n, m = len(a) - 2, len(b) - 2
+    ids = torch.cat([a, b[PREFIX:]])
+    rest = len(a) - PREFIX
 
     def bucket(first: int, length: int, prefix: int) -> Bucket:
         tokens = torch.arange(first, first + length, dtype=torch.int32, device=ids.device)
         return Bucket(tokens, torch.tensor([length], dtype=torch.int32, device=ids.device), length, 0, prefix)
 
-    position = torch.cat([torch.arange(len(a)), torch.arange(2, len(b))]).to(ids.device)
+    position = torch.cat([torch.arange(len(a)), torch.arange(PREFIX, len(b))]).to(ids.device)
     nothing = torch.zeros(0, dtype=torch.int64)
     return Batch(
         input_ids=ids[None],
         position_ids=position[None],
         attention_mask=None,
-        layout=(bucket(0, 2, 0), bucket(2, n, 2), bucket(2 + n, m, 2)),
+        layout=(bucket(0, PREFIX, 0), bucket(PREFIX, rest, PREFIX), bucket(len(a), rest, PREFIX)),
         token_rows=torch.zeros_like(ids)[None],
         predicts=nothing,
         targets=nothing,

@@ -41,7 +41,8 @@ class Product(Protocol):
         """The product g W, plus the update."""
 
 
-def _plus(y: Tensor, update: Addend | None) -> Tensor:
+def plus(y: Tensor, update: Addend | None) -> Tensor:
+    """Add the update to y, in place."""
     if update is not None:
         update.add_to(y)
     return y
@@ -55,11 +56,11 @@ class Dense:
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
-        return _plus(torch.mm(x, self.W.T, out=workspace.rows(x, len(x), len(self.W))), update)
+        return plus(torch.mm(x, self.W.T, out=workspace.rows(x, len(x), len(self.W))), update)
 
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W, plus the update."""
-        return _plus(torch.mm(g, self.W, out=workspace.rows(g, len(g), self.W.shape[1])), update)
+        return plus(torch.mm(g, self.W, out=workspace.rows(g, len(g), self.W.shape[1])), update)
 
 
 class Packed:
@@ -73,7 +74,7 @@ class Packed:
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return _plus(y, update)
+        return plus(y, update)
 
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W, plus the update."""
@@ -81,7 +82,7 @@ class Packed:
             W = self.packed.to_dense()
             self.transposed = torch.ops.mkldnn._reorder_linear_weight(W.T.contiguous(), self.rows)
         gx: Tensor = torch.ops.mkldnn._linear_pointwise(g, self.transposed, None, "none", [], "")
-        return _plus(gx, update)
+        return plus(gx, update)
 
 
 class Int8:
@@ -101,7 +102,7 @@ class Int8:
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T within int8's rounding, plus the update."""
-        return _plus(_multiply(x, self.inverse, self.q.T, self.scales), update)
+        return plus(_multiply(x, self.inverse, self.q.T, self.scales), update)
 
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W within int8's rounding, plus the update."""
@@ -109,7 +110,7 @@ class Int8:
             assert self.W is not None, "kept until now"
             back, scales = kernels.of(self.W).quantize_columns(self.W.contiguous())
             self.back, self.W = (_lasting(back), scales), None
-        return _plus(_multiply(g, None, *self.back), update)
+        return plus(_multiply(g, None, *self.back), update)
 
 
 class PackedInt8:
@@ -136,7 +137,7 @@ class PackedInt8:
 def _packed_int8(x: Tensor, operand: products.Int8Operand, update: Addend | None) -> Tensor:
     if isinstance(update, products.LowRank):
         return products.int8_product(x, operand, update)
-    return _plus(products.int8_product(x, operand, None), update)
+    return plus(products.int8_product(x, operand, None), update)
 
 
 def make_int8(W: Tensor, tops: Tensor | None) -> Int8 | PackedInt8:

@@ -153,6 +153,10 @@ class PackedUpdate:
         self.factors = products.Factors(factors, tuple(span.scaling for span in found), self.layout)
         self.dtypes = [factor.dtype for factor in factors]
 
+    def reads(self, factors: Sequence[Tensor]) -> bool:
+        """Whether it reads these tensors themselves, and not copies of what they were."""
+        return all(own is given for own, given in zip(self.factors.tensors, factors, strict=True))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Addend | None]:
         """(h, h B^T to be added to y), h = x A^T: (n, sum of padded ranks)."""
         return self.factors.down(x)

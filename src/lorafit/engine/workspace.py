@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections import defaultdict
 from contextlib import suppress
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.slabs import SLAB_BYTES, Place, Slabs
+from lorafit import slabs
+from lorafit.slabs import SLABS, Piece
 
 # What is smaller is left to the heap: taking a block costs some microseconds.
 SMALLEST_BLOCK = 64 << 10
@@ -26,30 +28,28 @@ class _Block(np.ndarray[Any, np.dtype[np.uint8]]):
     """A piece of a slab that goes back to its pool when the last tensor on it is gone."""
 
     pool: _Pool
-    place: Place
-    extent: int
+    piece: Piece
 
     def __del__(self) -> None:
-        self.pool.free[self.extent].append(self.place)
+        self.pool.free[len(self.piece)].append(self.piece)
 
 
 class _Pool:
     """Blocks of each size, used again and again."""
 
     def __init__(self) -> None:
-        self.slabs = Slabs()
-        self.free: defaultdict[int, list[Place]] = defaultdict(list)
+        self.free: defaultdict[int, list[Piece]] = defaultdict(list)
         self.made: defaultdict[int, int] = defaultdict(int)
 
     def take(self, size: int) -> _Block:
         free = self.free[size]
         if free:
-            place = free.pop()
+            piece = free.pop()
         else:
-            place = self.slabs.take(size)
+            piece = SLABS.take(size)
             self.made[size] += 1
-        block = np.ndarray.__new__(_Block, (size,), np.uint8, place[0], place[1])
-        block.pool, block.place, block.extent = self, place, size
+        block = np.ndarray.__new__(_Block, (size,), np.uint8, piece)
+        block.pool, block.piece = self, piece
         return block
 
     @property
@@ -60,7 +60,6 @@ class _Pool:
 
 _largest = 0
 _pool = _Pool()
-_lasting = Slabs()
 
 
 def rows(like: Tensor, count: int, *rest: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,18 +76,31 @@ def block(like: Tensor, count: int, *rest: int, dtype: torch.dtype | None = None
     dtype = dtype or like.dtype
     width = math.prod(rest)
     size = max(count, reserved) * width * dtype.itemsize
-    if not SMALLEST_BLOCK <= size <= SLAB_BYTES or count == 0 or like.device.type != "cpu":
+    if size < SMALLEST_BLOCK or count == 0 or like.device.type != "cpu":
         return like.new_empty(count, *rest, dtype=dtype)
     return torch.frombuffer(_pool.take(size), dtype=dtype, count=count * width).view(count, *rest)
 
 
 def lasting(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, contiguous, on the device of `like`; for what lives as long as the engine."""
-    count = math.prod(shape)
-    if like.device.type != "cpu" or not SMALLEST_BLOCK <= count * dtype.itemsize <= SLAB_BYTES // 2:
-        return like.new_zeros(shape, dtype=dtype)
-    slab, offset = _lasting.take(count * dtype.itemsize)
-    return torch.frombuffer(slab, dtype=dtype, count=count, offset=offset).view(shape)
+    """Uninitialised, contiguous, on the device of `like`; for what lives as long as the engine."""
+    return slabs.empty(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[int, int, Tensor]] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(purpose: str, size: int) -> int:
+    """Address of `size` bytes on the CPU for one call of a kernel, which the next of this thread for it overwrites."""
+    found = _scratch.found.get(purpose)
+    if found is None or found[0] < size:
+        memory = slabs.empty((size,), torch.uint8)
+        found = _scratch.found[purpose] = (size, memory.data_ptr(), memory)
+    return found[1]
 
 
 def expect(count: int) -> None:
@@ -103,7 +115,9 @@ def release() -> None:
     global _pool
     if _pool.is_idle:
         _pool = _Pool()
+    _scratch.found.clear()
     return_free_memory()
+    SLABS.release()
 
 
 def return_free_memory() -> None:

@@ -16,11 +16,11 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from lorafit import slabs
 from lorafit.errors import ModelError, listed
 from lorafit.model.gguf_config import config_dict
 from lorafit.model.gguf_header import Header, TensorInfo
 from lorafit.model.gguf_names import NOT_PARAMETERS, hf_name
-from lorafit.slabs import mapped
 
 Undo = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,7 +41,7 @@ def state_dict(header: Header, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
     def read(name: str) -> torch.Tensor:
         values = undo(name)(read_tensor(header.path, header.tensors[name]))
-        return mapped(tuple(values.shape), dtype).copy_(values)
+        return slabs.empty(tuple(values.shape), dtype).copy_(values)
 
     with _one_thread():
         return {str(found): read(name) for name, found in names.items()}

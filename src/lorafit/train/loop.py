@@ -23,7 +23,7 @@ from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.methods.method import Method
 from lorafit.train.checkpoint import Checkpoint, Progress
-from lorafit.train.optim import adamw, load_optimizer_state, optimizer_state, rate
+from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate
 from lorafit.train.reporting import Reporter, StepReport
 from lorafit.train.signals import StopRequest
 
@@ -123,7 +123,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
 
     counted = TALLY.flop
     loss = _accumulate_gradients(loop, batches)
-    grad_norm = float(nn.utils.clip_grad_norm_(loop.parameters.values(), config.clip or math.inf))
+    grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
     lr = rate(progress.step, work.total_steps, config.lr, config.schedule, config.warmup)
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lorafit import slabs
 
 
 def adamw(
@@ -29,10 +31,23 @@ def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
     """Zeros shaped like each, in one piece of memory where they are of one kind."""
     if len({(t.dtype, t.device) for t in tensors}) != 1:
         return [torch.zeros_like(t) for t in tensors]
-    whole = tensors[0].new_zeros(sum(t.numel() for t in tensors))
+    count = sum(t.numel() for t in tensors)
+    on_cpu = tensors[0].device.type == "cpu"
+    whole = slabs.empty((count,), tensors[0].dtype).zero_() if on_cpu else tensors[0].new_zeros(count)
     return [
         part.view(t.shape) for part, t in zip(torch.split(whole, [t.numel() for t in tensors]), tensors, strict=True)
     ]
+
+
+def clip_gradients(parameters: list[Tensor], limit: float) -> float:
+    """Scale all gradients down to a norm of `limit` where theirs, which is returned, is above it.
+
+    As torch's clip_grad_norm_, which goes over all of them even where there is nothing to scale.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not float(norm) <= limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def rate(step: int, total_steps: int, peak: float, schedule: str, warmup: float) -> float:

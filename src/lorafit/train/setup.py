@@ -90,12 +90,13 @@ def make_engine(
 
     directory: where the activations of frozen layers are kept while the run lasts.
     """
-    workspace.expect(_largest(rows, config, split.micro_tokens)[0])
     engine = prepare(model, share_prefix=config.dropout == 0)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
         engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
     engine.release_weights()
+    # Only now: what the batches need can take the place of released weights.
+    workspace.expect(_largest(rows, config, split.micro_tokens)[0])
     engine.tight = split.recompute or split.micro_tokens < config.micro_tokens
     for note in engine.notes:
         console.print(note, style="yellow", highlight=False)

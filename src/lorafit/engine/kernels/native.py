@@ -58,14 +58,13 @@ def _pointer(x: Tensor | None) -> int | None:
 
 def _rows(x: Tensor) -> Tensor:
     """Rows may be apart, but each is one piece: only the first stride is free."""
-    inner = x[0] if len(x) else x
-    return x if inner.is_contiguous() else x.contiguous()
+    return x if x.is_contiguous() or (x.shape[0] and x[0].is_contiguous()) else x.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
     """See `plain.rms_norm`."""
     x = x.contiguous()
-    y, inverse = workspace.rows(x, *x.shape), x.new_empty(len(x), dtype=torch.float32)
+    y, inverse = workspace.rows(x, *x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
     _function("rms_norm", x.dtype)(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr(), *x.shape, eps, round_first
     )

@@ -9,7 +9,9 @@
 
 #include "dot.h"
 
+#include <algorithm>
 #include <cmath>
+#include <omp.h>
 
 #if HAS_DOT && !defined(__AMX_INT8__)
 EXPORT int int8_products() { return 1; }
@@ -24,6 +26,8 @@ namespace {
 
 constexpr int PANEL = LANES * VECTORS;
 constexpr int64_t CHUNK_BYTES = 384 << 10;  // of quantized rows that stay in a core's L2 beside a panel of the weight
+
+constexpr int64_t PIECES = 12;  // of a product for each thread, at least
 
 // --- narrow products ------------------------------------------------------------------------------------------------
 
@@ -246,14 +250,16 @@ EXPORT void int8_product(const bf16* x, int64_t stride, const float* columns, in
     const int64_t panels = (width + PANEL - 1) / PANEL;
     int64_t chunk = CHUNK_BYTES / depth / ROWS * ROWS;
     if (chunk < ROWS) chunk = ROWS;
-    const int64_t chunks = (n + chunk - 1) / chunk;
+    // Enough pieces that the threads end together.
+    const int64_t pieces = PIECES * omp_get_max_threads();
+    const int64_t chunks = std::max((n + chunk - 1) / chunk, std::min((pieces + panels - 1) / panels, (n + ROWS - 1) / ROWS));
     chunk = ((n + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; ++i)
             quantize_row(x + i * stride, columns, q + i * depth, row_scales + i, offsets + i, depth);
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2)
         for (int64_t p = 0; p < panels; ++p)
             for (int64_t c = 0; c < chunks; ++c)
                 for (int64_t first = c * chunk; first < n && first < (c + 1) * chunk; first += ROWS)
@@ -377,12 +383,12 @@ EXPORT void update_down(const Factor* factors, int64_t count, int64_t width, int
 #pragma omp parallel
     {
         for (const Factor* f = factors; f < factors + count; ++f) {
-#pragma omp for schedule(static) collapse(2) nowait
+#pragma omp for schedule(dynamic) collapse(2) nowait
             for (int64_t block = 0; block < f->at.ranks; block += LANES)
                 for (int64_t d = 0; d < width; d += LANES)
                     pack_rows_of(f->A, f->rank, width, width, block, d, 1.0f, down + f->at.first_rank * width);
             if (!up) continue;
-#pragma omp for schedule(static) collapse(2) nowait
+#pragma omp for schedule(dynamic) collapse(2) nowait
             for (int64_t block = 0; block < f->at.columns; block += LANES)
                 for (int64_t d = 0; d < f->at.ranks; d += LANES)
                     pack_rows_of(f->B, f->at.columns, f->rank, f->at.ranks, block, d, f->scale, up + f->at.offset);

@@ -126,33 +126,34 @@ class Factors:
 
     def down(self, x: Tensor) -> tuple[Tensor, LowRank | None]:
         """(h, h B^T to be added), h = x A^T: (n, ranks). The sum is None where every scaling is 0."""
-        h = x.new_empty(len(x), self.spans.ranks)
-        down = x.new_empty(self.spans.ranks * self.width)
+        n, ranks = x.shape[0], self.spans.ranks
+        h = x.new_empty(n, ranks)
         up = None if self.is_silent else x.new_empty(self.spans.cells)
         _function("update_down")(
-            *(*self.head, x.data_ptr(), x.stride(0), len(x), down.data_ptr()),
+            *(*self.head, x.data_ptr(), x.stride(0), n, workspace.scratch("down", 2 * ranks * self.width)),
             *(None if up is None else up.data_ptr(), h.data_ptr()),
         )
         return h, None if up is None else LowRank(h, up, self.spans)
 
     def down_backward(self, g: Tensor) -> tuple[Tensor, LowRank]:
         """(gh, gh A to be added), gh = g B: (n, ranks)."""
-        gh = g.new_empty(len(g), self.spans.ranks)
-        down, up = g.new_empty(self.spans.cells), g.new_empty(self.spans.ranks * self.width)
+        n, ranks = g.shape[0], self.spans.ranks
+        gh, up = g.new_empty(n, ranks), g.new_empty(ranks * self.width)
+        down = workspace.scratch("down", 2 * self.spans.cells)
         _function("update_down_backward")(
-            *(*self.head, g.data_ptr(), g.stride(0), len(g), down.data_ptr(), up.data_ptr(), gh.data_ptr())
+            *(*self.head, g.data_ptr(), g.stride(0), n, down, up.data_ptr(), gh.data_ptr())
         )
-        return gh, LowRank(gh, up, _whole(self.width, self.spans.ranks))
+        return gh, LowRank(gh, up, _whole(self.width, ranks))
 
     def gradients(self, x: Tensor, h: Tensor, g: Tensor, gh: Tensor) -> list[Tensor]:
         """Those of the factors, float32."""
-        n = len(x)
+        n = x.shape[0]
         found = [torch.empty_like(t) for t in self.tensors]
-        pairs = x.new_empty(2 * (n + 1) * self.spans.ranks)
+        pairs = workspace.scratch("pairs", 4 * (n + 1) * self.spans.ranks)
         pointers = (c_void_p * len(found))(*[t.data_ptr() for t in found])
         _function("update_gradients")(
             *(*self.head, x.data_ptr(), x.stride(0), h.data_ptr(), g.data_ptr(), g.stride(0), gh.data_ptr(), n),
-            *(pairs.data_ptr(), ctypes.addressof(pointers)),
+            *(pairs, ctypes.addressof(pointers)),
         )
         return found
 
@@ -187,6 +188,9 @@ def int8_operand(W: Tensor, transposed: bool, smooth: Tensor | None = None) -> I
     panels = -(-columns // PANEL)
     packed = workspace.lasting(W, panels * PANEL * depth, dtype=torch.uint8)
     scales = workspace.lasting(W, panels * PANEL, dtype=torch.float32)
+    if columns % PANEL:  # what fills up the last panel
+        packed[(panels - 1) * PANEL * depth :] = 0
+        scales[columns:] = 0
     if transposed:
         _function("pack_columns")(W.data_ptr(), packed.data_ptr(), scales.data_ptr(), out, width)
         return Int8Operand(packed, scales, columns, None)
@@ -203,8 +207,6 @@ def int8_product(x: Tensor, operand: Int8Operand, update: LowRank | None) -> Ten
     x = _rows(x)
     n, depth = x.shape
     y = workspace.rows(x, n, operand.columns)
-    q = workspace.rows(x, n, depth, dtype=torch.int8)
-    scales, offsets = x.new_empty(n, dtype=torch.float32), x.new_empty(n, dtype=torch.int32)
     low_rank = (None, 0, None, None, 0)
     if update is not None:
         parts = update.spans
@@ -214,7 +216,8 @@ def int8_product(x: Tensor, operand: Int8Operand, update: LowRank | None) -> Ten
         )
     _function("int8_product")(
         *(x.data_ptr(), x.stride(0), None if operand.smooth is None else operand.smooth.data_ptr()),
-        *(q.data_ptr(), scales.data_ptr(), offsets.data_ptr(), n, depth),
+        *(workspace.scratch("q", n * depth), workspace.scratch("scales", 4 * n), workspace.scratch("offsets", 4 * n)),
+        *(n, depth),
         *(operand.packed.data_ptr(), operand.scales.data_ptr(), operand.columns),
         *(*low_rank, y.data_ptr(), y.stride(0)),
     )

@@ -72,8 +72,10 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: RowTable, scale: 
     return _Shape(*sizes, *(x.stride(0) for x in (q, k, v, out)), scale)
 
 
-def _operand(x: Tensor, tokens: int) -> Tensor:
-    return x.new_empty(tokens * x.shape[1] * x.shape[2])
+def _operands(tokens: int, *given: Tensor) -> list[int]:
+    """Addresses of what keys and values are laid out in for the products, while a call lasts."""
+    sizes = [2 * tokens * x.shape[1] * x.shape[2] for x in given]
+    return [workspace.scratch(f"operand{number}", size) for number, size in enumerate(sizes)]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rows: RowTable, scale: float, window: int) -> tuple[Tensor, Tensor]:
@@ -83,15 +85,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rows: RowTable, scale: float, windo
     for all.
     """
     q, k, v = map(_by_token, (q, k, v))
-    out = workspace.rows(q, len(q), q.shape[1], v.shape[2])
-    log_sum = torch.zeros(len(q), q.shape[1])
+    out = workspace.rows(q, q.shape[0], q.shape[1], v.shape[2])
+    log_sum = torch.zeros(q.shape[:2])
     shape = _shape(q, k, v, out, rows, scale, window)
     _clear_the_rest(rows, out)
     tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.array.ctypes.data)
-    keys, values = _operand(k, tokens), _operand(v, tokens)
     _function("attention_forward")(
         *(ctypes.addressof(shape), rows.array.ctypes.data),
-        *(x.data_ptr() for x in (q, k, v, keys, values, out, log_sum)),
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), *_operands(tokens, k, v), out.data_ptr(), log_sum.data_ptr()),
     )
     return out, log_sum
 
@@ -112,10 +113,10 @@ def backward(
     shape = _shape(q, k, v, g_out, rows, scale, window)
     _clear_the_rest(rows, gq, gk, gv)
     tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.array.ctypes.data)
-    operands = _operand(k, tokens), _operand(k, tokens), _operand(v, tokens)
     _function("attention_backward")(
         *(ctypes.addressof(shape), rows.array.ctypes.data),
-        *(x.data_ptr() for x in (q, k, v, g_out, log_sum, *operands, gq, gk, gv)),
+        *(x.data_ptr() for x in (q, k, v, g_out, log_sum)),
+        *(*_operands(tokens, k, k, v), gq.data_ptr(), gk.data_ptr(), gv.data_ptr()),
     )
     return gq, gk, gv
 
@@ -123,5 +124,5 @@ def backward(
 def _clear_the_rest(rows: RowTable, *tensors: Tensor) -> None:
     """Tokens of no row stand behind all rows; nothing is written to them."""
     for x in tensors:
-        if rows.end < len(x):
+        if rows.end < x.shape[0]:
             x[rows.end :] = 0
