@@ -152,6 +152,20 @@ def test_force_starts_what_the_plan_refuses(inputs: dict[str, Any], tmp_path: Pa
     assert result["predicted_peak_bytes"] > 1 << 20
 
 
+def test_a_resumed_run_keeps_its_split_and_is_refused_where_that_does_not_fit(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**inputs, "output": str(tmp_path / "run"), "epochs": 2, "save_every": 1}
+    whole, _ = run(settings)
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    _drop_after(tmp_path / "run", whole["steps"] - 1)
+    peak = whole["predicted_peak_bytes"]
+    with pytest.raises(DoesNotFitError, match=r"begun with 1,024 tokens at a time.*of --memory.*--force"):
+        run({**settings, "memory": f"{peak / 2e6:.1f}MB"}, resume=True)
+    run({**settings, "memory": f"{peak * 1.1 / 1e6:.1f}MB"}, resume=True)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
 def test_the_metrics_hold_one_line_a_step_also_after_a_resume(inputs: dict[str, Any], tmp_path: Path) -> None:
     settings = {**inputs, "output": str(tmp_path / "run"), "epochs": 2, "eval": "20%", "save_every": 1}
     run(settings)

@@ -33,6 +33,7 @@ from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine, memory
 from lorafit.rundir import RunDir
+from lorafit.slabs import SLABS
 from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
@@ -77,6 +78,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             _check_same_run(earlier.identity, identity, console)
         _print_config(config, source, chosen, console)
 
+        SLABS.reserve(memory.reserved_bytes(inputs.spec, chosen["precision"]))
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
         encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
         rows = list(encoded.encoded)
@@ -183,9 +185,9 @@ def _plan(
 ) -> memory.MemoryEstimate:
     """The predicted peak, shown; into `chosen`, how steps are split to stay below the limit. Raises DoesNotFitError."""
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
-    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force)
-    chosen.setdefault("micro_tokens", split.micro_tokens)
-    chosen.setdefault("recompute", split.recompute)
+    begun = Split(chosen["micro_tokens"], chosen["recompute"]) if "micro_tokens" in chosen else None
+    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun)
+    chosen |= {"micro_tokens": split.micro_tokens, "recompute": split.recompute}
     console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
     if chosen["micro_tokens"] < config.micro_tokens:
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)

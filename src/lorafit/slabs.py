@@ -7,9 +7,11 @@ released weight leaves is given to the next tensor, and goes back to the system 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import sys
+import threading
 from bisect import insort
 from collections import deque
 from contextlib import suppress
@@ -23,6 +25,9 @@ SLAB_BYTES = 64 << 20
 ALIGNMENT = 64
 # What is smaller fits between others on the heap.
 SMALLEST_MAPPED = 64 << 10
+# Linux since 5.14; Python's mmap does not know it, and would keep the interpreter waiting.
+MADV_POPULATE_WRITE = 23
+FILLED_AT_ONCE = 8 << 20
 Extent = tuple[int, int]  # where it begins, where it ends
 
 
@@ -75,6 +80,7 @@ class Slabs:
     def __init__(self) -> None:
         self._slabs: list[_Slab] = []
         self._returned: deque[tuple[_Slab, Extent]] = deque()
+        self._filling: threading.Thread | None = None
 
     def take(self, size: int) -> Piece:
         """Uninitialised memory of `size` bytes."""
@@ -99,8 +105,21 @@ class Slabs:
         piece.slab, piece.extent, piece.returned = slab, (begin, begin + wanted), self._returned
         return piece
 
+    def reserve(self, size: int) -> None:
+        """Have the system find and clear memory for `size` bytes on a core that idles, while the caller goes on.
+
+        On a virtual machine, new memory costs up to 2 s/GB. Where this can't be done nothing is.
+        """
+        slab = _new_slab(max(1, size))
+        self._slabs.append(slab)
+        self._filling = threading.Thread(target=_fill, args=(slab.memory,), daemon=True)
+        self._filling.start()
+
     def release(self) -> None:
         """Hand back what is free to the system; whoever needs it next pays for it with page faults."""
+        if self._filling is not None:
+            self._filling.join()  # or it would fetch again what goes back
+            self._filling = None
         self._collect()
         self._slabs = [slab for slab in self._slabs if not slab.is_free()]
         for slab in self._slabs:
@@ -121,6 +140,18 @@ def _new_slab(size: int) -> _Slab:
     with suppress(OSError, AttributeError):  # fewer page faults, where the system has huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return _Slab(memory, [(0, size)])
+
+
+def _fill(memory: mmap.mmap) -> None:
+    """Make the pages of mapped memory exist, without changing what is written to them in the meantime."""
+    cells = np.frombuffer(memory, np.uint8)
+    with suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        for first in range(0, len(cells), FILLED_AT_ONCE):
+            size = min(FILLED_AT_ONCE, len(cells) - first)
+            if madvise(cells.ctypes.data + first, size, MADV_POPULATE_WRITE):
+                return
 
 
 SLABS = Slabs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import threading
 from collections.abc import Iterator
@@ -128,6 +129,25 @@ def test_release_hands_free_pages_back_to_the_system_and_keeps_what_lives() -> N
     own.release()
     assert before - rss_bytes() > 30 << 20
     assert (kept == 7).all()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, platform.release().split(".")[:2])) < (5, 14),
+    reason="Linux fetches pages ahead since 5.14",
+)
+def test_reserved_memory_is_there_before_it_is_written_to_and_is_what_is_taken_next() -> None:
+    own = slabs.Slabs()
+    before = rss_bytes()
+    own.reserve(40 << 20)
+    first = own.take(10 << 20)
+    first[:] = 5
+    assert own._filling is not None
+    own._filling.join()
+    assert rss_bytes() - before > 36 << 20
+    assert (first == 5).all()
+    assert own.take(10 << 20).ctypes.data == first.ctypes.data + (10 << 20)
+    own.release()
+    assert rss_bytes() - before < 16 << 20
 
 
 def test_scratch_is_kept_until_more_is_asked_for() -> None:

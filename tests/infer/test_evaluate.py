@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from lorafit.data.formats import read_examples
 from lorafit.data.load import Row
@@ -151,7 +152,12 @@ def test_answers_have_room_for_the_longest_reply_and_16_tokens(learned: Learned)
 
 def test_batch_size_rows_answer_together(learned: Learned) -> None:
     rows: list[int] = []
-    hook = learned.model.model.embed_tokens.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+
+    def count(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if args[0].shape[1] == 1:  # a token is added to each answer
+            rows.append(len(args[0]))
+
+    hook = learned.model.model.embed_tokens.register_forward_hook(count)
     try:
         for batch_size in (1, 2, 5):
             rows.clear()

@@ -34,7 +34,7 @@ class Probe:
         self.logits = self._watched()
 
     def _watched(self) -> Tensor:
-        """Logits of the rows, (2, PROBE_ROW, vocabulary), with what the output head and the linear layers were given."""
+        """Logits, (2, PROBE_ROW, vocabulary), with what the output head and the linear layers were given on the way."""
         handles = [
             module.register_forward_pre_hook(lambda module, arguments: self.linear_calls.append((module, arguments[0])))
             for module in _linears(self.model)
@@ -94,6 +94,7 @@ class Probe:
                 groups.append([module])
             previous = x
         return groups
+
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -40,30 +40,57 @@ class Split:
 
 
 def fit_to_memory(
-    spec: ModelSpec, config: TrainConfig, precision: str, rows: list[Encoded], limit: int, force: bool
+    spec: ModelSpec,
+    config: TrainConfig,
+    precision: str,
+    rows: list[Encoded],
+    limit: int,
+    force: bool,
+    begun: Split | None = None,
 ) -> tuple[Split, memory.MemoryEstimate]:
     """The fastest split that is predicted to stay below `limit` bytes, and that prediction.
 
-    Smaller micro-batches come first, then recomputation, which costs a third of the step. Raises DoesNotFitError where
-    nothing fits, unless force: then what needs least.
+    Smaller micro-batches come first, then recomputation, which costs a third of the step. begun: the split of the run
+    that is resumed, the only one that gives the same numbers. Raises DoesNotFitError where nothing fits, unless force:
+    then what needs least.
     """
-    sizes = [config.micro_tokens]
-    while sizes[-1] // 2 >= LEAST_MICRO_TOKENS:
-        sizes.append(sizes[-1] // 2)
+
+    def predicted(split: Split) -> memory.MemoryEstimate:
+        tokens, supervised = _largest(rows, config, split.micro_tokens)
+        return memory.estimate(spec, config, precision, tokens, supervised, split.recompute)
+
     tried = []
-    for recompute in (False, True):
-        for size in sizes:
-            tokens, supervised = _largest(rows, config, size)
-            estimate = memory.estimate(spec, config, precision, tokens, supervised, recompute)
-            if estimate.peak_bytes <= MARGIN * limit:
-                return Split(size, recompute), estimate
-            tried.append((Split(size, recompute), estimate))
+    for split in [begun] if begun else _splits(config.micro_tokens):
+        estimate = predicted(split)
+        if estimate.peak_bytes <= MARGIN * limit:
+            return split, estimate
+        tried.append((split, estimate))
     least = min(tried, key=lambda pair: pair[1].peak_bytes)
     if force:
         return least
-    raise DoesNotFitError(
-        f"this run is predicted to need {format_bytes(least[1].peak_bytes)} at the least, above the "
-        f"{format_bytes(limit)} " + ("of --memory" if config.memory else "that this machine has free"),
+    raise _does_not_fit(config, least[1], limit, begun)
+
+
+def _splits(micro_tokens: int) -> list[Split]:
+    """The fastest first."""
+    sizes = [micro_tokens]
+    while sizes[-1] // 2 >= LEAST_MICRO_TOKENS:
+        sizes.append(sizes[-1] // 2)
+    return [Split(size, recompute) for recompute in (False, True) for size in sizes]
+
+
+def _does_not_fit(
+    config: TrainConfig, least: memory.MemoryEstimate, limit: int, begun: Split | None
+) -> DoesNotFitError:
+    above = f"above the {format_bytes(limit)} " + ("of --memory" if config.memory else "that this machine has free")
+    needs = f"is predicted to need {format_bytes(least.peak_bytes)}"
+    if begun:
+        return DoesNotFitError(
+            f"this run was begun with {format_count(begun.micro_tokens)} tokens at a time, which {needs}, {above}",
+            "Give it more memory, go on anyway with --force, or begin anew in another directory",
+        )
+    return DoesNotFitError(
+        f"this run {needs} at the least, {above}",
         "Lower --seq-len or --r, use --precision bf16, or try it anyway with --force",
     )
 
