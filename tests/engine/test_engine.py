@@ -20,6 +20,7 @@ from lorafit.data.pack import micro_batches, read_tokens
 from lorafit.engine import engine as engine_module
 from lorafit.engine import groups as groups_module
 from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.kernels.products import has_low_rank
 from lorafit.engine.layers import decoder_layers, untouched_layers
 from lorafit.engine.product import Dense, Int8, PackedInt8
 from lorafit.engine.tally import TALLY
@@ -389,6 +390,44 @@ def test_released_weights_take_no_memory_and_change_no_gradient(dtype: torch.dty
     assert weight.shape == (32, 48) and weight.untyped_storage().nbytes() <= 4
     with pytest.raises(ModelError, match="released"):
         engine.close()
+
+
+FUSED = {**LLAMA, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # heads that the row kernel takes
+
+
+@pytest.mark.skipif(not has_low_rank(), reason="attention row by row needs AVX-512 BF16")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
+@pytest.mark.parametrize(
+    ("name", "more", "fused"),
+    [
+        ("llama", {}, True),
+        ("qwen2", {}, True),
+        ("mistral", {"sliding_window": 5}, True),
+        ("gemma", {}, True),
+        ("qwen3", {}, False),  # norms of queries and keys
+        ("granite", {"residual_multiplier": 0.5}, False),
+        ("phi3", {}, False),
+    ],
+)
+def test_a_layer_as_one_function_gives_the_same_bits(
+    name: str, more: dict[str, Any], fused: bool, targets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model, _, packed = ARCHITECTURES[name]
+    monkeypatch.setitem(ARCHITECTURES, name, (config, model, {**FUSED, **more}, packed))
+    if name == "phi3":
+        targets = "all-linear"  # its linear layers have other names
+    found = []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(engine_module, "_fuse_layers", lambda engine, probe: None)
+        engine = prepare(adapted(build(name, torch.bfloat16), targets=targets), share_prefix=True)
+        layers = decoder_layers(engine.model)[1]
+        assert (fused and not apart) == all("forward" in layer.__dict__ for layer in layers)
+        before = TALLY.flop
+        found.append((*gradients(engine, rows(), [range(6)]), TALLY.flop - before))
+    (loss, own, flop), (expected_loss, expected, expected_flop) = found
+    assert (loss, flop, own.keys()) == (expected_loss, expected_flop, expected.keys())
+    assert all(torch.equal(own[key], expected[key]) for key in expected)
 
 
 def test_bf16_gradients_stay_within_the_rounding_of_its_storage() -> None:

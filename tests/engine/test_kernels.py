@@ -57,6 +57,29 @@ def test_rotary_takes_rows_that_are_apart(dtype: torch.dtype, inverse: bool, n: 
     assert_close(plain.rotary(x, cosine, sine, inverse), native.rotary(x, cosine, sine, inverse))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotary_in_place_turns_some_heads_of_each_row(dtype: torch.dtype, inverse: bool) -> None:
+    whole, cosine, sine = (random(5, width, dtype=dtype, seed=width) for width in (48, 8, 8))
+    expected = plain.rotary(whole[:, :32].view(5, 4, 8), cosine, sine, inverse)
+    rest = whole[:, 32:].clone()
+    native.rotary_(whole[:, :32].view(5, 4, 8), cosine, sine, inverse)
+    assert_close(expected, whole[:, :32].view(5, 4, 8))
+    assert torch.equal(rest, whole[:, 32:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_adds_what_goes_past_it_before_and_its_gradient_after(dtype: torch.dtype) -> None:
+    x, more, gy = (random(7, 40, dtype=dtype, seed=seed) for seed in range(3))
+    weight = torch.rand(40) + 0.5
+    summed = x + more
+    expected, inverse = native.rms_norm(summed, weight, 1e-5, True)
+    assert all(map(torch.equal, (expected, inverse), native.rms_norm(x, weight, 1e-5, True, more)))
+    assert torch.equal(summed, x)
+    back = native.rms_norm_backward(gy, summed, weight, inverse)
+    assert torch.equal(back + more, native.rms_norm_backward(gy, summed, weight, inverse, more))
+
+
 def test_inverse_rotary_is_the_transpose() -> None:
     x, g = random(4, 2, 8, dtype=torch.float32), random(4, 2, 8, dtype=torch.float32, seed=3)
     cosine, sine = random(4, 8, dtype=torch.float32, seed=1), random(4, 8, dtype=torch.float32, seed=2)

@@ -79,6 +79,11 @@ def _no_mask(*arguments: Any, **more: Any) -> None:
     return None
 
 
+def rows_in_force() -> RowTable | None:
+    """The rows of the batch that is running, where it is packed and the kernel of rows can take it."""
+    return _rows(_layout) if _layout is not None else None
+
+
 def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
@@ -135,17 +140,17 @@ class _RowAttention(torch.autograd.Function):
         # v is a view of one matrix with q and k as they were before they were rotated; a copy lets go of those.
         ctx.save_for_backward(q, k, workspace.rows(v, *v.shape).copy_(v), log_sum)
         ctx.rows, ctx.scale, ctx.window = rows, scale, window
-        TALLY.add(_flop(q, v, rows))
+        TALLY.add(row_flop(q, v, rows))
         return out
 
     @staticmethod
     def backward(ctx: Any, g_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_sum = ctx.saved_tensors
-        TALLY.add(2 * _flop(q, v, ctx.rows))
+        TALLY.add(2 * row_flop(q, v, ctx.rows))
         return *row_kernels.backward(q, k, v, g_out, log_sum, ctx.rows, ctx.scale, ctx.window), None, None, None
 
 
-def _flop(q: Tensor, v: Tensor, rows: RowTable) -> int:
+def row_flop(q: Tensor, v: Tensor, rows: RowTable) -> int:
     """Of the two products of the forward pass."""
     return 2 * q.shape[1] * rows.pairs * (q.shape[2] + v.shape[2])
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.engine import attention, loss, workspace
+from lorafit.engine import attention, decoder, loss, workspace
 from lorafit.engine.batch import Batch, Bucket, Packing
 from lorafit.engine.groups import Group, Int8Error, calibrate, make_group
 from lorafit.engine.layers import Features, decoder_layers, recompute, untouched_layers
@@ -211,9 +211,32 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
         engine.notes.append(f"rows are padded: {reason}")
     names = {module: name for name, module in model.named_modules()}
     engine.groups = [make_group(group, [names[m] for m in group], engine.patches) for group in linear_groups]
+    if reason is None:
+        with _without_dropout(model):
+            _fuse_layers(engine, probe)
     workspace.return_free_memory()
     engine.prepare_s = time.perf_counter() - started
     return engine
+
+
+def _fuse_layers(engine: Engine, probe: Probe) -> None:
+    """Let every decoder layer be one function, where that gives the same bits for the probe's rows.
+
+    Of layers that are built alike one is tried. The window of its attention is what the layer asks for: rows as short
+    as the probe's cannot show it.
+    """
+    like, windows = next(engine.model.parameters()), dict[object, int | None]()
+    for layer, (arguments, named) in probe.layer_calls.items():
+        parts = decoder.parts_of(layer, engine.groups, engine.patches)
+        if parts is None or not decoder.served(like, parts):
+            continue
+        alike = decoder.signature(layer)
+        with engine._running(probe.packed):
+            if alike not in windows:
+                windows[alike] = decoder.window_of(layer, parts, arguments, named)
+        window = windows[alike]
+        if window is not None:
+            engine.patches.set(layer, decoder.forward_of(layer, dataclasses.replace(parts, window=window)))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,51 @@ class FrozenLinears:
         self._update = (key, made) if isinstance(made, PackedUpdate) and made.reads(factors) else None
         return made
 
+    def run(self, x: Tensor, factors: Sequence[Tensor]) -> Forward:
+        """All outputs side by side. x: (n, in). factors: of the adapted layers, A, B in turn."""
+        update, h, addend = None, None, None
+        if factors:
+            update = self.update(factors, x)
+            h, addend = update.forward(x)
+            TALLY.add(2 * x.shape[0] * sum(factor.numel() for factor in factors))
+        y = self.product.forward(x, addend)
+        TALLY.add(2 * x.shape[0] * x.shape[1] * y.shape[1])
+        if self.bias is not None:
+            y += self.bias
+        return Forward(y, h, update)
+
+    def back(
+        self, g: Tensor, x: Callable[[], Tensor], h: Tensor | None, update: Update | PackedUpdate | None, wants_gx: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(gradient of x, gradients of the factors). g: of all outputs, (n, sum of outs). x: what `run` was given."""
+        gh, addend = update.backward(g) if update is not None else (None, None)
+        gx = None
+        if wants_gx:
+            gx = self.product.backward(g, addend)
+            TALLY.add(2 * gx.numel() * g.shape[1])
+        if update is None or gh is None or h is None:
+            return gx, []
+        gradients = update.gradients(x(), h, g, gh)
+        TALLY.add(2 * g.shape[0] * sum(gradient.numel() for gradient in gradients) * 2)
+        return gx, gradients
+
+    def factors_now(self) -> list[Tensor]:
+        """Those of the adapted layers, A, B in turn."""
+        return [t for f in self.factors if f is not None for t in (f.A(), f.B())]
+
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        tensors = [t for f in self.factors if f is not None for t in (f.A(), f.B())]
         flat = x.reshape(-1, x.shape[-1])
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        outputs: tuple[Tensor, ...] = _Apply.apply(flat, self, recipe_of(x), *tensors)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _Apply.apply(flat, self, recipe_of(x), *self.factors_now())  # type: ignore[no-untyped-call]
         return outputs
+
+
+class Forward(NamedTuple):
+    """What `FrozenLinears.run` gives: y (n, sum of outs), h = x A^T and the update, None where nothing is adapted."""
+
+    y: Tensor
+    h: Tensor | None
+    update: Update | PackedUpdate | None
 
 
 class _Apply(torch.autograd.Function):
@@ -88,16 +127,8 @@ class _Apply(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, group: FrozenLinears, recipe: Recipe | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        update, h, addend = None, None, None
-        if factors:
-            update = group.update(factors, x)
-            h, addend = update.forward(x)
-            TALLY.add(2 * x.shape[0] * sum(factor.numel() for factor in factors))
-        y = group.product.forward(x, addend)
-        TALLY.add(2 * x.shape[0] * x.shape[1] * y.shape[1])
-        if group.bias is not None:
-            y += group.bias
-        ctx.group, ctx.update, ctx.factors = group, update, sum(factor.numel() for factor in factors)
+        y, h, update = group.run(x, factors)
+        ctx.group, ctx.update = group, update
         # What x is made from, by `again`, is kept anyway.
         ctx.again = recipe.function if recipe else _as_it_is
         kept = recipe.tensors if recipe else (x,)
@@ -109,20 +140,12 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
-        group: FrozenLinears = ctx.group
         update: Update | PackedUpdate | None = ctx.update
         ctx.update = None  # autograd lets go of saved tensors by itself, of this it does not
-        g = _side_by_side(gradients, group.outs)
-        gh, addend = update.backward(g) if update is not None else (None, None)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = group.product.backward(g, addend)
-            TALLY.add(2 * gx.numel() * g.shape[1])
-        if update is None or gh is None:
-            return gx, None, None
-        TALLY.add(2 * g.shape[0] * ctx.factors * 2)
-        x, h = ctx.again(*saved[: ctx.inputs]), saved[ctx.inputs]
-        return gx, None, None, *update.gradients(x, h, g, gh)
+        g = _side_by_side(gradients, ctx.group.outs)
+        inputs, h = saved[: ctx.inputs], saved[ctx.inputs]
+        gx, own = ctx.group.back(g, lambda: ctx.again(*inputs), h, update, ctx.needs_input_grad[0])
+        return gx, None, None, *own
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ class Patches:
 
     def undo(self) -> None:
         """Give every module its own forward back."""
-        for module in self.modules:
-            del module.forward
+        for module in self.modules:  # some were set twice
+            module.__dict__.pop("forward", None)
         self.modules.clear()
         self.functions.clear()
 
@@ -79,6 +79,12 @@ def patch_norms(model: nn.Module, patches: Patches) -> None:
                 patches.set(module, forward)
 
 
+def norm_settings(module: nn.Module | None) -> dict[str, Any] | None:
+    """The weight, eps and round_first of a norm that `patch_norms` replaced; None for any other module."""
+    forward = getattr(module, "__dict__", {}).get("forward")
+    return dict(forward.keywords) if isinstance(forward, functools.partial) and forward.func is rms_norm else None
+
+
 def _norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
@@ -112,6 +118,13 @@ def patch_gated_mlps(model: nn.Module, patches: Patches) -> None:
         kind = kinds[type(module)]
         if kind is not None:
             patches.set(module, functools.partial(_gated_forward, module, kind))
+
+
+def gated_kind(module: nn.Module | None) -> int | None:
+    """The activation of a gated MLP that `patch_gated_mlps` replaced; None for any other module."""
+    forward = getattr(module, "__dict__", {}).get("forward")
+    is_ours = isinstance(forward, functools.partial) and forward.func is _gated_forward
+    return int(forward.args[1]) if isinstance(forward, functools.partial) and is_ours else None
 
 
 def _gated_forward(module: Any, kind: int, x: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.engine import attention, loss
 from lorafit.engine.batch import Batch, Bucket
+from lorafit.engine.layers import decoder_layers
 from lorafit.engine.linear import is_frozen
 from lorafit.lora.layer import LoRALayer
 
@@ -29,8 +31,11 @@ class Probe:
         ids = torch.randint(0, vocabulary, (2, PROBE_ROW), generator=torch.Generator().manual_seed(0)).to(device)
         ids[1, :PREFIX] = ids[0, :PREFIX]
         self.rows = ids
+        self.packed = _packed_rows(ids)
         self.head_calls: list[tuple[Tensor, Tensor]] = []
         self.linear_calls: list[tuple[nn.Module, Tensor]] = []
+        # What each decoder layer was given for `packed`.
+        self.layer_calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.logits = self._watched()
 
     def _watched(self) -> Tensor:
@@ -58,15 +63,24 @@ class Probe:
 
     def why_not_packed(self) -> str | None:
         """The reason why this model can't run rows one after the other, or None if it gives what rows alone give."""
-        batch = _packed_rows(self.rows)
+        batch = self.packed
         # What a few tokens can't show: masks that matter in longer rows only, and never reach an attention function.
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
         attention.windows.clear()
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda *call: self.layer_calls.update({call[0]: call[1:]}), with_kwargs=True
+            )
+            for layer in decoder_layers(self.model)[1]
+        ]
         try:
             with attention.packed(attention.configs_of(self.model), batch.layout or ()):
                 got = loss.run(self.model, batch).logits[0]
         except REFUSALS as error:
             return f"{type(self.model).__name__} does not take packed attention ({_first_line(error)})"
+        finally:
+            for handle in handles:
+                handle.remove()
         hidden_mask = getattr(config, "attention_chunk_size", None) or (
             getattr(config, "sliding_window", None) and not any(attention.windows)
         )

@@ -30,6 +30,7 @@ struct Shape {
     int64_t window;  // most keys that a query sees, itself included; 0: all
     int64_t rows;
     int64_t q_stride, k_stride, v_stride, out_stride;
+    int64_t gq_stride, gk_stride, gv_stride;
     float scale;
 
     int64_t group() const { return heads / kv_heads; }
@@ -328,7 +329,7 @@ void backward_tile(const Batch& batch, const Backward& b, const Chunk& chunk, in
     }
     weigh_tile(gradients, before(b.key_cells, s.dim), b.key_cells + batch.place(row, head, s.dim), tile,
                up16(at.length), s.dim, [&](int64_t r, int64_t c, __m512 sum) {
-                   narrow(b.gq + (at.start + token(r)) * s.heads * s.dim + which(r) * s.dim + c, sum);
+                   narrow(b.gq + (at.start + token(r)) * s.gq_stride + which(r) * s.dim + c, sum);
                });
 }
 
@@ -396,9 +397,9 @@ void write_gradients(const float* sums, int64_t length, int64_t dim, bf16* g, in
 void write_row(const Batch& batch, const Backward& b, int64_t row, int64_t head, const float* sums) {
     const Shape& s = batch.shape;
     const Row& at = batch.rows[row];
-    write_gradients(sums, at.length, s.dim, b.gk + (at.start * s.kv_heads + head) * s.dim, s.kv_heads * s.dim);
-    write_gradients(sums + at.length * s.dim, at.length, s.dim_v, b.gv + (at.start * s.kv_heads + head) * s.dim_v,
-                    s.kv_heads * s.dim_v);
+    write_gradients(sums, at.length, s.dim, b.gk + at.start * s.gk_stride + head * s.dim, s.gk_stride);
+    write_gradients(sums + at.length * s.dim, at.length, s.dim_v, b.gv + at.start * s.gv_stride + head * s.dim_v,
+                    s.gv_stride);
 }
 
 void backward_task(const Batch& batch, const Backward& b, const Task& task, int64_t head) {
@@ -513,7 +514,7 @@ EXPORT void attention_forward(const Shape* shape, const Row* rows, const bf16* q
     }
 }
 
-// gq, gk, gv: like q, k, v, contiguous; tokens of no row are left as they are. g_out: tokens out_stride apart.
+// gq, gk, gv: like q, k, v; tokens of no row are left as they are. g_out: tokens out_stride apart.
 // keys, key_cells, values: operands to work in.
 EXPORT void attention_backward(const Shape* shape, const Row* rows, const bf16* q, const bf16* k, const bf16* v,
                                const bf16* g_out, const float* log_sum, bf16* keys, bf16* key_cells, bf16* values,

@@ -59,16 +59,24 @@ inline float fast_exp(float x) {
 }
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
+template <typename T>
+inline void add_to(T* x, const T* more, int64_t width) {
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) store(x + j, load(x + j) + load(more + j));
+}
+
 // --- RMS norm -------------------------------------------------------------------------------------------------------
 
-// y = weight * x / rms(x); the normalised x is rounded to storage first, as the models' own code does.
+// y = weight * x / rms(x); the normalised x is rounded to storage first, as the models' own code does. more: added to x
+// before that, in its place, or null.
 template <typename T>
-void rms_norm(const T* x, const float* weight, T* y, float* inverse_rms, int64_t n, int64_t width, float eps,
+void rms_norm(T* x, const T* more, const float* weight, T* y, float* inverse_rms, int64_t n, int64_t width, float eps,
               int round_first) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
-        const T* row = x + i * width;
+        T* row = x + i * width;
         T* out = y + i * width;
+        if (more) add_to(row, more + i * width, width);
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < width; ++j) sum += load(row + j) * load(row + j);
@@ -84,10 +92,10 @@ void rms_norm(const T* x, const float* weight, T* y, float* inverse_rms, int64_t
     }
 }
 
-// gx = inverse_rms * (w gy - x^ mean(w gy x^)), x^ = x * inverse_rms
+// gx = inverse_rms * (w gy - x^ mean(w gy x^)), x^ = x * inverse_rms. more: added to that, or null.
 template <typename T>
-void rms_norm_backward(const T* gy, const T* x, const float* weight, const float* inverse_rms, T* gx, int64_t n,
-                       int64_t width) {
+void rms_norm_backward(const T* gy, const T* x, const float* weight, const float* inverse_rms, const T* more, T* gx,
+                       int64_t n, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
         const T *g = gy + i * width, *row = x + i * width;
@@ -100,23 +108,24 @@ void rms_norm_backward(const T* gy, const T* x, const float* weight, const float
 #pragma omp simd
         for (int64_t j = 0; j < width; ++j)
             store(out + j, inverse * (load(g + j) * weight[j] - load(row + j) * mean));
+        if (more) add_to(out, more + i * width, width);
     }
 }
 
 // --- rotary embedding -----------------------------------------------------------------------------------------------
 
 // Rotates pairs (j, j + dim/2) of every head. x: n rows of heads * dim, `stride` apart. cos, sin: (n, dim).
-// direction 1 rotates, -1 is its transpose. y: (n, heads, dim) contiguous.
+// direction 1 rotates, -1 is its transpose. y: like x, its rows y_stride apart; it may be x.
 template <typename T>
-void rotary(const T* x, int64_t stride, const T* cosine, const T* sine, T* y, int64_t n, int64_t heads, int64_t dim,
-            float direction) {
+void rotary(const T* x, int64_t stride, const T* cosine, const T* sine, T* y, int64_t y_stride, int64_t n,
+            int64_t heads, int64_t dim, float direction) {
     const int64_t half = dim / 2;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
         const T *c = cosine + i * dim, *s = sine + i * dim;
         for (int64_t h = 0; h < heads; ++h) {
             const T *a = x + i * stride + h * dim, *b = a + half;
-            T *out_a = y + (i * heads + h) * dim, *out_b = out_a + half;
+            T *out_a = y + i * y_stride + h * dim, *out_b = out_a + half;
             if (direction > 0) {
 #pragma omp simd
                 for (int64_t j = 0; j < half; ++j) {
@@ -449,16 +458,17 @@ void dequantize(const int32_t* sums, const float* rows, const float* columns, T*
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 #define INSTANTIATE(suffix, T)                                                                                         \
-    EXPORT void rms_norm_##suffix(const T* x, const float* w, T* y, float* r, int64_t n, int64_t d, float eps, int f) {\
-        rms_norm(x, w, y, r, n, d, eps, f);                                                                            \
+    EXPORT void rms_norm_##suffix(T* x, const T* m, const float* w, T* y, float* r, int64_t n, int64_t d, float eps,   \
+                                  int f) {                                                                             \
+        rms_norm(x, m, w, y, r, n, d, eps, f);                                                                         \
     }                                                                                                                  \
-    EXPORT void rms_norm_backward_##suffix(const T* gy, const T* x, const float* w, const float* r, T* gx, int64_t n,  \
-                                           int64_t d) {                                                                \
-        rms_norm_backward(gy, x, w, r, gx, n, d);                                                                      \
+    EXPORT void rms_norm_backward_##suffix(const T* gy, const T* x, const float* w, const float* r, const T* m, T* gx, \
+                                           int64_t n, int64_t d) {                                                     \
+        rms_norm_backward(gy, x, w, r, m, gx, n, d);                                                                   \
     }                                                                                                                  \
-    EXPORT void rotary_##suffix(const T* x, int64_t s, const T* cs, const T* sn, T* y, int64_t n, int64_t h,           \
-                                int64_t d, float direction) {                                                          \
-        rotary(x, s, cs, sn, y, n, h, d, direction);                                                                   \
+    EXPORT void rotary_##suffix(const T* x, int64_t s, const T* cs, const T* sn, T* y, int64_t ys, int64_t n,          \
+                                int64_t h, int64_t d, float direction) {                                               \
+        rotary(x, s, cs, sn, y, ys, n, h, d, direction);                                                               \
     }                                                                                                                  \
     EXPORT void gated_##suffix(const T* a, int64_t as, const T* b, int64_t bs, T* y, int64_t n, int64_t d, int kind) { \
         kind == SILU ? gated<T, SILU>(a, as, b, bs, y, n, d) : gated<T, GELU_TANH>(a, as, b, bs, y, n, d);             \

@@ -18,9 +18,9 @@ from lorafit.engine.kernels.products import LANES, has_low_rank
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 P, N, F, I = c_void_p, c_int64, c_float, c_int  # noqa: E741  # one letter each, as in a signature
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "rms_norm": (P, P, P, P, N, N, F, I),
-    "rms_norm_backward": (P, P, P, P, P, N, N),
-    "rotary": (P, N, P, P, P, N, N, N, F),
+    "rms_norm": (P, P, P, P, P, N, N, F, I),
+    "rms_norm_backward": (P, P, P, P, P, P, N, N),
+    "rotary": (P, N, P, P, P, N, N, N, N, F),
     "gated": (P, N, P, N, P, N, N, I),
     "gated_backward": (P, N, P, N, P, N, P, N, N, I),
     "gather_heads": (P, N, P, P, N, N, N),
@@ -61,34 +61,46 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or (x.shape[0] and x[0].is_contiguous()) else x.contiguous()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, round_first: bool, more: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `plain.rms_norm`."""
     x = x.contiguous()
     y, inverse = workspace.rows(x, *x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
     _function("rms_norm", x.dtype)(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr(), *x.shape, eps, round_first
+        *(x.data_ptr(), _pointer(more), weight.data_ptr(), y.data_ptr(), inverse.data_ptr(), *x.shape, eps, round_first)
     )
     return y, inverse
 
 
-def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, more: Tensor | None = None) -> Tensor:
     """See `plain.rms_norm_backward`."""
     gy, x = gy.contiguous(), x.contiguous()
     gx = workspace.rows(x, *x.shape)
     _function("rms_norm_backward", x.dtype)(
-        gy.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), gx.data_ptr(), *x.shape
+        *(gy.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), _pointer(more), gx.data_ptr(), *x.shape)
     )
     return gx
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
     """See `plain.rotary`."""
-    x, cosine, sine = _rows(x), cosine.contiguous(), sine.contiguous()
     y = workspace.rows(x, *x.shape)
-    _function("rotary", x.dtype)(
-        x.data_ptr(), x.stride(0), cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), *x.shape, -1.0 if inverse else 1.0
-    )
+    _rotate(_rows(x), cosine, sine, inverse, y)
     return y
+
+
+def rotary_(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> None:
+    """See `plain.rotary_`. The rows of x may be apart."""
+    _rotate(x, cosine, sine, inverse, x)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool, y: Tensor) -> None:
+    cosine, sine = cosine.contiguous(), sine.contiguous()
+    _function("rotary", x.dtype)(
+        *(x.data_ptr(), x.stride(0), cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), y.stride(0)),
+        *(*x.shape, -1.0 if inverse else 1.0),
+    )
 
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:

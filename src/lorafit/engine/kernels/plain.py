@@ -34,11 +34,16 @@ class Geometry:
     window: int
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, round_first: bool, more: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(y, inverse_rms): y = weight * x / rms(x). x: (n, width). weight: (width,) float32.
 
-    round_first: the normalised x is rounded to storage before it meets the weight. Source: Zhang, Sennrich 2019, eq. 4.
+    round_first: the normalised x is rounded to storage before it meets the weight. more: added to x before, in its
+    place, which must be contiguous then. Source: Zhang, Sennrich 2019, eq. 4.
     """
+    if more is not None:
+        x += more
     wide = x.float()
     inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)
     normal = wide * inverse[:, None]
@@ -47,11 +52,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[
     return (weight * normal).to(x.dtype), inverse
 
 
-def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of x, from that of y."""
+def rms_norm_backward(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, more: Tensor | None = None) -> Tensor:
+    """The gradient of x, from that of y. more: added to it."""
     g, wide = gy.float() * weight, x.float()
     mean = (g * wide).mean(-1, keepdim=True) * inverse[:, None] ** 2
-    return (inverse[:, None] * (g - wide * mean)).to(x.dtype)
+    gx = (inverse[:, None] * (g - wide * mean)).to(x.dtype)
+    return gx if more is None else gx + more
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
@@ -64,6 +70,11 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
         turned = wide * s
         return (wide * c + torch.cat(_swap(turned, -1), -1)).to(x.dtype)
     return (wide * c + torch.cat(_swap(wide, 1), -1) * s).to(x.dtype)
+
+
+def rotary_(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> None:
+    """The same, in the place of x."""
+    x.copy_(rotary(x, cosine, sine, inverse))
 
 
 def _swap(x: Tensor, direction: int) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("heads", "kv_heads", "dim", "dim_v", "window", "rows")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        *((name, c_int64) for name in ("gq_stride", "gk_stride", "gv_stride")),
         ("scale", c_float),
     ]
 
@@ -67,9 +68,15 @@ def _by_token(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: RowTable, scale: float, window: int) -> Any:
+def _shape(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: RowTable, scale: float, window: int, *gradients: Tensor
+) -> Any:
     sizes = q.shape[1], k.shape[1], q.shape[2], v.shape[2], window, len(rows.array)
-    return _Shape(*sizes, *(x.stride(0) for x in (q, k, v, out)), scale)
+    return _Shape(*sizes, *(x.stride(0) for x in (q, k, v, out)), *_strides(gradients), scale)
+
+
+def _strides(gradients: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(x.stride(0) for x in gradients) or (0, 0, 0)
 
 
 def _operands(tokens: int, *given: Tensor) -> list[int]:
@@ -106,11 +113,12 @@ def backward(
     rows: RowTable,
     scale: float,
     window: int,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, contiguous."""
+    """The gradients of q, k and v. into: where they are written; tokens may be apart. Else they are contiguous."""
     q, k, v, g_out = map(_by_token, (q, k, v, g_out))
-    gq, gk, gv = (workspace.rows(x, *x.shape) for x in (q, k, v))
-    shape = _shape(q, k, v, g_out, rows, scale, window)
+    gq, gk, gv = into or tuple(workspace.rows(x, *x.shape) for x in (q, k, v))
+    shape = _shape(q, k, v, g_out, rows, scale, window, gq, gk, gv)
     _clear_the_rest(rows, gq, gk, gv)
     tokens = _function("attention_tokens")(ctypes.addressof(shape), rows.array.ctypes.data)
     _function("attention_backward")(

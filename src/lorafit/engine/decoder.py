@@ -1,0 +1,254 @@
+"""A decoder layer as one autograd function, where it is built as most are: norm, attention, norm, gated MLP.
+
+Its operations are those that it is made of otherwise (`linear`, `elementwise`, `attention`), in the same order and so
+with the same bits. What is saved is what autograd costs for thirty small steps: a layer of a small model spends a tenth
+of its time there. It serves where attention goes row by row (`kernels.rows`), and only a layer that gave the same bits
+when it was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.engine import attention, kernels, workspace
+from lorafit.engine.groups import Group, is_whole
+from lorafit.engine.kernels import rows as row_kernels
+from lorafit.engine.kernels.rows import RowTable
+from lorafit.engine.linear import FrozenLinears
+from lorafit.engine.patch import ROTARY_FUNCTION, Patches, gated_kind, norm_settings
+from lorafit.engine.tally import TALLY
+from lorafit.lora.layer import LoRALayer
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+LINEARS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMS norm. weight: (hidden,) float32. See `kernels.plain.rms_norm`."""
+
+    weight: Tensor
+    eps: float
+    round_first: bool
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y, inverse rms). more: added to x before, in its place."""
+        return kernels.of(x).rms_norm(x, self.weight, self.eps, self.round_first, more)  # type: ignore[no-any-return]
+
+    def back(self, gy: Tensor, x: Tensor, inverse: Tensor, more: Tensor) -> Tensor:
+        """The gradient of x, and `more` added to it."""
+        return kernels.of(x).rms_norm_backward(gy, x, self.weight, inverse, more)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a layer is made of. heads, kv_heads: of queries and of keys; dim: of a head. kind: of the activation.
+
+    window: most keys that a query sees, 0 for all. adapted: the layers whose update is computed with them.
+    """
+
+    norms: tuple[Norm, Norm]
+    qkv: FrozenLinears
+    o: FrozenLinears
+    gate_up: FrozenLinears
+    down: FrozenLinears
+    adapted: tuple[LoRALayer, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    window: int
+    kind: int
+
+    @property
+    def groups(self) -> tuple[FrozenLinears, ...]:
+        """In the order in which they run."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as views of (n, sum of outs): (n, heads, dim) each."""
+        counts = self.heads, self.kv_heads, self.kv_heads
+        parts = torch.split(qkv, [count * self.dim for count in counts], dim=1)
+        q, k, v = (part.view(-1, count, self.dim) for part, count in zip(parts, counts, strict=True))
+        return q, k, v
+
+    def turn_(self, qkv: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> None:
+        """Rotary embedding of queries and keys where they lie."""
+        turned = self.heads + self.kv_heads
+        both = qkv[:, : turned * self.dim].view(-1, turned, self.dim)
+        kernels.of(qkv).rotary_(both, cosine, sine, inverse)
+
+
+def parts_of(layer: nn.Module, groups: Sequence[Group], patches: Patches) -> Parts | None:
+    """What the layer is made of, if it looks as usual and everything in it was replaced."""
+    attend, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    norms = [norm_settings(getattr(layer, name, None)) for name in NORMS]
+    kind = gated_kind(mlp)
+    places = zip((attend, attend, mlp, mlp), LINEARS, strict=True)
+    found = [_group([getattr(module, name, None) for name in names], groups) for module, names in places]
+    whole = [group for group in found if group is not None]
+    dim, scale = getattr(attend, "head_dim", None), getattr(attend, "scaling", None)
+    code = {module.__name__ for module, name, _ in patches.functions if name == ROTARY_FUNCTION}
+    if type(attend).__module__ not in code or not isinstance(dim, int) or not isinstance(scale, float):
+        return None
+    if kind is None or norms[0] is None or norms[1] is None or len(whole) < len(found):
+        return None
+    qkv, o, gate_up, down = (group.linears for group in whole)
+    return Parts(
+        norms=(Norm(**norms[0]), Norm(**norms[1])),
+        qkv=qkv, o=o, gate_up=gate_up, down=down,
+        adapted=tuple(m for group in whole for m in group.modules if isinstance(m, LoRALayer)),
+        heads=qkv.outs[0] // dim, kv_heads=qkv.outs[1] // dim, dim=dim, scale=scale, window=0, kind=kind,
+    )  # fmt: skip
+
+
+def _group(modules: list[Any], groups: Sequence[Group]) -> Group | None:
+    """The group of just these modules, whose update it computes too."""
+    found = next((group for group in groups if group.modules[0] is modules[0]), None) if modules[0] else None
+    if found is None or len(found.modules) != len(modules):
+        return None
+    same = all(own is given and is_whole(own) for own, given in zip(found.modules, modules, strict=True))
+    return found if same else None
+
+
+def served(x: Tensor, parts: Parts) -> bool:
+    """Whether attention over activations like x goes row by row."""
+    like = x.new_empty(0, 1, parts.dim)
+    return row_kernels.serve(like, like)
+
+
+def signature(layer: nn.Module) -> object:
+    """Equal for layers that are built alike: parts of the same classes, whose plain settings are the same."""
+    return tuple((type(part), repr(sorted(_settings(part).items()))) for part in (layer, *layer.children()))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = bool | int | float | str | None
+    return {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "layer_idx"}
+
+
+def window_of(layer: nn.Module, parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> int | None:
+    """The window that the layer's attention asks for, if the layer as one function gives the same bits; else None."""
+    attention.windows.clear()
+    expected = layer(*arguments, **named)
+    if not isinstance(expected, Tensor) or len(attention.windows) != 1:
+        return None
+    (window,) = attention.windows
+    got = forward_of(layer, replace(parts, window=window))(*arguments, **named)
+    return window if torch.equal(expected, got) else None
+
+
+def forward_of(layer: nn.Module, parts: Parts) -> Callable[..., Any]:
+    """A forward for the layer that is one function where it can be, and what it was before elsewhere."""
+    own = layer.forward
+
+    def forward(hidden_states: Tensor, *more: Any, **named: Any) -> Any:
+        rows, turn = attention.rows_in_force(), named.get("position_embeddings")
+        packed = rows is not None and hidden_states.shape[0] == 1 and turn is not None and not more
+        if not packed or named.get("past_key_values") is not None or any(m.merged for m in parts.adapted):
+            return own(hidden_states, *more, **named)
+        factors = [factor for group in parts.groups for factor in group.factors_now()]
+        return _Layer.apply(hidden_states, *turn, parts, rows, *factors)  # type: ignore[no-untyped-call, misc]
+
+    return forward
+
+
+def _by_group(parts: Parts, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """A and B of each adapted layer, in turn, for each group."""
+    counts = [2 * sum(f is not None for f in group.factors) for group in parts.groups]
+    firsts = [sum(counts[:number]) for number in range(len(counts))]
+    return [tensors[first : first + count] for first, count in zip(firsts, counts, strict=True)]
+
+
+class _Layer(torch.autograd.Function):
+    """x: (1, n, hidden). cosine, sine: (1, n, dim). Returns (1, n, hidden)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, parts: Parts, rows: RowTable, *factors: Tensor
+    ) -> Tensor:
+        own, run = _by_group(parts, factors), kernels.of(x)
+        x, cosine, sine = x[0].contiguous(), cosine[0], sine[0]
+        normal, inverse_1 = parts.norms[0].forward(x)
+        qkv = parts.qkv.run(normal, own[0])
+        parts.turn_(qkv.y, cosine, sine, inverse=False)
+        q, k, v = parts.heads_of(qkv.y)
+        seen, log_sum = row_kernels.forward(q, k, v, rows, parts.scale, parts.window)
+        TALLY.add(attention.row_flop(q, v, rows))
+        o = parts.o.run(seen.flatten(1), own[1])
+        middle = o.y
+        normal, inverse_2 = parts.norms[1].forward(middle, more=x)
+        gate_up = parts.gate_up.run(normal, own[2])
+        down = parts.down.run(run.gated(*torch.split(gate_up.y, parts.gate_up.outs, dim=1), parts.kind), own[3])
+        ctx.parts, ctx.rows = parts, rows
+        ctx.updates = qkv.update, o.update, gate_up.update, down.update
+        ctx.save_for_backward(
+            x, cosine, sine, inverse_1, qkv.y, seen, log_sum, middle, inverse_2, gate_up.y,
+            qkv.h, o.h, gate_up.h, down.h, *factors,
+        )  # fmt: skip
+        return down.y.add_(middle)[None]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        parts: Parts = ctx.parts
+        updates, ctx.updates = ctx.updates, None  # autograd lets go of saved tensors by itself, of these it does not
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        x, cosine, sine, inverse_1, qkv, seen, log_sum, middle, inverse_2, gate_up, *hs = saved[:14]
+        run, normals = kernels.of(x), [norm.forward for norm in parts.norms]
+        # Nothing below the lowest group that is adapted has a gradient, unless the layer's input has one.
+        lowest = -1 if ctx.needs_input_grad[0] else next(n for n, update in enumerate(updates) if update is not None)
+        gx, found = None, _Found(parts)
+
+        g, halves = g[0].contiguous(), torch.split(gate_up, parts.gate_up.outs, dim=1)
+        back = found.back(3, g, lambda: run.gated(*halves, parts.kind), hs[3], updates[3], lowest)
+        if back is not None:
+            back = run.gated_backward(back, *halves, parts.kind)
+            back = found.back(2, back, lambda: normals[1](middle)[0], hs[2], updates[2], lowest)
+        if back is not None:
+            g = parts.norms[1].back(back, middle, inverse_2, g)
+            back = found.back(1, g, lambda: seen.flatten(1), hs[1], updates[1], lowest)
+        if back is not None:
+            g_qkv = workspace.rows(x, *qkv.shape)
+            at = parts.scale, parts.window, parts.heads_of(g_qkv)
+            row_kernels.backward(*parts.heads_of(qkv), back.view(seen.shape), log_sum, ctx.rows, *at)
+            TALLY.add(2 * attention.row_flop(seen, seen, ctx.rows))
+            parts.turn_(g_qkv, cosine, sine, inverse=True)
+            back = found.back(0, g_qkv, lambda: normals[0](x)[0], hs[0], updates[0], lowest)
+        if back is not None:
+            gx = parts.norms[0].back(back, x, inverse_1, g)[None]
+        return gx, None, None, None, None, *found.gradients()
+
+
+class _Found:
+    """The gradients of the factors, as the groups are gone through from the last to the first."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.by_group: dict[int, list[Tensor]] = {}
+
+    def back(
+        self,
+        number: int,
+        g: Tensor,
+        x: Callable[[], Tensor],
+        h: Tensor | None,
+        update: Any,
+        lowest: int,
+    ) -> Tensor | None:
+        """The gradient of what group `number` was given; None where nothing below wants it."""
+        gx, self.by_group[number] = self.parts.groups[number].back(g, x, h, update, number > lowest)
+        return gx
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of all factors in their order; None where none was wanted."""
+        counts = [2 * sum(f is not None for f in group.factors) for group in self.parts.groups]
+        return [g for n, count in enumerate(counts) for g in self.by_group.get(n) or _nothing(count)]
+
+
+def _nothing(count: int) -> list[Tensor | None]:
+    return [None] * count
