@@ -37,7 +37,7 @@ def test_lists_and_pairs_are_written_with_commas() -> None:
         ("--r: Input should be a valid integer", {"r": "many"}),
         ("--lr: Input should be a finite number", {"lr": "nan"}),
         ("--precision: Input should be 'auto', 'fp32', 'bf16' or 'int8', got 'int4'", {"precision": "int4"}),
-        ("--rank-pattern: expected PATTERN=NUMBER", {"rank_pattern": "q_proj"}),
+        ("--rank-pattern: expected NAME=VALUE", {"rank_pattern": "q_proj"}),
         ("--dropout: Input should be less than 1", {"dropout": "1"}),
     ],
 )

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from lorafit import __version__
-from lorafit.config import ChatConfig, EvalConfig, Frozen, MergeConfig, TrainConfig, build, read_toml
+from lorafit.config import ChatConfig, DataConfig, EvalConfig, Frozen, MergeConfig, TrainConfig, build, read_toml
 from lorafit.errors import LorafitError
 
 app = typer.Typer(
@@ -131,6 +131,26 @@ def train(
     from lorafit.run import Start, train
 
     result = train(resolved, source, Start(resume, force, PROCESS_STARTED_AT), _log())
+    if as_json:
+        _print_json(result)
+
+
+@app.command("data", rich_help_panel="Find, prove, train")
+@options_of(DataConfig, ("data",))
+def look_at_data(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Show what a model would really be trained on: masks in colour, lengths, duplicates, leaks, every bad row.
+
+    lorafit data messages.jsonl --model smollm2-135m
+
+    lorafit data train.csv --model smollm2-135m --rename question=prompt,answer=completion --against test.csv
+
+    lorafit data big.jsonl.gz --model smollm2-135m --skip-bad --html report.html
+    """
+    resolved, _ = build(DataConfig, {}, given)
+
+    from lorafit.look import look
+
+    result = look(resolved, _log(), None if as_json else Console())
     if as_json:
         _print_json(result)
 

@@ -29,13 +29,14 @@ def _comma_pairs(value: Any) -> Any:
         return value
     pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
     if any(not pattern.strip() for pattern, _, _ in pairs):
-        raise ValueError("expected PATTERN=NUMBER, several separated by commas")
+        raise ValueError("expected NAME=VALUE, several separated by commas")
     return {pattern.strip(): number.strip() for pattern, _, number in pairs}
 
 
 Patterns = Annotated[str | list[str], BeforeValidator(_comma_list)]
 PatternInts = Annotated[dict[str, int], BeforeValidator(_comma_pairs)]
 PatternFloats = Annotated[dict[str, float], BeforeValidator(_comma_pairs)]
+Names = Annotated[dict[str, str], BeforeValidator(_comma_pairs)]
 
 
 class Frozen(BaseModel):
@@ -88,19 +89,32 @@ class LoRAConfig(Frozen):
         return values
 
 
-class TrainConfig(LoRAConfig):
+class RowsConfig(Frozen):
+    """How rows are read and written out."""
+
+    format: str | None = None
+    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text. Default: known by their columns."""
+    rename: Names = Field(default_factory=dict)
+    """Columns under other names: question=prompt,answer=completion."""
+    template: str | None = None
+    """A file with a chat template in the place of the model's own, or chatml or alpaca for a model that has none."""
+    seq_len: int = Field(2048, ge=2)
+    """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""
+
+
+class TrainConfig(LoRAConfig, RowsConfig):
     """One training run."""
 
     model: str
     """A Hugging Face directory, a .gguf file, a hub id, or an installed model package (smollm2-135m)."""
     data: str
-    """A .jsonl file of rows: messages, prompt/completion or text."""
+    """Rows: a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file, a directory of such, or a hub id."""
     output: str
     """The run directory to write."""
     method: str = "lora"
     """What is trained: lora. More methods are to come."""
     eval: str | None = None
-    """Rows to evaluate on while training: a .jsonl file, or a share of DATA such as 10%."""
+    """Rows to evaluate on while training: as DATA, or a share of it such as 10%. Default: DATA's own valid file."""
     eval_every: int | None = Field(None, ge=1)
     """Evaluate every N steps. Default: at the end of each epoch."""
     patience: int | None = Field(None, ge=1)
@@ -113,8 +127,10 @@ class TrainConfig(LoRAConfig):
     """Rows per optimizer step."""
     micro_tokens: int = Field(1024, ge=1)
     """Most tokens of a forward pass: a step is split to stay below; the result is the same."""
-    seq_len: int = Field(2048, ge=2)
-    """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""
+    skip_bad: bool = False
+    """Leave out rows that cannot be used, and say how many. Off: the first one stops the run."""
+    loss_on: Literal["replies", "last", "all"] = "replies"
+    """Which tokens have a loss: every reply, the last reply of each row, or all tokens."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW. The default suits short runs at ranks to 16; take less for long ones."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -143,13 +159,13 @@ class TrainConfig(LoRAConfig):
     """Run Python code that comes with the model. Off: such a model is refused."""
 
 
-class EvalConfig(Frozen):
+class EvalConfig(RowsConfig):
     """One evaluation."""
 
     target: str
     """A run directory, or a model as for train."""
     data: str
-    """A .jsonl file of rows."""
+    """Rows, as for train; of a directory its test file."""
     adapter: str | None = None
     """An adapter directory in PEFT's format, on top of a model."""
     scale: float = 1.0
@@ -164,12 +180,31 @@ class EvalConfig(Frozen):
     """Let the model answer, for exact match; off: loss alone."""
     samples: int = Field(3, ge=0)
     """How many rows are shown: prompt, expected, got."""
-    seq_len: int = Field(2048, ge=2)
-    """Longest row in tokens, as in training."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class DataConfig(RowsConfig):
+    """One look at data."""
+
+    data: str
+    """Rows, as for train."""
+    model: str
+    """The model they are meant for: its tokenizer and chat template, as for train."""
+    against: str | None = None
+    """Rows that must not be among them, such as the test set."""
+    loss_on: Literal["replies", "last", "all"] = "replies"
+    """Which tokens have a loss, as in training."""
+    skip_bad: bool = False
+    """Count rows that cannot be used, instead of stopping at the first."""
+    samples: int = Field(2, ge=0)
+    """How many rows are shown in full, with what has a loss."""
+    html: str | None = None
+    """Write the whole report as a page to this file."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -5,11 +5,12 @@ config -> model spec -> rows -> plan -> model + adapter -> token ids and masks -
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from rich.console import Console
 
 from lorafit import files
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.formats import Chat, Example, read_examples, unused_columns
-from lorafit.data.load import Row, read_rows, split
-from lorafit.data.mask import Encoded, EncodedSet, encode_all
+from lorafit.data.encode import Data, Reading, encode_source
+from lorafit.data.load import Source, locate
+from lorafit.data.mask import EncodedSet
+from lorafit.data.progress import counting
+from lorafit.data.store import Encoded
+from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.errors import CheckpointError, ConfigError, did_you_mean, listed
@@ -80,8 +84,10 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
         SLABS.reserve(memory.reserved_bytes(inputs.spec, chosen["precision"]))
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
-        encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
-        rows = list(encoded.encoded)
+        if config.template:
+            use_template(loaded.tokenizer, config.template)
+        data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
+        rows = encoded.encoded
         estimate = _plan(config, inputs.spec, chosen, rows, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = method.attach(loaded.model, config)
@@ -104,7 +110,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
         run.clean()
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
-        result = _result(config, inputs, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
+        result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
+        result |= {"system": data.system, "rows_left_out": data.bad_rows, "left_out": list(data.bad)}
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     _print_result(run, result, console)
@@ -116,12 +123,11 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user named, read and hashed."""
+    """What the user named, found and hashed. held_out: a source of its own, or the share of rows that is held out."""
 
     spec: model_spec.ModelSpec
-    examples: list[Example]
-    held_out: list[Example]
-    unused_columns: dict[str, int]
+    train: Source
+    held_out: Source | float | None
     hashes: dict[str, str]
 
 
@@ -134,21 +140,19 @@ def _method(config: TrainConfig) -> Method:
 
 def _read_inputs(config: TrainConfig) -> Inputs:
     spec = model_spec.read(config.model)
-    rows = read_rows(Path(config.data))
-    hashes = {"model": model_spec.sha256(spec), "data": files.sha256(Path(config.data))}
-    held_out: list[Row] = []
+    located = locate(config.data)
+    train = located.train()
+    hashes = {"model": model_spec.sha256(spec), "data": train.digest()}
+    held_out: Source | float | None = located.held_out()
     if config.eval and config.eval.endswith("%"):
-        rows, held_out = split(rows, _share(config.eval), config.seed)
+        held_out = _share(config.eval)
     elif config.eval:
-        held_out = read_rows(Path(config.eval))
-        hashes["eval"] = files.sha256(Path(config.eval))
-    return Inputs(
-        spec=spec,
-        examples=read_examples(rows),
-        held_out=read_examples(held_out) if held_out else [],
-        unused_columns=unused_columns(rows),
-        hashes=hashes,
-    )
+        held_out = locate(config.eval).unseen()
+    if config.template:
+        hashes["template"] = hashlib.sha256(read_template(config.template).encode()).hexdigest()
+    if isinstance(held_out, Source):
+        hashes["eval"] = held_out.digest()
+    return Inputs(spec, train, held_out, hashes)
 
 
 def _share(text: str) -> float:
@@ -163,23 +167,37 @@ def _share(text: str) -> float:
 
 def _encode(
     config: TrainConfig, inputs: Inputs, tokenizer: Any, console: Console
-) -> tuple[EncodedSet, EncodedSet | None]:
-    encoded = encode_all(inputs.examples, tokenizer, config.seq_len)
-    console.print(f"train: {encoded.summary}", highlight=False)
-    for column, count in inputs.unused_columns.items():
-        console.print(f"column {column!r} of {format_count(count)} rows is not used", style="yellow")
-    if not inputs.held_out:
-        return encoded, None
-    held_out = encode_all(inputs.held_out, tokenizer, config.seq_len)
-    console.print(f"held out: {held_out.summary}", highlight=False)
-    return encoded, held_out
+) -> tuple[Data, EncodedSet, EncodedSet | None]:
+    """What is known of the training rows, what is trained on, and what is held out."""
+    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, config.seq_len)
+
+    def encoded(source: Source) -> Data:
+        with counting(console, source.name) as on_rows:
+            return encode_source(source, tokenizer, reading, on_rows)
+
+    data = encoded(inputs.train)
+    train, held_out = data.set, None
+    if isinstance(inputs.held_out, float):
+        held = data.held_out(inputs.held_out, config.seed)
+        train, held_out = data.part(~held), data.part(held)
+    elif inputs.held_out is not None:
+        other = encoded(inputs.held_out)
+        held_out = other.set
+        if same := data.also_in(other):
+            console.print(f"{format_count(same)} of these rows are held out too", style="yellow", highlight=False)
+    console.print(f"train ({data.format}): {train.summary}", highlight=False)
+    if held_out is not None:
+        console.print(f"held out: {held_out.summary}", highlight=False)
+    for line in data.remarks():
+        console.print(line, style="yellow", highlight=False)
+    return data, train, held_out
 
 
 def _plan(
     config: TrainConfig,
     spec: model_spec.ModelSpec,
     chosen: dict[str, Any],
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     force: bool,
     console: Console,
 ) -> memory.MemoryEstimate:
@@ -269,7 +287,6 @@ def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, console: Console) 
 
 def _result(
     config: TrainConfig,
-    inputs: Inputs,
     attached: Attached,
     progress: Progress,
     identity: dict[str, Any],
@@ -305,10 +322,9 @@ def _result(
         "micro_tokens": identity["chosen"]["micro_tokens"],
         "recompute": identity["chosen"]["recompute"],
         "threads": identity["chosen"]["threads"],
-        "system": _common_system(inputs.examples),
         "versions": identity["versions"],
-        "data_sha256": inputs.hashes["data"],
-        "model_sha256": inputs.hashes["model"],
+        "data_sha256": identity["sha256"]["data"],
+        "model_sha256": identity["sha256"]["model"],
     }
 
 
@@ -330,17 +346,6 @@ def _mfu(progress: Progress, precision_name: str) -> float | None:
 def _lasting(name: str) -> str:
     """A name that still holds in another working directory: a path becomes absolute."""
     return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _common_system(examples: list[Example]) -> str | None:
-    """The system message that all training rows began with, for chat; None where they differ or have none."""
-    systems = {
-        example.messages[0]["content"]
-        if isinstance(example, Chat) and example.messages[0]["role"] == "system"
-        else None
-        for example in examples
-    }
-    return systems.pop() if len(systems) == 1 else None
 
 
 def _print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, Any], console: Console) -> None:

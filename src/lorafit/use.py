@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,8 +20,9 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from lorafit.config import ChatConfig, EvalConfig, MergeConfig
-from lorafit.data.formats import read_examples
-from lorafit.data.load import read_rows
+from lorafit.data.formats import FormatReader
+from lorafit.data.load import locate
+from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
 from lorafit.errors import AdapterError, ConfigError, ModelError
@@ -199,10 +201,13 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     Raises LorafitError for whatever the user can mend.
     """
     torch.set_num_threads(config.threads or machine.physical_cores())
-    examples = read_examples(read_rows(Path(config.data))[: config.rows], None)
+    reader = FormatReader(config.format, config.rename)
+    examples = [reader.read(row) for row in islice(locate(config.data).unseen().rows(), config.rows)]
     opened = open_target(
         config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
     )
+    if config.template:
+        use_template(opened.tokenizer, config.template)
     result = infer_evaluate.evaluate(
         prepare(opened.model, share_prefix=True),
         opened.tokenizer,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.load import Row, read_rows, split
-from lorafit.errors import ConfigError, DataError
+from lorafit.data.load import locate
+from lorafit.data.rows import Row
+from lorafit.errors import DataError
 
 Write = Callable[[bytes], Path]
 
@@ -22,6 +23,10 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return put
+
+
+def read_rows(path: Path) -> list[Row]:
+    return list(locate(str(path)).train().rows())
 
 
 def refusal(path: Path) -> str:
@@ -50,8 +55,8 @@ def test_unicode_line_separators_stay_inside_a_string(write: Write) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "it is 0 bytes long"),
-        (b"\n \n\r\n", "all its lines are blank"),
+        (b"", "holds no rows"),
+        (b"\n \n\r\n", "holds no rows"),
         (b'{"a": 1}\n{"a": }\n', """rows.jsonl:2 is not JSON: Expecting value (column 7): '{"a": }'"""),
         (b'{"a": NaN}', "rows.jsonl:1 is not JSON: NaN is no JSON number"),
         (b'{"a": -Infinity}', "-Infinity is no JSON number"),
@@ -63,13 +68,8 @@ def test_unicode_line_separators_stay_inside_a_string(write: Write) -> None:
         (b'{"a": 1}\n{"a": "\xff"}', "rows.jsonl:2 is not UTF-8: byte 0xff at column 8"),
         (b'{"a": 1}\n{"a": "\\ud83d"}', "rows.jsonl:2 holds half of a surrogate pair"),
         (b"[" * 100_000, "rows.jsonl:1 is nested too deeply"),
-        ('{"a": 1}'.encode("utf-16"), "is UTF-16, and only UTF-8 is read. Convert it: iconv -f UTF-16 -t UTF-8"),
-        ('{"a": 1}'.encode("utf-16-le"), "is UTF-16"),
-        ('{"a": 1}'.encode("utf-16-be"), "is UTF-16"),
-        ('{"a": 1}'.encode("utf-32"), "is UTF-32"),
-        (b'[{"a": 1}, {"a": 2}]', "is one JSON array of 2 items, not JSON Lines"),
-        (b'[\n {"a": 1}\n]\n', "is one JSON array of 1 items, not JSON Lines"),
-        (b'{\n "a": 1\n}\n', "is one JSON object over several lines, not JSON Lines"),
+        (b'{"a": ' + b"[" * 100_000, "rows.jsonl:1 is nested too deeply"),
+        (b'{\n "a": 1\n}\n', "rows.jsonl:1 is not JSON"),
         (b"\x1f\x8b\x08\x00", "rows.jsonl:1 is not UTF-8"),
     ],
 )
@@ -90,11 +90,59 @@ def test_a_missing_file_is_refused_with_what_is_there_instead(tmp_path: Path) ->
     assert "does not exist either" in refusal(tmp_path / "nowhere" / "train.jsonl")
 
 
-def test_directories_and_other_types_are_refused_with_what_is_read(tmp_path: Path) -> None:
-    assert "is a directory" in refusal(tmp_path)
-    for name in ("rows.csv", "rows"):
+def test_other_types_are_refused_with_what_is_read(tmp_path: Path) -> None:
+    for name in ("rows.docx", "rows", "rows.gz"):
         (tmp_path / name).write_text("a,b")
-        assert "only .jsonl is read now" in refusal(tmp_path / name)
+        assert ".csv" in refusal(tmp_path / name) and "are read" in refusal(tmp_path / name)
+
+
+def fill(directory: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n" + json.dumps({"text": str(number)}))
+
+
+def test_a_directory_has_its_sides_by_their_names(tmp_path: Path) -> None:
+    fill(tmp_path, "train.jsonl", "validation.jsonl", "my_test.jsonl", "README.md")
+    located = locate(str(tmp_path))
+    assert {"train", "valid", "test"} == set(located.sides)
+    valid = located.held_out()
+    assert valid is not None
+    assert [next(source.rows()).origin for source in (located.train(), valid, located.unseen())] == [
+        "train.jsonl:1",
+        "validation.jsonl:1",
+        "my_test.jsonl:1",
+    ]
+
+
+def test_parts_of_a_side_are_read_one_after_the_other(tmp_path: Path) -> None:
+    fill(tmp_path / "data", "train-00001-of-00002.jsonl", "train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl")
+    rows = [row.origin for row in locate(str(tmp_path)).train().rows()]
+    assert rows[::2] == ["train-00000-of-00002.jsonl:1", "train-00001-of-00002.jsonl:1"]
+
+
+def test_the_only_file_of_a_directory_is_what_is_meant(tmp_path: Path) -> None:
+    fill(tmp_path, "rows.jsonl")
+    located = locate(str(tmp_path))
+    assert located.held_out() is None
+    assert [row.origin for row in located.unseen().rows()] == ["rows.jsonl:1", "rows.jsonl:2"]
+
+
+def test_a_directory_in_which_it_is_not_clear_what_is_what_is_refused(tmp_path: Path) -> None:
+    assert "is a directory without data files" in refusal(tmp_path)
+    fill(tmp_path, "a.jsonl", "b.jsonl")
+    assert "holds a.jsonl, b.jsonl, and none is called train" in refusal(tmp_path)
+    fill(tmp_path, "chat_train.jsonl", "cls_train.jsonl")
+    assert "several files for train: chat_train.jsonl, cls_train.jsonl" in refusal(tmp_path)
+
+
+def test_a_name_on_the_hub_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"nobody/nothing is no file here, and cannot be had from the hub"):
+        locate("nobody/nothing")
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
@@ -131,37 +179,3 @@ def test_every_json_object_is_read_back_as_it_was_written(
     path = tmp_path_factory.getbasetemp() / "back.jsonl"
     path.write_text("\n".join(json.dumps(record, ensure_ascii=ascii) for record in records), encoding="utf-8")
     assert records == [row.record for row in read_rows(path)]
-
-
-def rows_of(values: list[int]) -> list[Row]:
-    return [Row({"text": str(value)}, f"f:{line}") for line, value in enumerate(values, 1)]
-
-
-@given(st.lists(st.integers(0, 8), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers(0, 2**63 - 1))
-def test_split_keeps_every_row_once_and_equal_records_on_one_side(values: list[int], share: float, seed: int) -> None:
-    rows = rows_of(values)
-    if len(set(values)) == 1:
-        with pytest.raises(DataError, match="cannot be split"):
-            split(rows, share, seed)
-        return
-    train, held = split(rows, share, seed)
-    assert rows == sorted(train + held, key=lambda row: int(row.origin[2:]))
-    assert train and held
-    assert not {str(row.record) for row in train} & {str(row.record) for row in held}
-    assert (train, held) == split(rows, share, seed)
-
-
-def test_split_holds_out_the_share_and_depends_on_the_seed() -> None:
-    rows = rows_of(list(range(200)))
-    assert len(split(rows, 0.1, 0)[1]) == 20
-    assert split(rows, 0.1, 0) != split(rows, 0.1, 1)
-
-
-def test_split_is_the_same_on_every_machine() -> None:
-    assert [row.record["text"] for row in split(rows_of(list(range(10))), 0.3, 7)[1]] == ["3", "6", "8"]
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 10.0, float("nan")])
-def test_split_refuses_a_share_that_leaves_one_side_empty(share: float) -> None:
-    with pytest.raises(ConfigError, match="Give a share between 0 and 1"):
-        split(rows_of([1, 2, 3]), share, 0)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.data.formats import Chat, Completion, Example, Message, Plain
-from lorafit.data.mask import Encoded, encode, encode_all, encode_prompt, expected_reply, prompt_ids, stop_ids
+from lorafit.data.example import Chat, Completion, Example, Message, Plain
+from lorafit.data.mask import encode, encode_all, encode_prompt, expected_reply, prompt_ids, stop_ids
+from lorafit.data.store import Encoded
 from lorafit.errors import DataError
 
 Build = Callable[..., PreTrainedTokenizerFast]
@@ -140,11 +141,19 @@ TRIMS_HISTORY = "m['content'] if loop.last else m['content'].strip()"
 
 
 @pytest.mark.parametrize("body", [DROPS_REASONING, TRIMS_HISTORY])
-def test_a_template_that_rewrites_earlier_replies_is_refused(build: Build, body: str) -> None:
+def test_where_a_template_rewrites_earlier_replies_each_reply_is_a_row_as_in_use(build: Build, body: str) -> None:
     tokenizer = build(CHATML_BODY.replace("BODY", body) + PROMPT, eos="<|im_end|>")
-    said = refusal(chat("a", "<think>x</think>one ", "b", "two"), tokenizer)
-    assert "rewrites an earlier reply once others follow (messages[1])" in said
-    assert encode(chat("a", "<think>x</think>one "), tokenizer, LONG), "a single reply is not rewritten"
+    example = chat("a", "<think>x</think>one ", "b", "two")
+    first, second = encode(example, tokenizer, LONG)
+    assert supervised_text(first, tokenizer) == "<think>x</think>one <|im_end|>"
+    assert supervised_text(second, tokenizer) == "two<|im_end|>"
+    for row, before in ((first, 1), (second, 3)):
+        assert encode_prompt(example.messages[:before], tokenizer) == row.input_ids[: row.prompt_length].tolist()
+    assert "one " not in tokenizer.decode(second.input_ids) or "<think>" not in tokenizer.decode(second.input_ids)
+    assert len(encode(chat("a", "<think>x</think>one "), tokenizer, LONG)) == 1, "a single reply is not rewritten"
+    encoded = encode_all([example, chat("a", "b")], tokenizer, LONG)
+    assert (encoded.rows, encoded.pieces, encoded.rewritten) == (2, 3, 1)
+    assert "1 conversations split into one piece a reply" in encoded.summary
 
 
 def test_a_template_whose_replies_start_otherwise_than_its_prompt_is_refused(build: Build) -> None:
@@ -157,7 +166,7 @@ def test_a_template_whose_replies_start_otherwise_than_its_prompt_is_refused(bui
 def test_a_template_that_drops_a_part_of_the_only_reply_is_refused(build: Build) -> None:
     body = CHATML_BODY.replace("BODY", "m['content'].split('</think>')[-1]")
     said = refusal(chat("a", "<think>x</think>one"), build(body + PROMPT, eos="<|im_end|>"))
-    assert "does not write messages[1] as it stands in the row, but 'one<|im_end|>" in said
+    assert "messages[1] is not written by the chat template as it stands in the row, but as 'one<|im_end|>" in said
 
 
 def test_a_template_without_an_end_of_turn_token_is_refused(build: Build) -> None:
@@ -295,7 +304,7 @@ def test_the_expected_reply_is_the_last_one_as_it_stands_in_the_row(chatml: PreT
     assert expected_reply(chat("a", "one", "b", " two\n")) == " two\n"
     assert expected_reply(Completion("2+2=", " 4", "f:1")) == " 4"
     assert expected_reply(Plain("a", "f:1")) is None
-    with pytest.raises(DataError, match="f:1 is running text"):
+    with pytest.raises(DataError, match="f:1 is text without a reply"):
         prompt_ids(Plain("a", "f:1"), chatml)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.data.formats import Chat, Completion, Message
+from lorafit.data.example import Chat, Completion, Message
 from lorafit.data.template import as_chat, render
 from lorafit.errors import DataError
 

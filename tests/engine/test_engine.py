@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
-from lorafit.data.mask import Encoded
 from lorafit.data.pack import micro_batches, read_tokens
+from lorafit.data.store import Encoded
 from lorafit.engine import engine as engine_module
 from lorafit.engine import groups as groups_module
 from lorafit.engine.engine import Engine, plain, prepare

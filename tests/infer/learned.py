@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorafit.data.formats import Example, read_examples
-from lorafit.data.load import Row
+from lorafit.data.example import Example
+from lorafit.data.formats import read_examples
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
+from lorafit.data.rows import Row
 from lorafit.engine.engine import plain
 from lorafit.lora.inject import attach, trainable_parameters
 from tests import tiny

@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lorafit.data.formats import read_examples
-from lorafit.data.load import Row
 from lorafit.data.mask import encode_all
+from lorafit.data.rows import Row
 from lorafit.engine.engine import prepare
 from lorafit.errors import NumericsError
 from lorafit.infer.evaluate import EvalResult, Sample, evaluate, perplexity

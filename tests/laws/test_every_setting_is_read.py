@@ -51,6 +51,11 @@ CHANGED: dict[str, dict[str, Any]] = {
     "batch_size": {"batch_size": 3},
     "micro_tokens": {"micro_tokens": 60},
     "seq_len": {"seq_len": 40},
+    "format": {"format": "text"},
+    "rename": {"rename": {"messages": "chat"}},
+    "template": {"template": "alpaca"},
+    "skip_bad": {"skip_bad": True, "data": "with bad rows"},
+    "loss_on": {"loss_on": "all"},
     "lr": {"lr": 0.01},
     "schedule": {"schedule": "cosine"},
     "warmup": {"warmup": 0.6},
@@ -80,6 +85,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "with code": str(with_code),
         "data": str(tiny.write_chat(directory / "rows.jsonl", 12)),
         "other data": str(tiny.write_chat(directory / "other.jsonl", 13)),
+        "with bad rows": str(
+            tiny.write_rows(
+                directory / "bad.jsonl", [*(tiny.chat_row(f"{n}?", "!") for n in range(12)), {"messages": []}]
+            )
+        ),
     }
 
 
@@ -92,13 +102,13 @@ def _made(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
     except LorafitError as error:
         return {"refused": str(error)}
     run = Path(settings["output"])
-    timed = ("train_s", "load_s", "peak_rss_bytes")
+    timed = ("train_s", "load_s", "prepare_s", "mfu", "peak_rss_bytes")
     return {
         "where": run.name,
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
         "result": {key: value for key, value in result.items() if key not in timed},
         "metrics": [{**json.loads(line), "step_s": 0} for line in (run / "metrics.jsonl").read_text().splitlines()],
-        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()),
+        "kept": sorted(path.name for path in (run / "checkpoints").glob("*")),
     }
 
 

@@ -11,9 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorafit.config import TrainConfig
 from lorafit.data.formats import read_examples
-from lorafit.data.load import Row
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
+from lorafit.data.rows import Row
 from lorafit.engine.batch import Packing
 from lorafit.engine.engine import plain, prepare
 from lorafit.errors import Interrupted, NumericsError

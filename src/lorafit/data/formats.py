@@ -5,189 +5,149 @@ A new format is one function and one line in FORMATS: it is known by its columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lorafit.data.load import Row
+from lorafit.data.example import Completion, Example, Labelled, Plain
+from lorafit.data.messages import Record, from_json, from_sharegpt, kind, read_conversation, read_messages
+from lorafit.data.rows import Row
 from lorafit.errors import ConfigError, DataError, did_you_mean, listed
-
-Record = dict[str, Any]
-Message = dict[str, str]  # exactly "role" and "content"; a dict because chat templates index it
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation that ends with the assistant.
-
-    messages: {"role": "system" | "user" | "assistant", "content": str} each.
-    context: this many first messages are only read; assistant turns after them have a loss.
-    """
-
-    messages: tuple[Message, ...]
-    origin: str
-    context: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A prompt that is only read, and the text that follows it, which has the loss."""
-
-    prompt: str
-    completion: str
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """Running text: every token but the first has a loss."""
-
-    text: str
-    origin: str
-
-
-Example = Chat | Completion | Plain
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """How one kind of row is known and read.
 
-    columns: what the format needs; other columns of the row are not read. read: (record, origin) -> Example; raises
-    DataError.
+    columns: what the format needs. read: (record, origin) -> Example; raises DataError. also: columns that it reads
+    where they are there; others are not read, and counted.
     """
 
     columns: tuple[str, ...]
     read: Callable[[Record, str], Example]
+    also: tuple[str, ...] = ()
 
     def matches(self, record: Record) -> bool:
         """Whether the record has every column of this format."""
         return all(column in record for column in self.columns)
 
 
-# --- messages -------------------------------------------------------------------------------------------------------
-
-ROLES = ("system", "user", "assistant")
-OTHER_ROLE_NAMES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-}
-TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
-# Keys that say what to learn or what the model thought: reading the row without them would train something else.
-UNREAD_KEYS = ("weight", "train", "reasoning", "reasoning_content", "thinking", "prefix")
+# --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def read_messages(record: Record, origin: str) -> Example:
-    """OpenAI's chat format: {"messages": [{"role", "content"}, ...]}. Raises DataError."""
-    _refuse_columns(record, origin)
-    return Chat(_conversation(record["messages"], "messages", origin), origin)
-
-
-def _conversation(value: Any, column: str, origin: str) -> tuple[Message, ...]:
-    """Checked messages that end with a reply."""
-    messages = _messages(value, column, origin)
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{origin}: {column} has no assistant message", "Add the reply that the model should learn")
-    if messages[-1]["role"] != "assistant":
+def read_openai(record: Record, origin: str) -> Example:
+    """OpenAI's chat format: {"messages": [{"role", "content"}, ...]}, perhaps with "tools". Raises DataError."""
+    if isinstance(record.get("label"), bool):
         raise DataError(
-            f"{origin}: the last message is from {messages[-1]['role']!r}, not from 'assistant'",
-            "Add the reply, or remove what follows the last reply",
+            f"{origin} has messages and a label that is true or false: a preference, and preference training is not "
+            "available",
+            "Keep the rows whose label is true, without it",
         )
-    first = next(message["role"] for message in (*messages, messages[0]) if message["role"] != "system")
-    if first == "assistant":
-        raise DataError(f"{origin}: the first message is a reply to nothing", "Start with a user message")
-    return messages
+    messages = from_json(record["messages"], "messages", origin)
+    return read_conversation(messages, "messages", origin, tools=record.get("tools"))
 
 
-def _messages(value: Any, column: str, origin: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise DataError(
-            f"{origin}: {column} is {_kind(value)}, not a list", 'Write [{"role": ..., "content": ...}, ...]'
-        )
-    if not value:
-        raise DataError(f"{origin}: {column} is an empty list", "Add a user message and a reply, or remove the row")
-    return tuple(_message(message, f"{column}[{number}]", origin) for number, message in enumerate(value))
+def read_sharegpt(record: Record, origin: str) -> Example:
+    """{"conversations": [{"from": "human" | "gpt" | ..., "value"}, ...]}, perhaps with "system". Raises DataError."""
+    turns = from_sharegpt(from_json(record["conversations"], "conversations", origin), origin)
+    if record.get("system") and isinstance(turns, list):
+        turns = [{"role": "system", "content": record["system"]}, *turns]
+    return read_conversation(turns, "conversations", origin, tools=record.get("tools"))
 
 
-def _message(value: Any, where: str, origin: str) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(f"{origin}: {where} is {_kind(value)}", 'Write {"role": ..., "content": ...}')
-    present = [key for key, item in value.items() if item is not None]  # null stands for absent, as in OpenAI's API
-    for key in present:
-        if key in TOOL_KEYS or value.get("role") in ("tool", "function"):
-            raise DataError(f"{origin}: {where} is a tool call or its result", "Tools cannot be trained yet: remove it")
-        if key in UNREAD_KEYS:
-            raise DataError(f"{origin}: {where} has {key!r}, which is not read yet", "Remove it from the message")
-    role, content = value.get("role"), value.get("content")
-    if role not in ROLES:
-        raise DataError(f"{origin}: {where} has the role {role!r}; known: {listed(ROLES)}", _right_role(role, value))
-    if not isinstance(content, str):
-        raise DataError(f"{origin}: the content of {where} is {_kind(content)}, not a string", "Write it as one string")
-    if role == "assistant" and not content.strip():
-        raise DataError(f"{origin}: {where} is an empty reply", "Fill it in, or remove the row")
-    return {"role": role, "content": content}
+def read_alpaca(record: Record, origin: str) -> Example:
+    """{"instruction", "output"}, perhaps with "input", "system" and "history", a list of [user, reply].
+
+    The input follows the instruction after an empty line; replies of the history have a loss too. Raises DataError.
+    """
+    parts = [_string(record, name, origin) for name in ("instruction", "input", "output", "system")]
+    instruction, more, output, system = parts
+    history = from_json(record.get("history"), "history", origin) or []
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise DataError(f"{origin}: history[{number}] is no pair of texts", "Write [user, reply]")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    asked = "\n\n".join(part for part in (instruction, more) if part.strip())
+    if not asked:
+        raise DataError(f"{origin}: instruction and input are empty", "Fill one in, or remove the row")
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+    return read_conversation(messages, "instruction and output", origin)
 
 
-def _right_role(role: Any, message: Record) -> str:
-    if role is None:
-        return did_you_mean("role", message) or 'Write {"role": ..., "content": ...}'
-    other = OTHER_ROLE_NAMES.get(str(role).lower())
-    return f"Did you mean {other!r}?" if other else did_you_mean(str(role), ROLES) or "Rename it"
+def _string(record: Record, name: str, origin: str) -> str:
+    value = record.get(name)
+    if value is None and name not in ("instruction", "output"):
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: {name} is {kind(value)}, not a string", "Write it as one string")
+    return value
 
 
-# --- prompt and completion ------------------------------------------------------------------------------------------
+# --- prompt and completion --------------------------------------------------------------------------------------------
 
 
 def read_prompt_completion(record: Record, origin: str) -> Example:
     """{"prompt", "completion"}: two strings or two lists of messages; the completion has the loss. Raises DataError."""
-    _refuse_columns(record, origin)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _messages(prompt, "prompt", origin)
-        reply = _messages(completion, "completion", origin)
-        messages = [*before, *reply]
-        return Chat(_conversation(messages, "prompt and completion", origin), origin, context=len(before))
+        before = read_messages(prompt, "prompt", origin)
+        read_messages(completion, "completion", origin)
+        both = [*prompt, *completion]
+        return read_conversation(both, "prompt and completion", origin, len(before), record.get("tools"))
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
-            raise DataError(
-                f"{origin}: {name} is {_kind(value)}", "Write both as strings, or both as lists of messages"
-            )
+            raise DataError(f"{origin}: {name} is {kind(value)}", "Write both as strings, or both as lists of messages")
+    _refuse_columns(record, origin, ("tools",))
     if not completion.strip():
         raise DataError(f"{origin}: completion is empty", "Fill it in, or remove the row")
     return Completion(prompt, completion, origin)
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def read_text(record: Record, origin: str) -> Example:
     """{"text"}: running text, tokenised as it is. Raises DataError."""
+    return Plain(_text(record, origin), origin)
+
+
+def read_label(record: Record, origin: str) -> Example:
+    """{"text", "label"}: a text and what it is an example of; a list of labels where several may hold."""
+    text, label = _text(record, origin), record["label"]
+    labels = label if isinstance(label, list) else [label]
+    for one in labels:
+        if not isinstance(one, str | int) or not str(one).strip():
+            raise DataError(f"{origin}: label is {kind(one)}, not a string or a whole number", "Write a name")
+    return Labelled(text, tuple(str(one) for one in labels), origin, isinstance(label, list))
+
+
+def _text(record: Record, origin: str) -> str:
     text = record["text"]
     if not isinstance(text, str):
-        raise DataError(f"{origin}: text is {_kind(text)}, not a string", "Write it as one string")
+        raise DataError(f"{origin}: text is {kind(text)}, not a string", "Write it as one string")
     if not text.strip():
         raise DataError(f"{origin}: text is empty", "Fill it in, or remove the row")
-    return Plain(text, origin)
+    return text
 
 
 FORMATS: dict[str, Format] = {  # a row with the columns of several is the first of them
-    "messages": Format(("messages",), read_messages),
-    "prompt/completion": Format(("prompt", "completion"), read_prompt_completion),
+    "messages": Format(("messages",), read_openai, ("tools",)),
+    "sharegpt": Format(("conversations",), read_sharegpt, ("system", "tools")),
+    "prompt/completion": Format(("prompt", "completion"), read_prompt_completion, ("tools",)),
+    "alpaca": Format(("instruction", "output"), read_alpaca, ("input", "system", "history")),
+    "text/label": Format(("text", "label"), read_label),
     "text": Format(("text",), read_text),
 }
 
-# Rows that look like a known format but mean another task: columns -> what they are, what to do.
+# Rows that mean another task: columns -> what they are, what to do.
 REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
-    ("text", "label"): (
-        "labelled text for a classification head, which comes with --method head and is not available yet",
-        "Write the label as the reply: a user message with the text, an assistant message with the label",
-    ),
     ("chosen", "rejected"): (
         "preference pairs, and preference training is not available",
         "Write the chosen reply as messages",
+    ),
+    ("input_ids",): (
+        "tokens, and what they were before they were tokens cannot be checked",
+        "Write the text or the messages that they were made from",
     ),
 }
 
@@ -200,59 +160,80 @@ def read_examples(rows: Sequence[Row], fmt: str | None = None) -> list[Example]:
 
     Raises DataError with file:line for a row that cannot be used, ConfigError for an unknown fmt.
     """
-    if fmt is not None and fmt not in FORMATS:
-        raise ConfigError(f"unknown data format {fmt!r}; known: {listed(FORMATS)}", did_you_mean(fmt, FORMATS))
-    names = [fmt or detect(row.record, row.origin) for row in rows]
-    for row, name in zip(rows, names, strict=True):
-        if name != names[0]:
+    reader = FormatReader(fmt)
+    return [reader.read(row) for row in rows]
+
+
+class FormatReader:
+    """Reads the rows of one source, which all have one format.
+
+    format: its name, as soon as it is known. unused: columns that were not read -> in how many rows they stood.
+    """
+
+    def __init__(self, fmt: str | None = None, rename: Mapping[str, str] | None = None) -> None:
+        """fmt: a name in FORMATS, or None to know it by the columns. rename: column -> what it is to be called.
+
+        Raises ConfigError for an unknown fmt.
+        """
+        if fmt is not None and fmt not in FORMATS:
+            raise ConfigError(f"unknown data format {fmt!r}; known: {listed(FORMATS)}", did_you_mean(fmt, FORMATS))
+        self.format, self.unused = fmt, dict[str, int]()
+        self._rename = dict(rename or {})
+        self._first = ""
+
+    def read(self, row: Row) -> Example:
+        """What the row says. Raises DataError for a row that cannot be used."""
+        record = self._renamed(row)
+        name = self.format if self.format and not self._first else detect(record, row.origin)
+        if self._first and name != self.format:
             raise DataError(
-                f"{rows[0].origin} is {names[0]!r} and {row.origin} is {name!r}", "Keep one format in one file"
+                f"{self._first} is {self.format!r} and {row.origin} is {name!r}", "Keep one format in a file"
             )
-        if not FORMATS[name].matches(row.record):
-            raise _unknown(row.record, row.origin, f"not {name!r} ({' and '.join(FORMATS[name].columns)})")
-    return [FORMATS[name].read(row.record, row.origin) for row, name in zip(rows, names, strict=True)]
+        form = FORMATS[name]
+        if not form.matches(record):
+            raise _unknown(record, row.origin, f"not {name!r} ({' and '.join(form.columns)})")
+        read = {*form.columns, *form.also}
+        _refuse_columns(record, row.origin, set(MEANINGFUL_COLUMNS) - read)
+        example = form.read(record, row.origin)
+        if self.format is None:
+            self.format, self._first = name, row.origin
+        for column in record:
+            if column not in read:
+                self.unused[column] = self.unused.get(column, 0) + 1
+        return example
+
+    def _renamed(self, row: Row) -> Record:
+        for old, new in self._rename.items():
+            if old not in row.record:
+                hint = did_you_mean(old, row.record) or f"It has {listed(row.record)}"
+                raise DataError(f"{row.origin} has no column {old!r} to be called {new!r}", hint)
+        if not self._rename:
+            return row.record
+        return {self._rename.get(column, column): value for column, value in row.record.items()}
 
 
 def detect(record: Record, origin: str) -> str:
     """The name of the format that the record's columns fit. Raises DataError if there is none or it is another task."""
-    name = next((name for name, fmt in FORMATS.items() if fmt.matches(record)), None)
-    if name is None or name == "text":
-        for columns, (what, do) in REFUSED.items():
-            if all(column in record for column in columns):
-                raise DataError(f"{origin} has {' and '.join(columns)}: {what}", do)
+    for columns, (what, do) in REFUSED.items():
+        if all(column in record for column in columns):
+            raise DataError(f"{origin} has {' and '.join(columns)}: {what}", do)
+    name = next((name for name, form in FORMATS.items() if form.matches(record)), None)
     if name is None:
         raise _unknown(record, origin, "no known format")
     return name
 
 
-def unused_columns(rows: Sequence[Row], fmt: str | None = None) -> dict[str, int]:
-    """Columns that training does not read -> in how many rows they stand. For the line that says so."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        used = FORMATS[fmt or detect(row.record, row.origin)].columns
-        for column in row.record:
-            if column not in used:
-                counts[column] = counts.get(column, 0) + 1
-    return counts
-
-
 def _unknown(record: Record, origin: str, what: str) -> DataError:
-    columns = {column for fmt in FORMATS.values() for column in fmt.columns}
+    columns = {column for form in FORMATS.values() for column in form.columns}
     hint = next((hint for key in record if key not in columns and (hint := did_you_mean(key, columns))), "")
-    known = "; ".join(" and ".join(fmt.columns) for fmt in FORMATS.values())
+    known = "; ".join(" and ".join(form.columns) for form in FORMATS.values())
     return DataError(f"{origin} has the columns {listed(record) or '(none)'}: {what}", hint or f"Known: {known}")
 
 
-def _refuse_columns(record: Record, origin: str, columns: Collection[str] = MEANINGFUL_COLUMNS) -> None:
-    for column in columns:
+def _refuse_columns(record: Record, origin: str, columns: Collection[str]) -> None:
+    for column in sorted(columns):
         if record.get(column):
             raise DataError(
-                f"{origin} has the column {column!r}, which is not read yet and would change the prompt",
+                f"{origin} has the column {column!r}, which is not read and would change the prompt",
                 "Write a system prompt as a message" if column == "system" else "Remove it, or the row",
             )
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, for a sentence."""
-    names = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")

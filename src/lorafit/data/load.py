@@ -1,219 +1,253 @@
-"""A data file -> rows, each with its origin (`file.jsonl:12`), and the seeded split of rows into two sides.
+"""What the user named -> where its rows are: a file, packed or not, a directory of sides, or a data set of the hub.
 
-Nothing here knows what the columns mean. A new file type is one function and one line in READERS.
+A source is read row by row, as often as one likes; `readers.py` knows the types of files.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import gzip
+import io
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lorafit.errors import ConfigError, DataError, listed
+from lorafit import files
+from lorafit.data.readers import READERS, SEEKING
+from lorafit.data.rows import Row
+from lorafit.errors import DataError, listed
 
-SHOWN_CHARS = 60
+PACKED = (".gz", ".zst")
+# How the files of a side may be called.
+SIDES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One record and where it came from. record: column -> JSON value. origin: `file.jsonl:12`, lines from 1."""
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again.
 
-    record: dict[str, Any]
-    origin: str
+    name: for sentences. digest: of their content. size: bytes on disk; both when they are asked for.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Row]]
+    digest: Callable[[], str]
+    size: Callable[[], int]
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, in order. Raises DataError: unreadable, empty, or a row that is no object."""
+        count = 0
+        for row in self.read():
+            count += 1
+            yield row
+        if not count:
+            raise DataError(f"{self.name} holds no rows", "Write one record per line, or one object per item")
+
+
+@dataclass(frozen=True)
+class Located:
+    """The sides of a data set by their names in SIDES; one that is a single file has `train` alone."""
+
+    name: str
+    sides: dict[str, Source] = field(default_factory=dict)
+
+    def train(self) -> Source:
+        """What is trained on. Raises DataError if there is none."""
+        return self._first("train")
+
+    def held_out(self) -> Source | None:
+        """What is evaluated on while training, if the data set brings it along."""
+        return self.sides.get("valid")
+
+    def unseen(self) -> Source:
+        """What is evaluated on afterwards: test, else valid, else whatever there is."""
+        return self._first("test", "valid", "train")
+
+    def _first(self, *names: str) -> Source:
+        found = next((self.sides[name] for name in names if name in self.sides), None)
+        if found is None:
+            raise DataError(f"{self.name} has {listed(self.sides)} and no {names[0]}", "Name the file itself")
+        return found
+
+
+def locate(data: str) -> Located:
+    """Where the rows are. data: a path, or the id of a data set on the hub, `owner/name` or `owner/name:config`.
+
+    Raises DataError: missing, of a type that is not read, or a directory in which it is not clear what is what.
+    """
+    path = Path(data)
+    try:
+        if path.is_dir():
+            return _in_directory(path)
+        if path.exists():
+            return Located(data, {"train": _of_files(data, [path])})
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if HUB_ID.fullmatch(data) and not _suffix(path) and not path.parent.exists():
+        return _on_the_hub(data)
+    raise DataError(f"data file {path} does not exist", _near_names(path))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a data file, in order; blank lines are skipped but counted.
+    """All rows of a data file at once. Raises DataError as `locate` and `Source.rows` do."""
+    return list(locate(str(path)).train().rows())
 
-    Raises DataError: missing, unreadable, of a type that is not read, empty, or a line that is no JSON object.
-    """
-    try:
-        rows = _reader(path)(path)
-    except OSError as error:
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _of_files(name: str, paths: list[Path]) -> Source:
+    for path in paths:
+        _check_type(path)
+
+    def read() -> Iterator[Row]:
+        for path in paths:
+            yield from _rows_of(path)
+
+    return Source(name, read, lambda: files.sha256_all(paths), lambda: sum(path.stat().st_size for path in paths))
+
+
+def _suffix(path: Path) -> str:
+    """`.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`; "" where it is no type that is read."""
+    inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return inner.suffix.lower() if inner.suffix.lower() in READERS else ""
+
+
+def _check_type(path: Path) -> None:
+    if not _suffix(path):
         raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", "Check the path and its permissions"
-        ) from None
-    if not rows:
-        raise DataError(f"{path} holds no rows: {_emptiness(path)}", "Write one JSON object per line")
-    return rows
-
-
-def _reader(path: Path) -> Callable[[Path], list[Row]]:
-    """What reads this file type. Raises DataError if the path is no file, or its type is not read."""
-    if path.is_dir():
-        raise DataError(f"{path} is a directory, not a file", f"Give one file: {listed(READERS)}")
-    if not path.exists():
-        raise DataError(f"data file {path} does not exist", _near_names(path))
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        raise DataError(
-            f"{path} ends in {suffix or 'no suffix'!r}, and only {listed(READERS)} is read now",
+            f"{path} ends in {path.suffix or 'no suffix'!r}, and only {listed(READERS)} are read, also as "
+            f"{listed(PACKED)}",
             "Write it as JSON Lines, one object per line, in a file that ends in .jsonl",
         )
-    return READERS[suffix]
+
+
+def _rows_of(path: Path) -> Iterator[Row]:
+    suffix = _suffix(path)
+    try:
+        with _opened(path, seeking=suffix in SEEKING) as file:
+            yield from READERS[suffix](file, path.name)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}", "Pack it again: it is cut off or damaged") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}", "Check the path and its permissions")
+
+
+@contextmanager
+def _opened(path: Path, seeking: bool) -> Iterator[io.BufferedReader]:
+    """The unpacked bytes. seeking: from a file on disk, so that a reader may jump about in it."""
+    if path.suffix.lower() not in PACKED:
+        with open(path, "rb") as file:
+            yield file
+        return
+    with _unpacking(path) as packed, io.BufferedReader(packed) as file:
+        if not seeking:
+            yield cast(io.BufferedReader, file)
+            return
+        with tempfile.TemporaryFile() as whole:
+            shutil.copyfileobj(file, whole)
+            whole.seek(0)
+            yield cast(io.BufferedReader, whole)
+
+
+def _unpacking(path: Path) -> io.RawIOBase:
+    if path.suffix.lower() == ".gz":
+        return cast(io.RawIOBase, gzip.open(path, "rb"))  # the caller closes it
+    import pyarrow  # has zstd, which Python's own library has from 3.14 on
+
+    return cast(io.RawIOBase, pyarrow.input_stream(str(path), compression="zstd"))
 
 
 def _near_names(path: Path) -> str:
     """What is there instead: the directory's data files, or that the directory is missing too."""
     if not path.parent.is_dir():
         return f"The directory {path.parent} does not exist either; check the path"
-    present = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS)
+    present = sorted(file.name for file in path.parent.iterdir() if _suffix(file))
     return f"In {path.parent}: {listed(present)}" if present else "Check the path"
 
 
-def _emptiness(path: Path) -> str:
-    return "all its lines are blank" if path.stat().st_size else "it is 0 bytes long"
+# --- directories ------------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """JSON Lines in UTF-8, with or without a byte order mark, lines ended by LF or CRLF. Raises DataError."""
-    content = path.read_bytes()
-    _refuse_other_encodings(content, path)
-    rows: list[Row] = []
-    for number, line in _lines(content.removeprefix(codecs.BOM_UTF8)):
-        origin = f"{path.name}:{number}"
-        try:
-            rows.append(Row(_parse(line, origin), origin))
-        except DataError:
-            if not rows:  # the first line shows whether the whole file is something else
-                _refuse_whole_json(content, path)
-            raise
-    return rows
-
-
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their number. Split at LF alone: U+2028 may stand inside a JSON string."""
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        stripped = line.strip()
-        if stripped:
-            yield number, stripped
-
-
-def _refuse_other_encodings(content: bytes, path: Path) -> None:
-    start = content[:4]
-    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        name = "UTF-32"
-    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:2].count(0) == 1:
-        name = "UTF-16"
-    else:
-        return
-    raise DataError(f"{path} is {name}, and only UTF-8 is read", f"Convert it: iconv -f {name} -t UTF-8")
-
-
-def _refuse_whole_json(content: bytes, path: Path) -> None:
-    """Name the two files that are often called .jsonl: one JSON array, and one object over several lines."""
-    try:
-        value = json.loads(content.removeprefix(codecs.BOM_UTF8))
-    except (ValueError, RecursionError):
-        return
-    fix = "Write one object per line"
-    if isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict):
+def _in_directory(directory: Path) -> Located:
+    """Files called by their sides, several of one side being parts of it; or the only file."""
+    present = _data_files(directory) or _data_files(directory / "data")
+    if not present:
+        raise DataError(f"{directory} is a directory without data files", f"Read are {listed(READERS)}")
+    if len(present) == 1:
+        return Located(str(directory), {"train": _of_files(present[0].name, present)})
+    sides: dict[str, list[Path]] = {}
+    for path in present:
+        names = [side for side in SIDES if _words(path) & set(SIDES[side])]
+        if len(names) == 1:
+            sides.setdefault(names[0], []).append(path)
+    if "train" not in sides:
         raise DataError(
-            f"{path} is one JSON array of {len(value)} items, not JSON Lines",
-            f"{fix}: jq -c '.[]' old.json > new.jsonl",
+            f"{directory} holds {listed(path.name for path in present)}, and none is called train",
+            "Name one file, or call them train, valid and test",
         )
-    if isinstance(value, dict) and b"\n" in content.strip():
-        raise DataError(f"{path} is one JSON object over several lines, not JSON Lines", fix)
+    for side, paths in sides.items():
+        if len({_without_numbers(path) for path in paths}) > 1:
+            raise DataError(
+                f"{directory} has several files for {side}: {listed(path.name for path in paths)}", "Name one file"
+            )
+    return Located(str(directory), {side: _of_files(f"{directory} ({side})", paths) for side, paths in sides.items()})
 
 
-def _parse(line: bytes, origin: str) -> dict[str, Any]:
-    """One line as an object. Raises DataError with the origin and what the parser said."""
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        bad = line[error.start : error.start + 1].hex()
-        where = f"byte 0x{bad} at column {error.start + 1}"
-        raise DataError(f"{origin} is not UTF-8: {where}", "Save the file as UTF-8") from None
-    try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise DataError(f"{origin} is nested too deeply: {_shown(text)}", "Write flat objects") from None
-    except ValueError as error:  # JSONDecodeError, a number of thousands of digits, or one of the two hooks
-        raise DataError(f"{origin} is not JSON: {_reason(error)}: {_shown(text)}", "Correct the line") from None
-    if not isinstance(value, dict):
-        kind = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}.get(
-            type(value), "a number"
-        )
-        raise DataError(f"{origin} is {kind}, not an object: {_shown(text)}", 'Write {"column": value, ...}')
-    if "\\u" in text:
-        _refuse_surrogates(value, origin)
-    return value
-
-
-def _reason(error: ValueError) -> str:
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python would keep the last of two equal keys and drop the other without a word."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return record
-
-
-def _refuse_surrogates(value: Any, origin: str) -> None:
-    r"""Half of a surrogate pair, as in "\ud83d", is no character: no tokenizer can read it."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{origin} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character",
-            "Write the whole character, as UTF-8 or as both halves",
-        ) from None
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "...")
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {".jsonl": read_jsonl}
-
-
-def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held_out): about `share` of the rows are held out, chosen by `seed`; both keep the order of `rows`.
-
-    Equal records stay on one side, so that no held-out row was trained on. The held-out side is never larger than
-    the share asks for, unless the smallest group of equal records already is; it has at least one row.
-    Raises ConfigError for a share outside (0, 1), DataError where one side would be empty.
-    """
-    if not 0 < share < 1:
-        raise ConfigError(f"the share of rows to hold out is {share}", "Give a share between 0 and 1, such as 10%")
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(json.dumps(row.record, sort_keys=True), []).append(index)
-    if len(groups) < 2:
-        raise DataError(
-            f"{len(rows)} rows with {len(groups)} distinct records cannot be split in two",
-            "Give more rows, or a file of its own to evaluate on",
-        )
-    held = _choose(list(groups.values()), round(share * len(rows)), seed)
+def _data_files(directory: Path) -> list[Path]:
     return (
-        [row for index, row in enumerate(rows) if index not in held],
-        [row for index, row in enumerate(rows) if index in held],
+        sorted(path for path in directory.iterdir() if path.is_file() and _suffix(path)) if directory.is_dir() else []
     )
 
 
-def _choose(groups: list[list[int]], target: int, seed: int) -> set[int]:
-    """Row numbers of groups in random order, as long as they fit into `target` rows; at least one group, not all.
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", path.name.lower()))
 
-    Sorted by random(), whose stream Python promises to keep; it does not promise that of shuffle().
-    """
-    source = random.Random(seed)
-    order = sorted(groups, key=lambda group: source.random())
-    held: set[int] = set()
-    for group in order[:-1]:
-        if len(held) + len(group) <= target:
-            held.update(group)
-    smallest = min(order, key=len)
-    return held or set(smallest)
+
+def _without_numbers(path: Path) -> str:
+    """Equal for the parts of one side, such as train-00000-of-00002.parquet and train-00001-of-00002.parquet."""
+    return re.sub(r"\d+", "", path.name)
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def _on_the_hub(data: str) -> Located:
+    """A data set of the hub, by `datasets`, from its cache where it is there already. Code in it is never run."""
+    import datasets
+
+    name, _, config = data.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None)
+    except Exception as error:  # of half a dozen libraries: there is no network, no such name, a script, no such config
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{data} is no file here, and cannot be had from the hub: {type(error).__name__}: {reason}",
+            "Check the name and the network, or give a file",
+        ) from None
+    sides = {side: own for side, names in SIDES.items() for own in names if own in found}
+    if not sides:
+        raise DataError(f"{data} has {listed(found)}, and none is called train", "Save the one you mean as a file")
+    return Located(data, {side: _of_table(f"{data} ({side})", found[own]) for side, own in sides.items()})
+
+
+def _of_table(name: str, table: Any) -> Source:
+    def read() -> Iterator[Row]:
+        for number, record in enumerate(table):
+            yield Row(record, f"{name}[{number}]")
+
+    return Source(name, read, lambda: str(table._fingerprint), lambda: int(table.data.nbytes))

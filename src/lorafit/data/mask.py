@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lorafit.data.formats import Chat, Completion, Example, Message, Plain
+from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain, Tool
+from lorafit.data.store import Encoded, Tokens, Writer
 from lorafit.data.template import as_chat, render
-from lorafit.data.turns import SHOWN_CHARS, Draft, Turn, draft
-from lorafit.errors import DataError, ModelError
+from lorafit.data.tokenise import Text, Tokeniser
+from lorafit.data.turns import SHOWN_CHARS, Draft, LossOn, Turn, drafts
+from lorafit.errors import DataError
 from lorafit.units import format_count, format_share
 
 if TYPE_CHECKING:
@@ -37,28 +38,17 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 256  # rows tokenised in one call: enough to keep its threads busy, few enough to keep offsets small
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """One row as the model reads it.
-
-    input_ids: (tokens,) int32. supervised: (tokens,) bool; supervised[t]: token t has a loss, predicted from those
-    before t, so supervised[0] is False. prompt_length: tokens before the last reply, 0 for running text.
-    cut_tokens: how many were cut off at the end.
-    """
-
-    input_ids: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-    prompt_length: int
-    origin: str
-    cut_tokens: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class EncodedSet:
-    """All rows of a data file. rows: how many there were before running text was split. encoded: one per piece."""
+    """All rows of a data file. encoded: one per piece.
 
-    encoded: tuple[Encoded, ...]
+    rows: how many there were before running text and conversations were split. rewritten: conversations that became
+    one piece a reply, because the template writes a reply differently once others follow.
+    """
+
+    encoded: Tokens
     rows: int
+    rewritten: int = 0
 
     @property
     def pieces(self) -> int:
@@ -68,27 +58,27 @@ class EncodedSet:
     @property
     def tokens(self) -> int:
         """Tokens of all pieces."""
-        return sum(len(row.input_ids) for row in self.encoded)
+        return int(self.encoded.lengths.sum())
 
     @property
     def supervised_tokens(self) -> int:
         """Tokens with a loss."""
-        return sum(int(row.supervised.sum()) for row in self.encoded)
+        return int(self.encoded.fact("supervised").sum(dtype=np.int64))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest piece."""
-        return max(len(row.input_ids) for row in self.encoded)
+        return int(self.encoded.lengths.max())
 
     @property
     def cut_rows(self) -> int:
         """Rows that lost their end."""
-        return sum(row.cut_tokens > 0 for row in self.encoded)
+        return int((self.encoded.fact("cut") > 0).sum())
 
     @property
     def cut_tokens(self) -> int:
         """Tokens that were cut off."""
-        return sum(row.cut_tokens for row in self.encoded)
+        return int(self.encoded.fact("cut").sum(dtype=np.int64))
 
     @property
     def summary(self) -> str:
@@ -101,45 +91,59 @@ class EncodedSet:
         ]
         if self.pieces != self.rows:
             parts.append(f"split into {format_count(self.pieces)} pieces")
+        if self.rewritten:
+            count = format_count(self.rewritten)
+            parts.append(f"{count} conversations split into one piece a reply: the template rewrites earlier ones")
         if self.cut_rows:
             parts.append(f"{format_count(self.cut_rows)} rows cut by {format_count(self.cut_tokens)} tokens")
         return ", ".join(parts)
 
 
-def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> EncodedSet:
+def encode_all(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, loss_on: LossOn = "replies"
+) -> EncodedSet:
     """Every example as token ids and mask, in order. seq_len: most tokens of a piece, at least 2.
 
     Running text longer than seq_len is split; conversations and completions are cut at the end and counted.
     Raises DataError with file:line where a row cannot be trained on, ModelError for a tokenizer without offsets.
     """
-    if not tokenizer.is_fast:
-        raise ModelError("this tokenizer has no fast version, so it cannot tell which token is which text")
-    marks = Marks.of(tokenizer)
-    encoded: list[Encoded] = []
+    marks, tokeniser = Marks.of(tokenizer), Tokeniser(tokenizer)
+    writer, rewritten = Writer(), 0
     for first in range(0, len(examples), CHUNK_ROWS):
-        drafts = [draft(example, tokenizer) for example in examples[first : first + CHUNK_ROWS]]
-        encoded += [piece for row in _encode_drafts(drafts, tokenizer, marks) for piece in _fit(row, seq_len)]
-    if not any(row.supervised.any() for row in encoded):
-        raise DataError(f"none of the {len(examples)} rows has a token with a loss", "Give rows with replies or text")
-    return EncodedSet(tuple(encoded), len(examples))
+        own = [drafts(example, tokenizer, loss_on) for example in examples[first : first + CHUNK_ROWS]]
+        rewritten += sum(len(some) > 1 for some in own)
+        for row in encode_drafts([one for some in own for one in some], tokeniser, marks):
+            for piece in fit(row, seq_len):
+                writer.add(piece)
+    encoded = EncodedSet(writer.finish({}), len(examples), rewritten)
+    refuse_unsupervised(encoded)
+    return encoded
+
+
+def refuse_unsupervised(encoded: EncodedSet) -> None:
+    """Raise DataError where nothing at all has a loss."""
+    if not encoded.supervised_tokens:
+        raise DataError(f"none of the {encoded.rows} rows has a token with a loss", "Give rows with replies or text")
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[Encoded]:
     """One example; several pieces only for running text. As encode_all."""
-    return list(encode_all([example], tokenizer, seq_len).encoded)
+    return list(encode_all([example], tokenizer, seq_len).encoded[:])
 
 
 # --- what generation needs ------------------------------------------------------------------------------------------
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()
+) -> list[int]:
     """Token ids of a conversation up to where the assistant's reply starts: the same as in training.
 
     Raises DataError as `render` does.
     """
-    ids, _ = _tokenise([render(tokenizer, messages, add_generation_prompt=True)], tokenizer)
-    _refuse_double_bos(ids[0], tokenizer, "the prompt")
-    return ids[0]
+    (ids,) = Tokeniser(tokenizer).ids([render(tokenizer, messages, add_generation_prompt=True, tools=tools)])
+    _refuse_double_bos(ids, Marks.of(tokenizer), "the prompt")
+    return ids
 
 
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -147,10 +151,10 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int
     if isinstance(example, Completion) and tokenizer.chat_template:
         example = as_chat(example)
     if isinstance(example, Chat):
-        return encode_prompt(example.messages[:-1], tokenizer)
-    if isinstance(example, Plain):
-        raise DataError(f"{example.origin} is running text, which has no prompt", "Give rows with a reply")
-    return [*Marks.of(tokenizer).bos, *_tokenise([example.prompt], tokenizer)[0][0]]
+        return encode_prompt(example.messages[:-1], tokenizer, example.tools)
+    if isinstance(example, Plain | Labelled):
+        raise DataError(f"{example.origin} is text without a reply, which has no prompt", "Give rows with a reply")
+    return [*Marks.of(tokenizer).bos, *Tokeniser(tokenizer).ids([example.prompt])[0]]
 
 
 def expected_reply(example: Example) -> str | None:
@@ -159,7 +163,7 @@ def expected_reply(example: Example) -> str | None:
     A template may trim it, so compare without the whitespace around it.
     """
     if isinstance(example, Chat):
-        return example.messages[-1]["content"]
+        return str(example.messages[-1]["content"])
     return example.completion if isinstance(example, Completion) else None
 
 
@@ -179,7 +183,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 Ids = list[int]
-Offsets = list[tuple[int, int]]  # first and last + 1 character of each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +190,14 @@ class Marks:
     """A tokenizer's special tokens.
 
     bos: ids that it puts in front of a text by itself, often none. eos: its end-of-sequence token, if it has one.
-    control: every added token that is not mere whitespace, and eos: one of these ends a turn.
+    control: every added token that is not mere whitespace, and eos: one of these ends a turn. beginning: its
+    beginning-of-sequence token, whoever writes it, as id and as text.
     """
 
     bos: tuple[int, ...]
     eos: int | None
     control: frozenset[int]
+    beginning: tuple[int | None, str | None]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Marks:
@@ -202,58 +207,54 @@ class Marks:
         first = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
         control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         eos = tokenizer.eos_token_id
-        return cls(tuple(full[:first]), eos, frozenset(control if eos is None else control | {eos}))
+        own = frozenset(control if eos is None else control | {eos})
+        return cls(tuple(full[:first]), eos, own, (tokenizer.bos_token_id, tokenizer.bos_token))
 
 
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Ids], list[Offsets]]:
-    """Ids and character offsets of each text, without special tokens but those in the text itself."""
-    batch = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-        verbose=False,  # no warning about model_max_length: seq_len decides
-    )
-    return batch["input_ids"], batch["offset_mapping"]
+def encode_drafts(rows: Sequence[Draft], tokeniser: Tokeniser, marks: Marks) -> list[Encoded]:
+    """Drafts as token ids and mask, uncut; all in one call, as the tokenizer spreads a batch over its threads."""
+    texts = [row.text for row in rows]
+    found: Sequence[Text | Ids] = tokeniser.whole(texts) if any(row.turns for row in rows) else tokeniser.ids(texts)
+    return [_supervise(row, text, tokeniser, marks) for row, text in zip(rows, found, strict=True)]
 
 
-def _encode_drafts(drafts: list[Draft], tokenizer: PreTrainedTokenizerBase, marks: Marks) -> list[Encoded]:
-    """Whole texts and prompts in one call each: a fast tokenizer spreads a batch over its threads."""
-    all_ids, all_offsets = _tokenise([row.text for row in drafts], tokenizer)
-    prompts = iter(_tokenise([turn.prompt for row in drafts for turn in row.turns] or [""], tokenizer)[0])
-    rows = []
-    for row, ids, offsets in zip(drafts, all_ids, all_offsets, strict=True):
-        own = [next(prompts) for _ in row.turns]
-        if own:
-            ids, offsets = _as_generation_sees(row, ids, offsets, own, tokenizer)
-        if row.templated:
-            encoded = _supervise_turns(row, ids, offsets, own, marks)
-        elif own:
-            encoded = _supervise_completion(row, ids, len(own[0]), marks)
-        else:
-            encoded = _supervise_text(row, ids, marks)
-        encoded.supervised[:1] = False
-        _refuse_double_bos(encoded.input_ids[:2].tolist(), tokenizer, row.origin)
-        rows.append(encoded)
-    return rows
+def _supervise(row: Draft, text: Text | Ids, tokeniser: Tokeniser, marks: Marks) -> Encoded:
+    if isinstance(text, list):
+        encoded = _supervise_text(row, text, marks)
+    elif not row.turns:
+        encoded = _supervise_text(row, text.ids, marks)
+    else:
+        text, starts = _as_generation_sees(row, text, tokeniser)
+        encoded = (
+            _supervise_turns(row, text, starts, marks)
+            if row.templated
+            else _supervise_completion(row, text.ids, starts[0], marks)
+        )
+    if row.whole:
+        encoded.supervised[:] = True
+    encoded.supervised[:1] = False
+    _refuse_double_bos(encoded.input_ids[:2].tolist(), marks, row.origin)
+    return encoded
 
 
-def _as_generation_sees(
-    row: Draft, ids: Ids, offsets: Offsets, prompts: list[Ids], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Ids, Offsets]:
-    """Ids that start with every prompt's own ids; see the head of this file. Raises DataError where none do."""
-    if ids[: len(prompts[-1])] != prompts[-1]:
-        prompt = row.turns[-1].prompt
-        (first, rest), (first_offsets, rest_offsets) = _tokenise([prompt, row.text[len(prompt) :]], tokenizer)
-        if tokenizer.decode(first + rest) != tokenizer.decode(ids):  # a tokenizer that puts a space before each text
+def _as_generation_sees(row: Draft, text: Text, tokeniser: Tokeniser) -> tuple[Text, list[int]]:
+    """A text whose ids start with every prompt's own, and how many each has. Raises DataError where none does.
+
+    See the head of this file.
+    """
+    prompts = [turn.prompt for turn in row.turns]
+    if tokeniser.prompt_tokens(text, prompts[-1]) is None:
+        apart = tokeniser.joined(row.text, len(prompts[-1]))
+        if tokeniser.backend.decode(apart.ids, skip_special_tokens=False) != tokeniser.backend.decode(
+            text.ids, skip_special_tokens=False
+        ):  # a tokenizer that puts a space before each text
             raise _merged(row, len(prompts) - 1)
-        ids = first + rest
-        offsets = first_offsets + [(start + len(prompt), end + len(prompt)) for start, end in rest_offsets]
-    for number, own in enumerate(prompts):
-        if ids[: len(own)] != own:
-            raise _merged(row, number)
-    return ids, offsets
+        text = apart
+    starts = [tokeniser.prompt_tokens(text, prompt) for prompt in prompts]
+    found = [start for start in starts if start is not None]
+    if len(found) < len(starts):
+        raise _merged(row, starts.index(None))
+    return text, found
 
 
 def _merged(row: Draft, number: int) -> DataError:
@@ -266,12 +267,12 @@ def _merged(row: Draft, number: int) -> DataError:
     )
 
 
-def _supervise_turns(row: Draft, ids: Ids, offsets: Offsets, prompts: list[Ids], marks: Marks) -> Encoded:
+def _supervise_turns(row: Draft, text: Text, starts: list[int], marks: Marks) -> Encoded:
     """A templated conversation: each reply with its end-of-turn token."""
+    ids = text.ids
     supervised = np.zeros(len(ids), dtype=np.bool_)
-    for turn, prompt in zip(row.turns, prompts, strict=True):
-        start = len(prompt)
-        end = _turn_end(turn, start, ids, offsets, marks)
+    for turn, start in zip(row.turns, starts, strict=True):
+        end = _turn_end(turn, start, text, marks)
         if end is None:
             raise DataError(
                 f"{row.origin}: the chat template writes no end-of-turn token after a reply, "
@@ -280,13 +281,13 @@ def _supervise_turns(row: Draft, ids: Ids, offsets: Offsets, prompts: list[Ids],
             )
         _refuse_early_stop(ids[start : end - 1], {ids[end - 1], marks.eos}, row.origin)
         supervised[start:end] = True
-    return Encoded(np.array(ids, dtype=np.int32), supervised, len(prompts[-1]), row.origin)
+    return Encoded(np.array(ids, dtype=np.int32), supervised, starts[-1], row.origin, row=row.row)
 
 
-def _turn_end(turn: Turn, start: int, ids: Ids, offsets: Offsets, marks: Marks) -> int | None:
+def _turn_end(turn: Turn, start: int, text: Text, marks: Marks) -> int | None:
     """One past the end-of-turn token: the first added token after the reply's text; None if there is none."""
-    for number in range(start, len(ids)):
-        if offsets[number][0] >= turn.reply_end and ids[number] in marks.control:
+    for number in range(max(start, text.token_at(turn.reply_end)), len(text.ids)):
+        if text.ids[number] in marks.control and text.start(number) >= turn.reply_end:
             return number + 1
     return None
 
@@ -303,13 +304,13 @@ def _supervise_completion(row: Draft, ids: Ids, prompt_length: int, marks: Marks
         raise DataError(f"{row.origin}: prompt is empty", "Write a prompt, or put the completion into text")
     whole = _between(ids, marks)
     _refuse_early_stop(whole[start:-1], {marks.eos}, row.origin)
-    return Encoded(np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start, start, row.origin)
+    return Encoded(np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start, start, row.origin, row=row.row)
 
 
 def _supervise_text(row: Draft, ids: Ids, marks: Marks) -> Encoded:
     """Running text: all of it, with BOS and end-of-sequence around it."""
     whole = np.array(_between(ids, marks), dtype=np.int32)
-    return Encoded(whole, np.ones(len(whole), dtype=np.bool_), 0, row.origin)
+    return Encoded(whole, np.ones(len(whole), dtype=np.bool_), 0, row.origin, row=row.row)
 
 
 def _between(ids: Ids, marks: Marks) -> Ids:
@@ -326,15 +327,16 @@ def _refuse_early_stop(reply: Ids, stops: set[int | None], origin: str) -> None:
         )
 
 
-def _refuse_double_bos(ids: Ids, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+def _refuse_double_bos(ids: Ids, marks: Marks, origin: str) -> None:
+    token, text = marks.beginning
+    if len(ids) > 1 and ids[0] == ids[1] == token:
         raise DataError(
-            f"{origin} starts with {tokenizer.bos_token!r} twice, which no model was trained on",
+            f"{origin} starts with {text!r} twice, which no model was trained on",
             "Remove it from the text: the tokenizer or the chat template adds it",
         )
 
 
-def _fit(row: Encoded, seq_len: int) -> list[Encoded]:
+def fit(row: Encoded, seq_len: int) -> list[Encoded]:
     """The row in pieces of at most seq_len tokens. Raises DataError where a cut would leave no token with a loss.
 
     A piece of running text starts with the last token of the piece before: there it is only read, so that every token
@@ -357,4 +359,5 @@ def _fit(row: Encoded, seq_len: int) -> list[Encoded]:
 def _slice(row: Encoded, start: int, stop: int, cut_tokens: int) -> Encoded:
     supervised = row.supervised[start:stop].copy()
     supervised[0] = False
-    return Encoded(row.input_ids[start:stop], supervised, min(row.prompt_length, stop), row.origin, cut_tokens)
+    prompt_length = min(row.prompt_length, stop)
+    return Encoded(row.input_ids[start:stop], supervised, prompt_length, row.origin, cut_tokens, row.row)

@@ -7,6 +7,7 @@ no prediction depends on are left out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorafit.data.mask import Encoded
+from lorafit.data.store import Encoded
 from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, WIDTH_STEP, Batch, Bucket, Packing
 
 # Micro-batches of a step may be larger than their mean by so much, the least that does: rows are not cut.
@@ -28,15 +29,25 @@ MIN_SAVED_TOKENS = 32
 ROWS_COMPARED = 128
 
 
-def step_rows(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of each optimizer step of one epoch: every row once, in an order of `seed` and `epoch` alone.
+def step_rows(count: int, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
+    """Row numbers of one optimizer step of an epoch: every row once, in an order of `seed` and `epoch` alone.
 
-    count rows in steps of batch_size; the last step may be smaller. seed, epoch: 0 to 2^64 - 1. The raw stream of a
-    Philox counter is the same on every machine and in every numpy; its permutations are not promised to be.
+    count rows in steps of batch_size; the last step may be smaller. seed, epoch: 0 to 2^64 - 1. step: from 0, of the
+    epoch; beyond the last one there are no rows.
+    """
+    rows: list[int] = _order(count, seed, epoch)[step * batch_size : (step + 1) * batch_size].tolist()
+    return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """All rows of an epoch in their order.
+
+    The raw stream of a Philox counter is the same on every machine and in every numpy; its permutations are not
+    promised to be.
     """
     keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
-    order = np.argsort(keys, kind="stable").tolist()
-    return [order[first : first + batch_size] for first in range(0, count, batch_size)]
+    return np.argsort(keys, kind="stable")
 
 
 def micro_batches(

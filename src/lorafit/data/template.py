@@ -1,19 +1,61 @@
-"""Messages -> text, by the model's own chat template: one function for training, evaluation and chat."""
+"""Messages -> text, by a chat template: one function for training, evaluation and chat.
+
+A template is a program that came with a model. It runs in transformers' sandbox, which keeps it from files and modules,
+and here under a time limit.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.data.formats import Chat, Completion, Message
-from lorafit.errors import DataError
+from lorafit.data.deadline import OutOfTime, deadline
+from lorafit.data.example import Chat, Completion, Message, Tool
+from lorafit.errors import ConfigError, DataError, ModelError, did_you_mean, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SECONDS = 10.0  # for one conversation; usual ones take a thousandth of one
+BUILT_IN = Path(__file__).parent / "templates"
+
+
+def built_in() -> list[str]:
+    """Names of the templates that come with lorafit, for models that have none of their own."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.jinja"))
+
+
+def read_template(chosen: str) -> str:
+    """A template by its name in `built_in`, or from a file. Raises ConfigError where it is neither."""
+    path = BUILT_IN / f"{chosen}.jinja" if chosen in built_in() else Path(chosen)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = did_you_mean(chosen, built_in()) or f"Give a file, or one of {listed(built_in())}"
+        raise ConfigError(f"--template {chosen!r} cannot be read: {error}", hint) from None
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, chosen: str) -> None:
+    """Let the tokenizer render with another template. chosen: as for `read_template`.
+
+    Raises ConfigError where there is none, ModelError where it cannot render a question and its answer.
+    """
+    tokenizer.chat_template = read_template(chosen)
+    probe: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        render(tokenizer, probe, add_generation_prompt=False)
+    except DataError as error:
+        raise ModelError(f"--template {chosen!r} cannot be used: {error.what}", "Correct the template") from None
+
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool, origin: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    origin: str = "",
+    tools: Sequence[Tool] = (),
 ) -> str:
     """The text that the model sees for `messages`; add_generation_prompt: and then what starts a reply.
 
@@ -24,18 +66,37 @@ def render(
     if not tokenizer.chat_template:
         raise DataError(
             f"{at}the rows are conversations and this model has no chat template",
-            "Use a chat model (often named -Instruct or -Chat), or rows of prompt/completion strings or text",
+            f"Choose one with --template FILE or --template {' or '.join(built_in())}, or give rows of text",
         )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is a program that came with the model: it may raise anything
+        with deadline(SECONDS):
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+    except OutOfTime:
+        raise DataError(
+            f"{at}the chat template runs for more than {SECONDS:g} s", "Use another with --template"
+        ) from None
+    except Exception as error:  # it may raise anything
         raise DataError(
             f"{at}the model's chat template refuses the conversation: {error}",
             "Change the row to what the template takes, such as no system message or turns that alternate",
         ) from None
     return str(text)
+
+
+def writes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template has a place for the functions that may be called."""
+    return _writes_tools(str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=16)
+def _writes_tools(template: str) -> bool:
+    # By its text: whether it shows them may depend on the conversation. Each row's own rendering is looked at too.
+    return "tools" in template
 
 
 def as_chat(completion: Completion) -> Chat:

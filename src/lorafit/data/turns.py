@@ -1,22 +1,26 @@
 """An Example -> the text that the model reads, and where in it the replies stand. Characters only; mask.py has the ids.
 
 For each reply with a loss two things are verified, because templates break both: what stands before the reply is
-exactly what generation would start from, and the reply is still written like that once later messages follow.
+exactly what generation would start from, and the reply is still written like that once later messages follow. Where
+only the second fails, as with templates that strip reasoning from the history, a conversation becomes one draft a
+reply: each is what the model will see in use when it gives that reply.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from lorafit.data.formats import Chat, Completion, Example, Plain
-from lorafit.data.template import as_chat, render
+from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain
+from lorafit.data.messages import REASONING_KEYS
+from lorafit.data.template import as_chat, render, writes_tools
 from lorafit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_CHARS = 30
+LossOn = Literal["replies", "last", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,65 +39,130 @@ class Draft:
     """A row before it is tokenised.
 
     turns: the replies with a loss, in order; empty for running text. templated: the text came from a chat template,
-    which wrote its special tokens; otherwise BOS and end-of-sequence are still to be put around it.
+    which wrote its special tokens; otherwise BOS and end-of-sequence are still to be put around it. whole: everything
+    has a loss, not the turns alone. row: number of the record in its source.
     """
 
     text: str
     turns: tuple[Turn, ...]
     origin: str
     templated: bool
+    whole: bool = False
+    row: int = 0
 
 
-def draft(example: Example, tokenizer: PreTrainedTokenizerBase) -> Draft:
-    """The text of one row. Raises DataError with its origin where the template and the row do not go together."""
+def drafts(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "replies") -> list[Draft]:
+    """The text of one row; several where the template writes a reply differently once others follow.
+
+    loss_on: every reply that the row wants learned, the last of them, or all tokens. Raises DataError with its origin
+    where the template and the row do not go together.
+    """
     if isinstance(example, Completion) and tokenizer.chat_template:
         example = as_chat(example)
     if isinstance(example, Chat):
-        return _draft_chat(example, tokenizer)
+        return _draft_chat(example, tokenizer, loss_on)
+    if isinstance(example, Labelled):
+        raise DataError(
+            f"{example.origin} has text and label: labelled text for a classification head, which comes with "
+            "--method head and is not available yet",
+            "Write the label as the reply: a user message with the text, an assistant message with the label",
+        )
     if isinstance(example, Plain):
-        return Draft(example.text, (), example.origin, templated=False)
+        return [Draft(example.text, (), example.origin, templated=False)]
     text = example.prompt + example.completion
-    return Draft(text, (Turn(example.prompt, len(text)),), example.origin, templated=False)
+    turn = Turn(example.prompt, len(text))
+    return [Draft(text, (turn,), example.origin, templated=False, whole=loss_on == "all")]
 
 
-def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Draft:
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A reply's turn: all text up to its end, as it is written where the conversation ends with it."""
+
+    number: int
+    turn: str
+    own: Turn
+
+
+def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[Draft]:
+    if chat.tools and not writes_tools(tokenizer):
+        raise DataError(
+            f"{chat.origin}: the model's chat template has no place for tools, so they would not be seen",
+            "Use a model that was trained to call tools, or remove them",
+        )
+    numbers = chat.learned() if loss_on != "last" else chat.learned()[-1:]
+    text = render(tokenizer, chat.messages, False, chat.origin, chat.tools)
+    _refuse_dropped(chat, text)
+    found = [_rendered(chat, number, text, tokenizer) for number in numbers]
+    whole = loss_on == "all"
+    if all(text.startswith(reply.turn) for reply in found):
+        return [Draft(text, tuple(reply.own for reply in found), chat.origin, templated=True, whole=whole)]
+    return [Draft(reply.turn, (reply.own,), chat.origin, templated=True, whole=whole) for reply in found]
+
+
+def _refuse_dropped(chat: Chat, text: str) -> None:
+    """Raise DataError where what the model is told is not in the text. Replies are looked at one by one."""
+    for number, message in enumerate(chat.messages):
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            raise DataError(
+                f"{chat.origin}: the chat template leaves out messages[{number}], from {message['role']!r}, or writes "
+                "it differently",
+                "Put a system message at the start of the first user message, or choose another --template",
+            )
+
+
+def _rendered(chat: Chat, number: int, text: str, tokenizer: PreTrainedTokenizerBase) -> _Rendered:
     messages, origin = chat.messages, chat.origin
-    text = render(tokenizer, messages, add_generation_prompt=False, origin=origin)
-    turns = []
-    for number in range(chat.context, len(messages)):
-        if messages[number]["role"] != "assistant":
-            continue
-        prompt = render(tokenizer, messages[:number], add_generation_prompt=True, origin=origin)
-        is_last = number == len(messages) - 1
-        turn = text if is_last else render(tokenizer, messages[: number + 1], False, origin=origin)
-        if not turn.startswith(prompt):
-            raise _not_a_prefix(origin, number, "does not start a reply as its generation prompt does", prompt, turn)
-        if not text.startswith(turn):
-            raise _not_a_prefix(origin, number, "rewrites an earlier reply once others follow", turn, text)
-        reply_end = _reply_end(turn, len(prompt), messages[number]["content"].strip(), origin, number)
-        turns.append(Turn(prompt, reply_end))
-    return Draft(text, tuple(turns), origin, templated=True)
+    prompt = render(tokenizer, messages[:number], True, origin, chat.tools)
+    is_last = number == len(messages) - 1
+    turn = text if is_last else render(tokenizer, messages[: number + 1], False, origin, chat.tools)
+    if not turn.startswith(prompt):
+        raise _not_a_prefix(origin, number, prompt, turn)
+    reply_end = _reply_end(turn, len(prompt), messages[number], tokenizer, f"{origin}: messages[{number}]")
+    return _Rendered(number, turn, Turn(prompt, reply_end))
 
 
-def _not_a_prefix(origin: str, number: int, what: str, expected: str, got: str) -> DataError:
+def _not_a_prefix(origin: str, number: int, expected: str, got: str) -> DataError:
     pairs = enumerate(zip(expected, got, strict=False))
     at = next((k for k, (one, other) in pairs if one != other), min(len(expected), len(got)))
     shown = [repr(text[at : at + SHOWN_CHARS]) for text in (expected, got)]
     return DataError(
-        f"{origin}: the chat template {what} (messages[{number}]): first {shown[0]}, then {shown[1]}. "
-        "In use the model would see another text than in training",
-        "Remove what the template drops (reasoning, spaces at the ends), or keep one reply per row",
+        f"{origin}: the chat template does not start a reply as its generation prompt does (messages[{number}]): "
+        f"first {shown[0]}, then {shown[1]}. In use the model would see another text than in training",
+        "Write into the reply what the generation prompt begins (such as reasoning), or choose another --template",
     )
 
 
-def _reply_end(turn: str, start: int, reply: str, origin: str, number: int) -> int:
+def _reply_end(turn: str, start: int, message: Message, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
     """Where the reply's own text ends in its turn; templates may trim it or write something in front of it."""
+    for key in REASONING_KEYS:
+        if key in message and message[key].strip() not in turn[start:]:
+            raise DataError(
+                f"{where} has {key}, which the chat template does not write, so it would not be learned",
+                "Write it into the content as the model would, or remove it",
+            )
+    reply = message["content"].strip()
+    if message.get("tool_calls"):
+        return _end_of_calls(turn, start, message, tokenizer, where)
     lead = len(turn) - len(turn[start:].lstrip())
     found = lead if turn.startswith(reply, lead) else turn.rfind(reply, start)
     if found < 0:
         raise DataError(
-            f"{origin}: the chat template does not write messages[{number}] as it stands in the row, "
-            f"but {turn[start : start + SHOWN_CHARS]!r}",
+            f"{where} is not written by the chat template as it stands in the row, "
+            f"but as {turn[start : start + SHOWN_CHARS]!r}",
             "Remove from the reply what the template drops",
         )
     return found + len(reply)
+
+
+def _end_of_calls(turn: str, start: int, message: Message, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
+    """Calls are written in the template's own way, with tokens of their own: all up to the end-of-turn token."""
+    for text in (message["content"].strip(), *(call["function"]["name"] for call in message["tool_calls"])):
+        if text not in turn[start:]:
+            raise DataError(
+                f"{where} calls a function, and the chat template does not write {text[:SHOWN_CHARS]!r}",
+                "Use a model that was trained to call tools, or remove the row",
+            )
+    written = turn.rstrip()
+    ends = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+    end = next((token for token in ends if token.strip() and written.endswith(token)), "")
+    return max(start, len(written) - len(end))

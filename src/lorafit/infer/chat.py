@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
-from lorafit.data.formats import Message
+from lorafit.data.example import Message
 from lorafit.data.mask import encode_prompt
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError, did_you_mean, listed
 from lorafit.infer.generate import Pieces, context_tokens, stream

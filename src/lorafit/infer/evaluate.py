@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lorafit.data.formats import Chat, Completion, Example
+from lorafit.data.example import Chat, Completion, Example
 from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
 from lorafit.engine.engine import Engine

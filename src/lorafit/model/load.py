@@ -53,6 +53,15 @@ def load(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool = False) -
         return _load_gguf(spec, dtype)
 
 
+def load_tokenizer(spec: ModelSpec, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as `load` builds it. Raises ModelError."""
+    _refuse_own_code(spec, trust_remote_code)
+    with _quiet():
+        if spec.kind == "hf":
+            return _hf_tokenizer(spec, trust_remote_code)
+        return _tokenizer(spec, gguf_header.read_header(spec.path))
+
+
 def _load_gguf(spec: ModelSpec, dtype: torch.dtype) -> Loaded:
     header = gguf_header.read_header(spec.path)
     if reason := gguf_config.unsupported(header):
@@ -83,10 +92,17 @@ def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Lo
         ),
     )  # fmt: skip
     _check_keys(spec, info)
-    tokenizer = _explained(spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.path, **options))
+    return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec)
+
+
+def _hf_tokenizer(spec: ModelSpec, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    tokenizer: PreTrainedTokenizerBase = _explained(
+        spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.path, **options)
+    )
     if tokenizer.model_max_length > UNSET_LENGTH and spec.max_positions:
         tokenizer.model_max_length = spec.max_positions
-    return Loaded(model, tokenizer, spec)
+    return tokenizer
 
 
 def _model_by_transformers(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:

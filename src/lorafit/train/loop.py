@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.config import TrainConfig
-from lorafit.data.mask import Encoded
 from lorafit.data.pack import micro_batches, step_rows
+from lorafit.data.store import Encoded
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine
 from lorafit.engine.tally import TALLY
@@ -37,7 +37,7 @@ class Work:
 
     model: nn.Module
     method: Method
-    rows: list[Encoded]
+    rows: Sequence[Encoded]
     engine: Engine
     micro_tokens: int
     config: TrainConfig
@@ -118,7 +118,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     work, progress, config = loop.work, loop.progress, loop.work.config
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
-    row_ids = step_rows(len(work.rows), config.batch_size, config.seed, epoch)[index]
+    row_ids = step_rows(len(work.rows), config.batch_size, config.seed, epoch, index)
     batches = micro_batches(work.rows, row_ids, work.micro_tokens, work.engine.packing)
 
     counted = TALLY.flop

@@ -5,15 +5,17 @@ Everything here depends on the configuration, the rows and `chosen` alone, so a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from torch import nn
 
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.mask import Encoded
 from lorafit.data.pack import micro_batches, read_tokens, step_rows
+from lorafit.data.store import Encoded, lengths
 from lorafit.engine import workspace
 from lorafit.engine.batch import Packing
 from lorafit.engine.engine import Engine, prepare
@@ -43,7 +45,7 @@ def fit_to_memory(
     spec: ModelSpec,
     config: TrainConfig,
     precision: str,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     limit: int,
     force: bool,
     begun: Split | None = None,
@@ -95,18 +97,19 @@ def _does_not_fit(
     )
 
 
-def _largest(rows: list[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
+def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     packing = Packing(padded=False, share_prefix=config.dropout == 0)
-    steps = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[:STEPS_SAMPLED]
-    steps.append([max(range(len(rows)), key=lambda row: len(rows[row].input_ids))])
+    count = min(STEPS_SAMPLED, -(-len(rows) // config.batch_size))
+    steps = [step_rows(len(rows), config.batch_size, config.seed, 0, step) for step in range(count)]
+    steps.append([int(np.argmax(lengths(rows)))])
     batches = [batch for step in steps for batch in micro_batches(rows, step, micro_tokens, packing)]
     return max(b.computed_tokens for b in batches), max(len(b.predicts) for b in batches)
 
 
 def make_engine(
     model: nn.Module,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     config: TrainConfig,
     precision: str,
     split: Split,
@@ -119,7 +122,7 @@ def make_engine(
     """
     engine = prepare(model, share_prefix=config.dropout == 0)
     if precision == "int8":
-        first = step_rows(len(rows), config.batch_size, config.seed, epoch=0)[0]
+        first = step_rows(len(rows), config.batch_size, config.seed, epoch=0, step=0)
         engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
     engine.release_weights()
     # Only now: what the batches need can take the place of released weights.
@@ -137,7 +140,7 @@ def make_engine(
 
 
 def _keep_features(
-    engine: Engine, rows: list[Encoded], config: TrainConfig, split: Split, directory: Path, console: Console
+    engine: Engine, rows: Sequence[Encoded], config: TrainConfig, split: Split, directory: Path, console: Console
 ) -> None:
     """Where rows are seen more than once and the lowest layers are not trained: compute those once."""
     steps_an_epoch = -(-len(rows) // config.batch_size)
@@ -145,9 +148,9 @@ def _keep_features(
     below = untouched_layers(engine.model)
     if epochs <= 1 or below == 0:
         return
-    lengths = [read_tokens(row) for row in rows]
-    size = Features.file_bytes(lengths, engine.hidden, engine.dtype)
-    what = f"the lowest {below} layers are frozen: their output for {format_count(sum(lengths))} tokens"
+    read = [read_tokens(row) for row in rows]
+    size = Features.file_bytes(read, engine.hidden, engine.dtype)
+    what = f"the lowest {below} layers are frozen: their output for {format_count(sum(read))} tokens"
     if size > parse_bytes(config.feature_cache, "--feature-cache"):
         limit = f"{format_bytes(size)}, above the {config.feature_cache} of --feature-cache"
         console.print(f"{what} would take {limit}; they are computed in every epoch", style="yellow", highlight=False)
@@ -155,4 +158,4 @@ def _keep_features(
     console.print(f"{what} is computed once and kept on disk ({format_bytes(size)})", highlight=False)
     batches = micro_batches(rows, range(len(rows)), split.micro_tokens, engine.packing)
     directory.mkdir(parents=True, exist_ok=True)
-    engine.keep_features(directory / "features.bin", lengths, batches)
+    engine.keep_features(directory / "features.bin", read, batches)

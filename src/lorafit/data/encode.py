@@ -1,0 +1,303 @@
+"""A source -> its rows as tokens, in bounded memory: read, rendered and tokenised a few hundred rows at a time.
+
+While the tokenizer's threads are at one lot of rows, the next is read and rendered. What a large source gives is kept
+in the user's cache, under a hash of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit import files
+from lorafit.data import store
+from lorafit.data.example import Chat, Example
+from lorafit.data.formats import FormatReader
+from lorafit.data.load import Source
+from lorafit.data.mask import CHUNK_ROWS, EncodedSet, Marks, encode_drafts, fit, refuse_unsupervised
+from lorafit.data.rows import Row
+from lorafit.data.split import DIGEST, digest, held_out, label_of
+from lorafit.data.store import Encoded, Tokens, Writer
+from lorafit.data.tokenise import Tokeniser
+from lorafit.data.turns import Draft, LossOn, drafts
+from lorafit.errors import DataError
+from lorafit.units import format_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Of a source that is larger the tokens are kept on disk; what is smaller is tokenised in a second or two.
+LARGE_BYTES = 8 << 20
+# Changes whenever the same rows would become other tokens.
+VERSION = 1
+# Faults that are told one by one; beyond that they are counted.
+TOLD = 1000
+# Control characters, and what stands for a byte that could not be decoded.
+NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
+ROW = np.dtype([("digest", DIGEST), ("label", "<i4")])  # label: its number, -1 where there is none
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read. fmt: a format's name, None to know it by the columns. rename: column -> new name.
+
+    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece.
+    """
+
+    fmt: str | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
+    loss_on: LossOn = "replies"
+    seq_len: int = 2048
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a source, encoded, with what is known of them.
+
+    records: (rows,) of ROW, for every record that was read. labels: their names by number. bad: a sentence for each
+    row that was left out, at most TOLD. bad_rows: how many there were. unused: columns -> rows in which they stood.
+    odd: where characters stand that are no text, at most TOLD; odd_rows: how many. system: the system message that all
+    rows begin with, if they do.
+    """
+
+    set: EncodedSet
+    format: str
+    records: NDArray[Any]
+    labels: tuple[str, ...]
+    bad: tuple[str, ...]
+    bad_rows: int
+    odd: tuple[str, ...]
+    odd_rows: int
+    unused: Mapping[str, int]
+    system: str | None
+
+    def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
+        """Which records are held out, about `share` of those that can be used: (records,). As `split.held_out`."""
+        usable = np.zeros(len(self.records), dtype=np.bool_)
+        usable[self.set.encoded.fact("row")] = True
+        held = np.zeros(len(self.records), dtype=np.bool_)
+        held[usable] = held_out(self.records["digest"][usable], self.records["label"][usable], share, seed)
+        return held
+
+    def remarks(self) -> list[str]:
+        """What should not go unnoticed: columns that are not read, rows left out, equal rows."""
+        lines = [f"column {name!r} of {format_count(count)} rows is not read" for name, count in self.unused.items()]
+        if self.bad_rows:
+            lines.append(
+                f"{format_count(self.bad_rows)} rows cannot be used and are left out; the first: {self.bad[0]}"
+            )
+        again = len(self.records) - len(np.unique(self.records["digest"]))
+        if again:
+            lines.append(f"{format_count(again)} rows are equal to an earlier one")
+        return lines
+
+    def also_in(self, other: Data) -> int:
+        """How many of the records the other data has too."""
+        return int(np.isin(self.records["digest"], other.records["digest"]).sum())
+
+    def part(self, rows: NDArray[np.bool_]) -> EncodedSet:
+        """The pieces of some of the records. rows: (records,)."""
+        return EncodedSet(self.set.encoded.part(rows[self.set.encoded.fact("row")]), int(rows.sum()))
+
+
+def encode_source(
+    source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading, on_rows: Callable[[int], None]
+) -> Data:
+    """All rows of a source, from the cache where an earlier run left them. on_rows: told how many more were done.
+
+    Raises DataError with file:line where a row cannot be used and is not to be skipped.
+    """
+    cache = files.cache_dir() / "tokens"
+    if source.size() < LARGE_BYTES:
+        return _encode(source, tokenizer, reading, on_rows, None)
+    key = _key(source, tokenizer, reading)
+    found = store.kept(cache, key)
+    if found is None:
+        written = store.begin(cache)
+        try:
+            _encode(source, tokenizer, reading, on_rows, written)
+        except BaseException:
+            shutil.rmtree(written, ignore_errors=True)
+            raise
+        found = store.keep(written, key)
+    tokens, facts = store.opened(found)
+    records = np.fromfile(found / "records.bin", ROW)
+    return _data(tokens, records, facts)
+
+
+def _encode(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    on_rows: Callable[[int], None],
+    directory: Path | None,
+) -> Data:
+    writer = Writer(directory)
+    try:
+        encoder = _Encoder(tokenizer, reading, writer)
+        encoder.run(source.rows(), on_rows)
+        facts, records = encoder.facts(), encoder.records()
+        if directory is not None:
+            records.tofile(directory / "records.bin")
+        data = _data(writer.finish(facts), records, facts)
+    finally:
+        writer.close()
+    refuse_unsupervised(data.set)
+    return data
+
+
+def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
+    return Data(
+        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"]),
+        format=facts["format"],
+        records=records,
+        labels=tuple(facts["labels"]),
+        bad=tuple(facts["bad"]),
+        bad_rows=facts["bad_rows"],
+        odd=tuple(facts["odd"]),
+        odd_rows=facts["odd_rows"],
+        unused=facts["unused"],
+        system=facts["system"],
+    )
+
+
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str:
+    """A hash of all that the tokens depend on."""
+    told: dict[str, Any] = {
+        "version": VERSION,
+        "source": source.digest(),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": str(tokenizer.chat_template),
+        "special": [str(tokenizer.bos_token), str(tokenizer.eos_token)],
+        "reading": asdict(reading),
+    }
+    if "strftime_now" in told["template"]:  # the text depends on the day
+        told["day"] = datetime.date.today().isoformat()
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class _Encoder:
+    """The state of one pass over a source."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, writer: Writer) -> None:
+        self.tokenizer, self.reading, self.writer = tokenizer, reading, writer
+        self.tokeniser, self.marks = Tokeniser(tokenizer), Marks.of(tokenizer)
+        self.reader = FormatReader(reading.fmt, reading.rename)
+        self.bad: list[str] = []
+        self.odd: list[str] = []
+        self.bad_rows = self.odd_rows = self.rewritten = 0
+        self._digests = bytearray()
+        self._labels = array("i")
+        self._label_numbers: dict[str, int] = {}
+        self._systems: set[str | None] = set()
+
+    def run(self, rows: Iterator[Row], on_rows: Callable[[int], None]) -> None:
+        """Encode all rows, in order."""
+        waiting: Future[list[Encoded | DataError]] | None = None
+        numbered = enumerate(rows)
+        with ThreadPoolExecutor(1) as pool:
+            while lot := list(itertools.islice(numbered, CHUNK_ROWS)):
+                ready = [draft for number, row in lot for draft in self._drafts(number, row)]
+                following = pool.submit(self._tokenise, ready)
+                if waiting is not None:
+                    self._write(waiting.result())
+                waiting = following
+                on_rows(len(lot))
+            if waiting is not None:
+                self._write(waiting.result())
+
+    def _drafts(self, number: int, row: Row) -> list[Draft]:
+        self._digests += digest(row.record)
+        label = label_of(row.record)
+        self._labels.append(-1 if label is None else self._label_numbers.setdefault(label, len(self._label_numbers)))
+        try:
+            example = self.reader.read(row)
+            found = drafts(example, self.tokenizer, self.reading.loss_on)
+        except DataError as error:
+            self._leave_out(error)
+            return []
+        self._note_system(example)
+        self._note_odd(found)
+        self.rewritten += len(found) > 1
+        return [replace(draft, row=number) for draft in found]
+
+    def _note_system(self, example: Example) -> None:
+        """Which system messages there are, as long as it may be one."""
+        if len(self._systems) < 2:
+            first = example.messages[0] if isinstance(example, Chat) else {}
+            self._systems.add(first.get("content") if first.get("role") == "system" else None)
+
+    def _note_odd(self, found: list[Draft]) -> None:
+        hit = next((hit for draft in found if (hit := NO_TEXT.search(draft.text))), None)
+        if hit:
+            self.odd_rows += 1
+            if len(self.odd) < TOLD:
+                self.odd.append(f"{found[0].origin} holds U+{ord(hit[0]):04X}")
+
+    def _tokenise(self, ready: list[Draft]) -> list[Encoded | DataError]:
+        """In a thread of its own. All at once, and one by one only where one of them cannot be used."""
+        try:
+            return [*encode_drafts(ready, self.tokeniser, self.marks)]
+        except DataError:
+            return [self._one(draft) for draft in ready]
+
+    def _one(self, draft: Draft) -> Encoded | DataError:
+        try:
+            return encode_drafts([draft], self.tokeniser, self.marks)[0]
+        except DataError as error:
+            return error
+
+    def _write(self, encoded: Iterable[Encoded | DataError]) -> None:
+        for row in encoded:
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                pieces = fit(row, self.reading.seq_len)
+            except DataError as error:
+                self._leave_out(error)
+                continue
+            for piece in pieces:
+                self.writer.add(piece)
+
+    def _leave_out(self, error: DataError) -> None:
+        if not self.reading.skip_bad:
+            raise error
+        self.bad_rows += 1
+        if len(self.bad) < TOLD:
+            self.bad.append(str(error))
+
+    def records(self) -> NDArray[Any]:
+        """Of every row that was read."""
+        records = np.zeros(len(self._labels), ROW)
+        records["digest"] = np.frombuffer(bytes(self._digests), DIGEST)
+        records["label"] = self._labels
+        return records
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept beside the tokens."""
+        only = next(iter(self._systems)) if len(self._systems) == 1 else None
+        return {
+            "format": self.reader.format,
+            "labels": list(self._label_numbers),
+            "bad": self.bad,
+            "bad_rows": self.bad_rows,
+            "odd": self.odd,
+            "odd_rows": self.odd_rows,
+            "rewritten": self.rewritten,
+            "unused": self.reader.unused,
+            "system": only,
+        }
