@@ -80,7 +80,7 @@ class Slabs:
     def __init__(self) -> None:
         self._slabs: list[_Slab] = []
         self._returned: deque[tuple[_Slab, Extent]] = deque()
-        self._filling: threading.Thread | None = None
+        self._filling: list[threading.Thread] = []
 
     def take(self, size: int) -> Piece:
         """Uninitialised memory of `size` bytes."""
@@ -110,16 +110,17 @@ class Slabs:
 
         On a virtual machine, new memory costs up to 2 s/GB. Where this can't be done nothing is.
         """
-        slab = _new_slab(max(1, size))
+        if size <= 0:
+            return
+        slab = _new_slab(size)
         self._slabs.append(slab)
-        self._filling = threading.Thread(target=_fill, args=(slab.memory,), daemon=True)
-        self._filling.start()
+        self._filling.append(threading.Thread(target=_fill, args=(slab.memory,), daemon=True))
+        self._filling[-1].start()
 
     def release(self) -> None:
         """Hand back what is free to the system; whoever needs it next pays for it with page faults."""
-        if self._filling is not None:
-            self._filling.join()  # or it would fetch again what goes back
-            self._filling = None
+        while self._filling:
+            self._filling.pop().join()  # or it would fetch again what goes back
         self._collect()
         self._slabs = [slab for slab in self._slabs if not slab.is_free()]
         for slab in self._slabs:

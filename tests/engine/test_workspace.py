@@ -149,8 +149,8 @@ def test_reserved_memory_is_there_before_it_is_written_to_and_is_what_is_taken_n
     own.reserve(40 << 20)
     first = own.take(10 << 20)
     first[:] = 5
-    assert own._filling is not None
-    own._filling.join()
+    for filling in own._filling:
+        filling.join()
     assert resident(first, 40 << 20) == 40 << 20
     following = own.take(10 << 20)
     assert following.ctypes.data == first.ctypes.data + (10 << 20)

@@ -98,11 +98,6 @@ def locate(data: str) -> Located:
     raise DataError(f"data file {path} does not exist", _near_names(path))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a data file at once. Raises DataError as `locate` and `Source.rows` do."""
-    return list(locate(str(path)).train().rows())
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

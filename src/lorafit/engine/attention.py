@@ -32,8 +32,8 @@ IGNORED_ARGUMENTS = frozenset(
 )
 
 _layout: tuple[Bucket, ...] | None = None
-# The windows that layers asked for in the calls so far: `Probe` looks whether those of the configuration came through.
-windows: set[int] = set()
+# The window that each attention module asked for last, where someone listens: `Probe` does, for one pass.
+windows: dict[nn.Module, int] | None = None
 
 
 @contextmanager
@@ -67,6 +67,17 @@ def packed(configs: Sequence[Any], layout: tuple[Bucket, ...]) -> Iterator[None]
             config._attn_implementation_internal = own
 
 
+@contextmanager
+def watched_windows() -> Iterator[dict[nn.Module, int]]:
+    """While this holds, the window that each attention module asks for is noted; 0 where it has none."""
+    global windows
+    before, windows = windows, {}
+    try:
+        yield windows
+    finally:
+        windows = before
+
+
 def register() -> None:
     """Make `NAME` known to transformers, as an attention function that needs no mask. Twice is once."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -93,7 +104,8 @@ def attention_function(
     """
     scaling = more.pop("scaling", None)
     window = more.pop("sliding_window", None) or 0
-    windows.add(int(window))
+    if windows is not None:
+        windows[module] = int(window)
     unknown = {name for name, given in more.items() if given is not None and given is not False} - IGNORED_ARGUMENTS
     if _layout is None or attention_mask is not None or unknown or more.get("softcap") or query.shape[0] != 1:
         raise NotImplementedError(f"packed attention can't serve {sorted(unknown) or 'this call'}")

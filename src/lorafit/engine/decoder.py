@@ -8,8 +8,8 @@ when it was tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,8 +84,13 @@ class Parts:
         kernels.of(qkv).rotary_(both, cosine, sine, inverse)
 
 
-def parts_of(layer: nn.Module, groups: Sequence[Group], patches: Patches) -> Parts | None:
-    """What the layer is made of, if it looks as usual and everything in it was replaced."""
+def parts_of(
+    layer: nn.Module, groups: Sequence[Group], patches: Patches, windows: Mapping[nn.Module, int]
+) -> Parts | None:
+    """What the layer is made of, if it looks as usual and everything in it was replaced.
+
+    windows: what attention modules asked for, which rows as short as the probe's cannot show.
+    """
     attend, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     norms = [norm_settings(getattr(layer, name, None)) for name in NORMS]
     kind = gated_kind(mlp)
@@ -96,14 +101,22 @@ def parts_of(layer: nn.Module, groups: Sequence[Group], patches: Patches) -> Par
     code = {module.__name__ for module, name, _ in patches.functions if name == ROTARY_FUNCTION}
     if type(attend).__module__ not in code or not isinstance(dim, int) or not isinstance(scale, float):
         return None
-    if kind is None or norms[0] is None or norms[1] is None or len(whole) < len(found):
+    if (
+        not isinstance(attend, nn.Module)
+        or attend not in windows
+        or kind is None
+        or norms[0] is None
+        or norms[1] is None
+        or len(whole) < len(found)
+    ):
         return None
     qkv, o, gate_up, down = (group.linears for group in whole)
     return Parts(
         norms=(Norm(**norms[0]), Norm(**norms[1])),
         qkv=qkv, o=o, gate_up=gate_up, down=down,
         adapted=tuple(m for group in whole for m in group.modules if isinstance(m, LoRALayer)),
-        heads=qkv.outs[0] // dim, kv_heads=qkv.outs[1] // dim, dim=dim, scale=scale, window=0, kind=kind,
+        heads=qkv.outs[0] // dim, kv_heads=qkv.outs[1] // dim, dim=dim, scale=scale, window=windows[attend],
+        kind=kind,
     )  # fmt: skip
 
 
@@ -132,15 +145,10 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "layer_idx"}
 
 
-def window_of(layer: nn.Module, parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> int | None:
-    """The window that the layer's attention asks for, if the layer as one function gives the same bits; else None."""
-    attention.windows.clear()
+def same_bits(layer: nn.Module, parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether the layer as one function gives what it gives by itself, bit for bit."""
     expected = layer(*arguments, **named)
-    if not isinstance(expected, Tensor) or len(attention.windows) != 1:
-        return None
-    (window,) = attention.windows
-    got = forward_of(layer, replace(parts, window=window))(*arguments, **named)
-    return window if torch.equal(expected, got) else None
+    return isinstance(expected, Tensor) and torch.equal(expected, forward_of(layer, parts)(*arguments, **named))
 
 
 def forward_of(layer: nn.Module, parts: Parts) -> Callable[..., Any]:

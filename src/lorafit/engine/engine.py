@@ -222,21 +222,19 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
 def _fuse_layers(engine: Engine, probe: Probe) -> None:
     """Let every decoder layer be one function, where that gives the same bits for the probe's rows.
 
-    Of layers that are built alike one is tried. The window of its attention is what the layer asks for: rows as short
-    as the probe's cannot show it.
+    Of layers that are built alike, with one window, one is tried.
     """
-    like, windows = next(engine.model.parameters()), dict[object, int | None]()
+    like, tried = next(engine.model.parameters()), dict[object, bool]()
     for layer, (arguments, named) in probe.layer_calls.items():
-        parts = decoder.parts_of(layer, engine.groups, engine.patches)
+        parts = decoder.parts_of(layer, engine.groups, engine.patches, probe.windows)
         if parts is None or not decoder.served(like, parts):
             continue
-        alike = decoder.signature(layer)
-        with engine._running(probe.packed):
-            if alike not in windows:
-                windows[alike] = decoder.window_of(layer, parts, arguments, named)
-        window = windows[alike]
-        if window is not None:
-            engine.patches.set(layer, decoder.forward_of(layer, dataclasses.replace(parts, window=window)))
+        alike = decoder.signature(layer), parts.window
+        if alike not in tried:
+            with engine._running(probe.packed):
+                tried[alike] = decoder.same_bits(layer, parts, arguments, named)
+        if tried[alike]:
+            engine.patches.set(layer, decoder.forward_of(layer, parts))
 
 
 @contextmanager

@@ -36,6 +36,8 @@ class Probe:
         self.linear_calls: list[tuple[nn.Module, Tensor]] = []
         # What each decoder layer was given for `packed`.
         self.layer_calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        # The window of each attention module that was called for it.
+        self.windows: dict[nn.Module, int] = {}
         self.logits = self._watched()
 
     def _watched(self) -> Tensor:
@@ -66,7 +68,6 @@ class Probe:
         batch = self.packed
         # What a few tokens can't show: masks that matter in longer rows only, and never reach an attention function.
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        attention.windows.clear()
         handles = [
             layer.register_forward_pre_hook(
                 lambda *call: self.layer_calls.update({call[0]: call[1:]}), with_kwargs=True
@@ -74,7 +75,8 @@ class Probe:
             for layer in decoder_layers(self.model)[1]
         ]
         try:
-            with attention.packed(attention.configs_of(self.model), batch.layout or ()):
+            configs = attention.configs_of(self.model)
+            with attention.watched_windows() as self.windows, attention.packed(configs, batch.layout or ()):
                 got = loss.run(self.model, batch).logits[0]
         except REFUSALS as error:
             return f"{type(self.model).__name__} does not take packed attention ({_first_line(error)})"
@@ -82,7 +84,7 @@ class Probe:
             for handle in handles:
                 handle.remove()
         hidden_mask = getattr(config, "attention_chunk_size", None) or (
-            getattr(config, "sliding_window", None) and not any(attention.windows)
+            getattr(config, "sliding_window", None) and not any(self.windows.values())
         )
         if hidden_mask:
             return f"{type(self.model).__name__} limits attention by its mask alone"

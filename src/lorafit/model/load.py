@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lorafit.errors import ModelError, listed
 from lorafit.model import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
 from lorafit.model.spec import ModelSpec
+from lorafit.slabs import SLABS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ def _load_gguf(spec: ModelSpec, dtype: torch.dtype) -> Loaded:
     if reason := gguf_config.unsupported(header):
         log.warning("%s: %s is read by transformers' own GGUF loader, which is slower", spec.name, reason)
         return Loaded(_model_by_transformers(spec, dtype), _tokenizer(spec, header), spec)
+    SLABS.reserve(spec.parameters * dtype.itemsize)
     config = gguf_config.config_dict(header)
     model_class = getattr(transformers, config["architectures"][0])
     model, info = _explained(

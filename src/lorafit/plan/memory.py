@@ -76,10 +76,8 @@ def estimate(
 
 
 def reserved_bytes(spec: ModelSpec, precision: str) -> int:
-    """What is sure to be needed before the weights are read: they, and what int8 makes while they are there."""
-    dtype = "fp32" if precision == "fp32" else "bf16"
-    weights = bytes_of(spec.parameters, dtype) if spec.kind == "gguf" else 0  # transformers takes its own memory
-    return weights + (sum(a * b for a, b in _block_shapes(spec)) if precision == "int8" else 0)
+    """What is sure to be needed beside the weights: the copies that int8 makes while they are there."""
+    return sum(a * b for a, b in _block_shapes(spec)) if precision == "int8" else 0
 
 
 def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int, recompute: bool) -> int:
