@@ -70,8 +70,6 @@ WORKS = {
     "step512": Work(None, ("lorafit", "peft"), batch=4),
     "last2": Work("banking77/chat12", ("lorafit", "peft"), epochs=3, last=2),
 }
-TOKENS, STEPS = 512, 6  # of step512
-
 
 # --- one run --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +122,7 @@ def lorafit_command(engine: str, work: Work, seed: int, given: argparse.Namespac
     }
     if work.last is not None:
         settings["--layers"] = f"last:{work.last}"
-    flags = [str(part) for pair in settings.items() for part in pair]
+    flags = ["--no-shuffle", *(str(part) for pair in settings.items() for part in pair)]
     return [sys.executable, "-m", "lorafit", "train", given.model, str(train), "-o", str(out), *flags]
 
 

@@ -36,12 +36,11 @@ def measure(given: argparse.Namespace) -> int:
     results = opened(given)
     failed = 0
     with tempfile.TemporaryDirectory(dir=given.scratch, prefix="train_speed.") as scratch:
-        rows = {name: write_rows(name, given, Path(scratch)) for name in given.works}
         for seed, name, engine in wanted(given):
             if any((run["engine"], run["work"], run["repeat"]) == (engine, name, seed) for run in results["runs"]):
                 continue
             try:
-                run = one_run(engine, name, seed, given, rows[name])
+                run = one_run(engine, name, seed, given, write_rows(name, seed, given, Path(scratch)))
             except RuntimeError as error:
                 failed += 1
                 print(f"FAILED {name} {engine} {seed}: {error}", file=sys.stderr, flush=True)

@@ -125,6 +125,8 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """Stop after N optimizer steps, whatever --epochs says."""
     batch_size: int = Field(16, ge=1)
     """Rows per optimizer step."""
+    shuffle: bool = True
+    """Every epoch in an order of its own, by the seed. Off: in the order of DATA, as for a curriculum."""
     micro_tokens: int = Field(1024, ge=1)
     """Most tokens of a forward pass: a step is split to stay below; the result is the same."""
     skip_bad: bool = False
@@ -157,6 +159,11 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+
+    @property
+    def order_seed(self) -> int | None:
+        """The seed of the order of rows; None where they keep their own."""
+        return self.seed if self.shuffle else None
 
 
 class EvalConfig(RowsConfig):

@@ -38,6 +38,11 @@ def test_the_order_depends_on_seed_and_epoch_and_is_the_same_on_every_machine() 
     assert [step_rows(8, 3, 5, 2, step) for step in range(3)] == [[3, 5, 2], [7, 1, 0], [6, 4]]
 
 
+def test_without_a_seed_rows_keep_their_order_in_every_epoch() -> None:
+    epochs = [[step_rows(8, 3, None, epoch, step) for step in range(4)] for epoch in range(2)]
+    assert epochs == [[[0, 1, 2], [3, 4, 5], [6, 7], []]] * 2
+
+
 def padded(data: list[Encoded], ids: Sequence[int], limit: int) -> list[Batch]:
     return micro_batches(data, ids, limit, Packing(padded=True, share_prefix=False))
 

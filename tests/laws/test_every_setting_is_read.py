@@ -49,6 +49,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "epochs": {"epochs": 3},
     "max_steps": {"max_steps": 1},
     "batch_size": {"batch_size": 3},
+    "shuffle": {"shuffle": False},
     "micro_tokens": {"micro_tokens": 60},
     "seq_len": {"seq_len": 40},
     "format": {"format": "text"},

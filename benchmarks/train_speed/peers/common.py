@@ -65,6 +65,7 @@ def trainer_settings(given: argparse.Namespace) -> dict[str, Any]:
         "weight_decay": 0.0,
         "gradient_checkpointing": False,
         "seed": given.seed,
+        "train_sampling_strategy": "sequential",  # the benchmark has shuffled the file, for all engines alike
         "logging_steps": 5,
         "save_strategy": "no",
         "report_to": "none",

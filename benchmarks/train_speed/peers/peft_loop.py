@@ -1,8 +1,7 @@
-"""PEFT alone in a bare loop: shuffled rows, padded batches, AdamW, gradient clipping; nothing else."""
+"""PEFT alone in a bare loop: padded batches, AdamW, gradient clipping; nothing else."""
 
 from __future__ import annotations
 
-import random
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -30,14 +29,12 @@ def encode(row: common.Row, tokenizer: Any) -> Encoded:
 
 
 def batches(rows: list[Encoded], given: Namespace, pad: int) -> Iterator[dict[str, Any]]:
-    """Every epoch in another order, padded on the right."""
+    """Every epoch in the order of the file, padded on the right."""
     import torch
 
-    order = random.Random(given.seed)
     for _ in range(given.epochs):
-        shuffled = order.sample(rows, len(rows))
         for first in range(0, len(rows), given.batch_size):
-            chosen = shuffled[first : first + given.batch_size]
+            chosen = rows[first : first + given.batch_size]
             width = max(len(ids) for ids, _ in chosen)
             yield {
                 "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in chosen]),

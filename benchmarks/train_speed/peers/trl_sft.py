@@ -36,7 +36,7 @@ def make_trainer(given: Namespace, callback: Any) -> Any:
         model=AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype),
         processing_class=AutoTokenizer.from_pretrained(given.model),
         train_dataset=Dataset.from_list(common.read_rows(given.data)),
-        args=SFTConfig(use_cpu=True, **common.trainer_settings(given), **MODES[given.mode]),
+        args=SFTConfig(use_cpu=True, **(common.trainer_settings(given) | MODES[given.mode])),
         peft_config=lora,
         callbacks=[callback],
     )

@@ -44,7 +44,7 @@ def make_trainer(given: Namespace, callback: Any) -> Any:
         model=model,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(common.read_rows(given.data)),
-        args=SFTConfig(**common.trainer_settings(given), **MODES[given.mode]),
+        args=SFTConfig(**(common.trainer_settings(given) | MODES[given.mode])),
         callbacks=[callback],
     )
 

@@ -29,13 +29,16 @@ MIN_SAVED_TOKENS = 32
 ROWS_COMPARED = 128
 
 
-def step_rows(count: int, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
+def step_rows(count: int, batch_size: int, seed: int | None, epoch: int, step: int) -> list[int]:
     """Row numbers of one optimizer step of an epoch: every row once, in an order of `seed` and `epoch` alone.
 
-    count rows in steps of batch_size; the last step may be smaller. seed, epoch: 0 to 2^64 - 1. step: from 0, of the
-    epoch; beyond the last one there are no rows.
+    count rows in steps of batch_size; the last step may be smaller. seed, epoch: 0 to 2^64 - 1; without a seed the rows
+    keep the order they came in. step: from 0, of the epoch; beyond the last one there are no rows.
     """
-    rows: list[int] = _order(count, seed, epoch)[step * batch_size : (step + 1) * batch_size].tolist()
+    first, end = step * batch_size, min((step + 1) * batch_size, count)
+    if seed is None:
+        return list(range(first, end))
+    rows: list[int] = _order(count, seed, epoch)[first:end].tolist()
     return rows
 
 

@@ -118,7 +118,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     work, progress, config = loop.work, loop.progress, loop.work.config
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
-    row_ids = step_rows(len(work.rows), config.batch_size, config.seed, epoch, index)
+    row_ids = step_rows(len(work.rows), config.batch_size, config.order_seed, epoch, index)
     batches = micro_batches(work.rows, row_ids, work.micro_tokens, work.engine.packing)
 
     counted = TALLY.flop

@@ -101,7 +101,7 @@ def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int) ->
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     packing = Packing(padded=False, share_prefix=config.dropout == 0)
     count = min(STEPS_SAMPLED, -(-len(rows) // config.batch_size))
-    steps = [step_rows(len(rows), config.batch_size, config.seed, 0, step) for step in range(count)]
+    steps = [step_rows(len(rows), config.batch_size, config.order_seed, 0, step) for step in range(count)]
     steps.append([int(np.argmax(lengths(rows)))])
     batches = [batch for step in steps for batch in micro_batches(rows, step, micro_tokens, packing)]
     return max(b.computed_tokens for b in batches), max(len(b.predicts) for b in batches)
@@ -122,7 +122,7 @@ def make_engine(
     """
     engine = prepare(model, share_prefix=config.dropout == 0)
     if precision == "int8":
-        first = step_rows(len(rows), config.batch_size, config.seed, epoch=0, step=0)
+        first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
         engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
     engine.release_weights()
     # Only now: what the batches need can take the place of released weights.
