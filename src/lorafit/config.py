@@ -33,10 +33,16 @@ def _comma_pairs(value: Any) -> Any:
     return {pattern.strip(): number.strip() for pattern, _, number in pairs}
 
 
+def _comma_texts(value: Any) -> Any:
+    """`<a>,<b>` from a command line -> `[<a>, <b>]`, always a list."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 Patterns = Annotated[str | list[str], BeforeValidator(_comma_list)]
 PatternInts = Annotated[dict[str, int], BeforeValidator(_comma_pairs)]
 PatternFloats = Annotated[dict[str, float], BeforeValidator(_comma_pairs)]
 Names = Annotated[dict[str, str], BeforeValidator(_comma_pairs)]
+Texts = Annotated[list[str], BeforeValidator(_comma_texts)]
 
 
 class Frozen(BaseModel):
@@ -133,6 +139,8 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """Leave out rows that cannot be used, and say how many. Off: the first one stops the run."""
     loss_on: Literal["replies", "last", "all"] = "replies"
     """Which tokens have a loss: every reply, the last reply of each row, or all tokens."""
+    add_tokens: Texts = Field(default_factory=list)
+    """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW. The default suits short runs at ranks to 16; take less for long ones."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -206,6 +214,8 @@ class DataConfig(RowsConfig):
     """Rows that must not be among them, such as the test set."""
     loss_on: Literal["replies", "last", "all"] = "replies"
     """Which tokens have a loss, as in training."""
+    add_tokens: Texts = Field(default_factory=list)
+    """Texts that become one token each, as in training."""
     skip_bad: bool = False
     """Count rows that cannot be used, instead of stopping at the first."""
     samples: int = Field(2, ge=0)

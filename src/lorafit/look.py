@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lorafit import files
 from lorafit.config import DataConfig
+from lorafit.data.added import add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
 from lorafit.data.load import Source, locate
 from lorafit.data.preflight import as_json, inspect
@@ -29,6 +30,8 @@ def look(config: DataConfig, log: Console, out: Console | None) -> dict[str, Any
     tokenizer = model_load.load_tokenizer(spec, config.trust_remote_code)
     if config.template:
         use_template(tokenizer, config.template)
+    if config.add_tokens:
+        log.print(told(add_tokens(tokenizer, config.add_tokens), new_rows=0), highlight=False, markup=False)
     reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, config.seq_len)
 
     def encoded(source: Source) -> Data:

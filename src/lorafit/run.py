@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lorafit import files
 from lorafit.config import TrainConfig, parse_bytes
+from lorafit.data.added import AddedToken, add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
 from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
@@ -31,8 +32,10 @@ from lorafit.engine.engine import Engine
 from lorafit.errors import CheckpointError, ConfigError, did_you_mean, listed
 from lorafit.export import card, peft
 from lorafit.infer.evaluate import mean_loss
+from lorafit.lora.tokens import make_room
 from lorafit.methods.method import Attached, Method
 from lorafit.methods.table import METHODS
+from lorafit.methods.tokens import attach_tokens
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine, memory
@@ -86,11 +89,15 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
         if config.template:
             use_template(loaded.tokenizer, config.template)
+        added = _add_tokens(config, loaded, console)
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
         rows = encoded.encoded
         estimate = _plan(config, inputs.spec, chosen, rows, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = method.attach(loaded.model, config)
+        if added:
+            ids, pieces = [token.id for token in added], [token.pieces for token in added]
+            attached = attach_tokens(loaded.model, ids, pieces, attached)
         _print_attached(attached, console)
         split = Split(chosen["micro_tokens"], chosen["recompute"])
         engine = make_engine(loaded.model, rows, config, chosen["precision"], split, run.scratch, console)
@@ -111,7 +118,12 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
-        result |= {"system": data.system, "rows_left_out": data.bad_rows, "left_out": list(data.bad)}
+        result |= {
+            "added_tokens": {token.text: token.id for token in added},
+            "system": data.system,
+            "rows_left_out": data.bad_rows,
+            "left_out": list(data.bad),
+        }
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     _print_result(run, result, console)
@@ -153,6 +165,16 @@ def _read_inputs(config: TrainConfig) -> Inputs:
     if isinstance(held_out, Source):
         hashes["eval"] = held_out.digest()
     return Inputs(spec, train, held_out, hashes)
+
+
+def _add_tokens(config: TrainConfig, loaded: model_load.Loaded, console: Console) -> list[AddedToken]:
+    """What --add-tokens names, known to the tokenizer and with a row in the model."""
+    if not config.add_tokens:
+        return []
+    added = add_tokens(loaded.tokenizer, config.add_tokens)
+    new_rows = make_room(loaded.model, [token.id for token in added])
+    console.print(told(added, new_rows), highlight=False, markup=False)
+    return added
 
 
 def _share(text: str) -> float:

@@ -27,6 +27,7 @@ from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
 from lorafit.export import peft as peft_format
 from lorafit.lora.inject import set_scale
+from lorafit.lora.tokens import attach_rows
 from lorafit.methods.table import METHODS
 from tests import tiny
 
@@ -138,6 +139,27 @@ def test_packed_rows_with_a_shared_prefix_give_the_gradients_of_rows_alone(name:
     assert_same(expected, together(engine, data))
     engine.close()
     assert_same(expected, alone(model, data), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gpt2"])  # untied; tied, scaled; after the head; tied
+def test_trained_rows_of_tokens_have_the_gradients_of_rows_alone(name: str) -> None:
+    model, data = adapted(build(name)), rows()
+    attach_rows(model, [3, 50, 96])
+    expected = alone(model, data)
+    engine = prepare(model, share_prefix=True)
+    got = together(engine, data)
+    assert_same(expected, got)
+    assert all(got[1][key].norm() > 0 for key in got[1] if key.endswith(".rows"))
+    assert untouched_layers(model) == 0
+    set_scale(model, 0)
+    at_zero = engine.loss(micro_batches(data, range(6), 1 << 20, engine.packing)[0])
+    assert float(at_zero.detach()) == pytest.approx(alone(adapted_off(build(name)), data)[0], rel=1e-5)
+
+
+def adapted_off(model: nn.Module) -> nn.Module:
+    """With an adapter that does nothing."""
+    LORA.attach(model, LoRAConfig(r=3, alpha=7.0))
+    return model
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -60,7 +60,6 @@ def test_damaged_weights_are_refused(directory):
         ("modules_to_save", ["lm_head"]),
         ("lora_bias", True),
         ("layer_replication", [[0, 1], [0, 2]]),
-        ("trainable_token_indices", [3]),
         ("megatron_config", {"tensor_model_parallel_size": 2}),
         ("alora_invocation_tokens", [1, 2]),
         ("target_parameters", ["experts.gate_up_proj"]),

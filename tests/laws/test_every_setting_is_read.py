@@ -57,6 +57,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "template": {"template": "alpaca"},
     "skip_bad": {"skip_bad": True, "data": "with bad rows"},
     "loss_on": {"loss_on": "all"},
+    "add_tokens": {"add_tokens": ["What"]},
     "lr": {"lr": 0.01},
     "schedule": {"schedule": "cosine"},
     "warmup": {"warmup": 0.6},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import itertools
 import json
 import re
 import shutil
@@ -27,6 +26,7 @@ from lorafit.data import store
 from lorafit.data.example import Chat, Example
 from lorafit.data.formats import FormatReader
 from lorafit.data.load import Source
+from lorafit.data.long import reach
 from lorafit.data.mask import CHUNK_ROWS, EncodedSet, Marks, encode_drafts, fit, refuse_unsupervised
 from lorafit.data.rows import Row
 from lorafit.data.split import DIGEST, digest, held_out, label_of
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 # Of a source that is larger the tokens are kept on disk; what is smaller is tokenised in a second or two.
 LARGE_BYTES = 8 << 20
 # Changes whenever the same rows would become other tokens.
-VERSION = 1
+VERSION = 2
+# Characters that wait to be tokenised at a time, beside those of one long row.
+CHUNK_CHARS = 4 << 20
 # Faults that are told one by one; beyond that they are counted.
 TOLD = 1000
 # Control characters, and what stands for a byte that could not be decoded.
@@ -208,17 +210,29 @@ class _Encoder:
     def run(self, rows: Iterator[Row], on_rows: Callable[[int], None]) -> None:
         """Encode all rows, in order."""
         waiting: Future[list[Encoded | DataError]] | None = None
-        numbered = enumerate(rows)
         with ThreadPoolExecutor(1) as pool:
-            while lot := list(itertools.islice(numbered, CHUNK_ROWS)):
-                ready = [draft for number, row in lot for draft in self._drafts(number, row)]
+            for count, ready in self._lots(rows):
                 following = pool.submit(self._tokenise, ready)
                 if waiting is not None:
                     self._write(waiting.result())
                 waiting = following
-                on_rows(len(lot))
+                on_rows(count)
             if waiting is not None:
                 self._write(waiting.result())
+
+    def _lots(self, rows: Iterator[Row]) -> Iterator[tuple[int, list[Draft]]]:
+        """(rows, their drafts), a few hundred rows at a time, fewer where they are long."""
+        ready: list[Draft] = []
+        count = chars = 0
+        for number, row in enumerate(rows):
+            own = self._drafts(number, row)
+            ready += own
+            count, chars = count + 1, chars + sum(len(draft.text) + len(draft.rest) for draft in own)
+            if count >= CHUNK_ROWS or chars >= CHUNK_CHARS:
+                yield count, ready
+                ready, count, chars = [], 0, 0
+        if count:
+            yield count, ready
 
     def _drafts(self, number: int, row: Row) -> list[Draft]:
         self._digests += digest(row.record)
@@ -226,7 +240,7 @@ class _Encoder:
         self._labels.append(-1 if label is None else self._label_numbers.setdefault(label, len(self._label_numbers)))
         try:
             example = self.reader.read(row)
-            found = drafts(example, self.tokenizer, self.reading.loss_on)
+            found = drafts(example, self.tokenizer, self.reading.loss_on, reach(self.reading.seq_len))
         except DataError as error:
             self._leave_out(error)
             return []

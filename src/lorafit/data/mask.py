@@ -18,12 +18,14 @@ row cannot hold both. That is a DataError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lorafit.data import long
 from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain, Tool
 from lorafit.data.store import Encoded, Tokens, Writer
 from lorafit.data.template import as_chat, render
@@ -110,7 +112,8 @@ def encode_all(
     marks, tokeniser = Marks.of(tokenizer), Tokeniser(tokenizer)
     writer, rewritten = Writer(), 0
     for first in range(0, len(examples), CHUNK_ROWS):
-        own = [drafts(example, tokenizer, loss_on) for example in examples[first : first + CHUNK_ROWS]]
+        chunk = examples[first : first + CHUNK_ROWS]
+        own = [drafts(example, tokenizer, loss_on, long.reach(seq_len)) for example in chunk]
         rewritten += sum(len(some) > 1 for some in own)
         for row in encode_drafts([one for some in own for one in some], tokeniser, marks):
             for piece in fit(row, seq_len):
@@ -182,7 +185,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
-Ids = list[int]
+Ids = list[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +216,19 @@ class Marks:
 
 def encode_drafts(rows: Sequence[Draft], tokeniser: Tokeniser, marks: Marks) -> list[Encoded]:
     """Drafts as token ids and mask, uncut; all in one call, as the tokenizer spreads a batch over its threads."""
-    texts = [row.text for row in rows]
-    found: Sequence[Text | Ids] = tokeniser.whole(texts) if any(row.turns for row in rows) else tokeniser.ids(texts)
-    return [_supervise(row, text, tokeniser, marks) for row, text in zip(rows, found, strict=True)]
+    is_long = [not row.turns and long.is_long(row.text) for row in rows]
+    texts = [row.text for row, alone in zip(rows, is_long, strict=True) if not alone]
+    found: Iterator[Text | Ids] = iter(
+        tokeniser.whole(texts) if any(row.turns for row in rows) else tokeniser.ids(texts)
+    )
+    return [
+        _supervise(row, long.ids_of(row.text, tokeniser) if alone else next(found), tokeniser, marks)
+        for row, alone in zip(rows, is_long, strict=True)
+    ]
 
 
 def _supervise(row: Draft, text: Text | Ids, tokeniser: Tokeniser, marks: Marks) -> Encoded:
-    if isinstance(text, list):
+    if isinstance(text, list | np.ndarray):
         encoded = _supervise_text(row, text, marks)
     elif not row.turns:
         encoded = _supervise_text(row, text.ids, marks)
@@ -234,7 +243,7 @@ def _supervise(row: Draft, text: Text | Ids, tokeniser: Tokeniser, marks: Marks)
         encoded.supervised[:] = True
     encoded.supervised[:1] = False
     _refuse_double_bos(encoded.input_ids[:2].tolist(), marks, row.origin)
-    return encoded
+    return replace(encoded, cut_tokens=long.count_tokens(row.rest, tokeniser)) if row.rest else encoded
 
 
 def _as_generation_sees(row: Draft, text: Text, tokeniser: Tokeniser) -> tuple[Text, list[int]]:
@@ -243,14 +252,14 @@ def _as_generation_sees(row: Draft, text: Text, tokeniser: Tokeniser) -> tuple[T
     See the head of this file.
     """
     prompts = [turn.prompt for turn in row.turns]
-    if tokeniser.prompt_tokens(text, prompts[-1]) is None:
+    starts = [tokeniser.prompt_tokens(text, prompt) for prompt in prompts]
+    if starts[-1] is None:
         apart = tokeniser.joined(row.text, len(prompts[-1]))
         if tokeniser.backend.decode(apart.ids, skip_special_tokens=False) != tokeniser.backend.decode(
             text.ids, skip_special_tokens=False
         ):  # a tokenizer that puts a space before each text
             raise _merged(row, len(prompts) - 1)
-        text = apart
-    starts = [tokeniser.prompt_tokens(text, prompt) for prompt in prompts]
+        text, starts = apart, [tokeniser.prompt_tokens(apart, prompt) for prompt in prompts]
     found = [start for start in starts if start is not None]
     if len(found) < len(starts):
         raise _merged(row, starts.index(None))
@@ -272,14 +281,15 @@ def _supervise_turns(row: Draft, text: Text, starts: list[int], marks: Marks) ->
     ids = text.ids
     supervised = np.zeros(len(ids), dtype=np.bool_)
     for turn, start in zip(row.turns, starts, strict=True):
-        end = _turn_end(turn, start, text, marks)
+        end = len(ids) if turn.reply_end > len(row.text) else _turn_end(turn, start, text, marks)
         if end is None:
             raise DataError(
                 f"{row.origin}: the chat template writes no end-of-turn token after a reply, "
                 "so the model would never learn to stop",
                 "Use a template that ends an assistant's turn with a special token, such as the tokenizer's eos_token",
             )
-        _refuse_early_stop(ids[start : end - 1], {ids[end - 1], marks.eos}, row.origin)
+        own_end = marks.eos if row.rest and end == len(ids) else ids[end - 1]
+        _refuse_early_stop(ids[start : end - 1], {own_end, marks.eos}, row.origin)
         supervised[start:end] = True
     return Encoded(np.array(ids, dtype=np.int32), supervised, starts[-1], row.origin, row=row.row)
 
@@ -315,8 +325,10 @@ def _supervise_text(row: Draft, ids: Ids, marks: Marks) -> Encoded:
 
 def _between(ids: Ids, marks: Marks) -> Ids:
     """BOS, the ids, and end-of-sequence where the text does not end with it already."""
-    end = [] if marks.eos is None or ids[-1:] == [marks.eos] else [marks.eos]
-    return [*marks.bos, *ids, *end]
+    end = [] if marks.eos is None or (len(ids) and ids[-1] == marks.eos) else [marks.eos]
+    if isinstance(ids, list):
+        return [*marks.bos, *ids, *end]
+    return np.concatenate([np.array(part, dtype=np.int32) for part in (marks.bos, ids, end)])
 
 
 def _refuse_early_stop(reply: Ids, stops: set[int | None], origin: str) -> None:
@@ -344,6 +356,11 @@ def fit(row: Encoded, seq_len: int) -> list[Encoded]:
     """
     count = len(row.input_ids)
     if count <= seq_len:
+        if row.cut_tokens:
+            raise DataError(
+                f"{row.origin}: its first {long.reach(seq_len):,} characters are only {count:,} tokens",
+                "Look at the row: is it a run of spaces?",
+            )
         return [row]
     if row.prompt_length == 0:
         starts = range(0, count - 1, seq_len - 1)
@@ -351,9 +368,9 @@ def fit(row: Encoded, seq_len: int) -> list[Encoded]:
     if not row.supervised[:seq_len].any():
         raise DataError(
             f"{row.origin}: the prompt alone fills all {seq_len} tokens, so nothing of the reply is left",
-            f"Raise --seq-len to {count}, or shorten the row",
+            f"Raise --seq-len to {count + row.cut_tokens}, or shorten the row",
         )
-    return [_slice(row, 0, seq_len, cut_tokens=count - seq_len)]
+    return [_slice(row, 0, seq_len, cut_tokens=row.cut_tokens + count - seq_len)]
 
 
 def _slice(row: Encoded, start: int, stop: int, cut_tokens: int) -> Encoded:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.data.deadline import OutOfTime, deadline
 from lorafit.data.example import Chat, Completion, Message, Tool
@@ -18,6 +18,7 @@ from lorafit.errors import ConfigError, DataError, ModelError, did_you_mean, lis
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = {"role", "content"}
 SECONDS = 10.0  # for one conversation; usual ones take a thousandth of one
 BUILT_IN = Path(__file__).parent / "templates"
 
@@ -70,12 +71,7 @@ def render(
         )
     try:
         with deadline(SECONDS):
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            text = _rendered(tokenizer, list(messages), add_generation_prompt, list(tools) or None)
     except OutOfTime:
         raise DataError(
             f"{at}the chat template runs for more than {SECONDS:g} s", "Use another with --template"
@@ -85,7 +81,39 @@ def render(
             f"{at}the model's chat template refuses the conversation: {error}",
             "Change the row to what the template takes, such as no system message or turns that alternate",
         ) from None
-    return str(text)
+    return text
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool, tools: list[Tool] | None
+) -> str:
+    """What `apply_chat_template` gives.
+
+    Messages of a role and a text alone go to the compiled template directly: what transformers does for all others
+    (copying them, looking for methods, giving reasoning its other names) takes longer than the template.
+    """
+    own = tokenizer.chat_template
+    compiled = _compiled(own) if isinstance(own, str) else None
+    if compiled is None or tools or any(message.keys() != PLAIN for message in messages):
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=[*tools] if tools else None, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+    named = tokenizer.special_tokens_map
+    rendered = compiled.render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **named
+    )
+    return str(rendered)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    """The template in transformers' sandbox, as `apply_chat_template` compiles it; None where that has moved."""
+    from transformers.utils import chat_template_utils
+
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    return compile_template(template) if compile_template else None
 
 
 def writes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -40,7 +40,8 @@ class Draft:
 
     turns: the replies with a loss, in order; empty for running text. templated: the text came from a chat template,
     which wrote its special tokens; otherwise BOS and end-of-sequence are still to be put around it. whole: everything
-    has a loss, not the turns alone. row: number of the record in its source.
+    has a loss, not the turns alone. row: number of the record in its source. rest: what follows the text and is cut
+    off in any case; it is only counted.
     """
 
     text: str
@@ -49,18 +50,22 @@ class Draft:
     templated: bool
     whole: bool = False
     row: int = 0
+    rest: str = ""
 
 
-def drafts(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "replies") -> list[Draft]:
+def drafts(
+    example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "replies", reach: int = 1 << 62
+) -> list[Draft]:
     """The text of one row; several where the template writes a reply differently once others follow.
 
-    loss_on: every reply that the row wants learned, the last of them, or all tokens. Raises DataError with its origin
-    where the template and the row do not go together.
+    loss_on: every reply that the row wants learned, the last of them, or all tokens. reach: characters of a
+    conversation or completion that may be trained on; replies beyond are not looked at. Raises DataError with its
+    origin where the template and the row do not go together, or no reply begins within reach.
     """
     if isinstance(example, Completion) and tokenizer.chat_template:
         example = as_chat(example)
     if isinstance(example, Chat):
-        return _draft_chat(example, tokenizer, loss_on)
+        return _draft_chat(example, tokenizer, loss_on, reach)
     if isinstance(example, Labelled):
         raise DataError(
             f"{example.origin} has text and label: labelled text for a classification head, which comes with "
@@ -70,8 +75,9 @@ def drafts(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
     if isinstance(example, Plain):
         return [Draft(example.text, (), example.origin, templated=False)]
     text = example.prompt + example.completion
+    _refuse_beyond(example.origin, example.prompt, reach)
     turn = Turn(example.prompt, len(text))
-    return [Draft(text, (turn,), example.origin, templated=False, whole=loss_on == "all")]
+    return [Draft(text[:reach], (turn,), example.origin, templated=False, whole=loss_on == "all", rest=text[reach:])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,15 @@ class _Rendered:
     own: Turn
 
 
-def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[Draft]:
+def _refuse_beyond(origin: str, prompt: str, reach: int) -> None:
+    if len(prompt) >= reach:
+        raise DataError(
+            f"{origin}: {len(prompt):,} characters stand before the reply, more than --seq-len tokens can hold",
+            "Raise --seq-len, or shorten the row",
+        )
+
+
+def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, reach: int) -> list[Draft]:
     if chat.tools and not writes_tools(tokenizer):
         raise DataError(
             f"{chat.origin}: the model's chat template has no place for tools, so they would not be seen",
@@ -92,11 +106,20 @@ def _draft_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn)
     numbers = chat.learned() if loss_on != "last" else chat.learned()[-1:]
     text = render(tokenizer, chat.messages, False, chat.origin, chat.tools)
     _refuse_dropped(chat, text)
-    found = [_rendered(chat, number, text, tokenizer) for number in numbers]
-    whole = loss_on == "all"
+    found: list[_Rendered] = []
+    for number in numbers:
+        prompt = render(tokenizer, chat.messages[:number], True, chat.origin, chat.tools)
+        if found and len(prompt) >= reach:
+            break  # what follows is cut off, and going through it all would take the square of its length
+        _refuse_beyond(chat.origin, prompt, reach)
+        found.append(_rendered(chat, number, prompt, text, tokenizer))
     if all(text.startswith(reply.turn) for reply in found):
-        return [Draft(text, tuple(reply.own for reply in found), chat.origin, templated=True, whole=whole)]
-    return [Draft(reply.turn, (reply.own,), chat.origin, templated=True, whole=whole) for reply in found]
+        return [_templated(chat, text, tuple(reply.own for reply in found), loss_on, reach)]
+    return [_templated(chat, reply.turn, (reply.own,), loss_on, reach) for reply in found]
+
+
+def _templated(chat: Chat, text: str, turns: tuple[Turn, ...], loss_on: LossOn, reach: int) -> Draft:
+    return Draft(text[:reach], turns, chat.origin, templated=True, whole=loss_on == "all", rest=text[reach:])
 
 
 def _refuse_dropped(chat: Chat, text: str) -> None:
@@ -110,9 +133,9 @@ def _refuse_dropped(chat: Chat, text: str) -> None:
             )
 
 
-def _rendered(chat: Chat, number: int, text: str, tokenizer: PreTrainedTokenizerBase) -> _Rendered:
+def _rendered(chat: Chat, number: int, prompt: str, text: str, tokenizer: PreTrainedTokenizerBase) -> _Rendered:
+    """Message `number`, after its prompt. text: of the whole conversation. Raises DataError; see the module."""
     messages, origin = chat.messages, chat.origin
-    prompt = render(tokenizer, messages[:number], True, origin, chat.tools)
     is_last = number == len(messages) - 1
     turn = text if is_last else render(tokenizer, messages[: number + 1], False, origin, chat.tools)
     if not turn.startswith(prompt):

@@ -20,6 +20,7 @@ from lorafit.engine import kernels, workspace
 from lorafit.engine.batch import Batch
 from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
+from lorafit.lora.tokens import TokenRows
 
 CHUNK = 256
 
@@ -62,8 +63,10 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
     with _hook(head.register_forward_pre_hook(keep)):
         run(model, batch)
     (hidden,) = kept
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return _frozen_head(hidden, head.weight, batch)
+    frozen = head.base if isinstance(head, TokenRows) else head
+    if type(frozen) is nn.Linear and frozen.bias is None and not frozen.weight.requires_grad:
+        rows = head if isinstance(head, TokenRows) and head.is_active else None
+        return _frozen_head(hidden, frozen.weight, batch, rows)
     return _by_module(head, hidden, batch)
 
 
@@ -84,35 +87,65 @@ def _by_module(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-def _frozen_head(hidden: Tensor, W: Tensor, batch: Batch) -> Tensor:
-    loss: Tensor = _FrozenHead.apply(hidden, W, batch.targets, batch.weights)  # type: ignore[no-untyped-call]
+def _frozen_head(hidden: Tensor, W: Tensor, batch: Batch, own: TokenRows | None) -> Tensor:
+    rows, ids = (own.rows_in_force(), own.ids) if own is not None else (None, None)
+    loss: Tensor = _FrozenHead.apply(hidden, W, batch.targets, batch.weights, rows, ids)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Sum of weights * -log softmax(hidden W^T)[target]. Its gradient is computed with it."""
+    """Sum of weights * -log softmax(hidden W^T)[target]. Its gradient is computed with it.
+
+    own: (tokens, hidden) float32, trained rows in the place of those of W at `ids`, (tokens,); both None without.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, W: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
+    def forward(
+        ctx: Any, hidden: Tensor, W: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None, ids: Tensor | None
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
         gradient = torch.empty_like(hidden) if wanted else None
-        TALLY.add(2 * hidden.numel() * len(W) * (2 if wanted else 1))
+        columns = None if own is None or ids is None else _OwnColumns(own, ids, hidden.dtype)
+        TALLY.add(2 * hidden.numel() * (len(W) + (0 if own is None else len(own))) * (2 if wanted else 1))
         total = hidden.new_zeros((), dtype=torch.float64)
         whole = workspace.block(hidden, CHUNK, len(W))
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
             logits = torch.mm(hidden[rows], W.T, out=whole[: len(hidden[rows])])
+            if columns is not None:
+                columns.put(hidden[rows], logits)
             nll = kernels.of(logits).cross_entropy_(logits, targets[rows], weights[rows], wanted)
             total += (nll.double() * weights[rows]).sum()
             if gradient is not None:
+                more = columns.take(hidden[rows], logits) if columns is not None else None
                 torch.mm(logits, W, out=gradient[rows])
-        ctx.save_for_backward(gradient)
+                if more is not None:
+                    gradient[rows] += more
+        ctx.save_for_backward(gradient, columns.gradient if columns is not None else None)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul(g.to(gradient.dtype)), None, None, None
+        of_hidden, of_own = (None if t is None else t.mul(g.to(t.dtype)) for t in ctx.saved_tensors)
+        return of_hidden, None, None, None, of_own, None
+
+
+class _OwnColumns:
+    """The logits of tokens with rows of their own. gradient: of the rows, (tokens, hidden) float32, added up."""
+
+    def __init__(self, own: Tensor, ids: Tensor, dtype: torch.dtype) -> None:
+        self.rows, self.ids, self.gradient = own.to(dtype), ids, torch.zeros_like(own)
+
+    def put(self, x: Tensor, logits: Tensor) -> None:
+        """Write them over those that the frozen rows gave. x: (n, hidden). logits: (n, vocabulary)."""
+        logits[:, self.ids] = x @ self.rows.T
+
+    def take(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Take their part out of the logits' gradient, which is the frozen rows' then. Returns what it means for x."""
+        part = gradient[:, self.ids]
+        gradient[:, self.ids] = 0
+        self.gradient += part.float().T @ x.float()
+        return part @ self.rows
 
 
 @contextmanager

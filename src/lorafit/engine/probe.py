@@ -119,13 +119,13 @@ def _first_line(error: Exception) -> str:
 def _linears(model: nn.Module) -> list[nn.Module]:
     """Linear layers, adapted or not, without the output head, what is trained, and what layers share."""
     head = loss.head_of(model)
-    inside = {id(m.base) for m in model.modules() if isinstance(m, LoRALayer)}
+    inside = {id(m.base) for m in model.modules() if isinstance(m, LoRALayer)} | {id(m) for m in head.modules()}
     found = []
     for module in model.modules():
         base = module.base if isinstance(module, LoRALayer) else module
         tied = isinstance(module, LoRALayer) and (module.tied_to is not None or module.transposed)
         usual = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
-        if usual and is_frozen(base) and module is not head and id(module) not in inside and not tied:
+        if usual and is_frozen(base) and id(module) not in inside and not tied:
             found.append(module)
     return found
 

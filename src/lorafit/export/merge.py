@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafit import files
 from lorafit.errors import AdapterError, MergeError, RunDirError
 from lorafit.lora.base import KINDS, kind_name
-from lorafit.lora.inject import detach, lora_layers, merge, unmerge
+from lorafit.lora.inject import adapted_modules, detach, merge, unmerge
 
 PROBE_ROWS = 4
 PROBE_TOKENS = 24
@@ -49,7 +49,7 @@ def merge_into_base(model: nn.Module, tokenizer: Any | None) -> ProbeDifference:
     Raises AdapterError if there is no adapter, MergeError if the difference is more than rounding explains or the
     weights are not finite; the model is then as it was.
     """
-    if not lora_layers(model):
+    if not adapted_modules(model):
         raise AdapterError("the model has no adapter to merge", "Attach or load one first")
     probes = _probes(model, tokenizer)
     before = _logits(model, probes)
@@ -76,7 +76,7 @@ def save_merged(model: Any, tokenizer: Any | None, directory: Path, dtype: torch
     MergeError if the cast makes a logit infinite or NaN.
     """
     check_output(directory)
-    if lora_layers(model):
+    if adapted_modules(model):
         raise AdapterError("the model still has its adapter", "Call merge_into_base first")
     moved = _cast(model, tokenizer, dtype)
 
@@ -149,8 +149,8 @@ def _difference(before: Tensor, after: Tensor) -> float:
 
 def _forget_originals(model: nn.Module) -> None:
     """Take the adapter off and leave the merged weights: `detach` puts back what originals it finds, so drop them."""
-    for layer in lora_layers(model).values():
-        layer.shared.original = None
+    for module in adapted_modules(model).values():
+        module.shared.original = None
     detach(model)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorafit.errors import AdapterError, did_you_mean, listed
 from lorafit.lora.layer import LoRALayer
+from lorafit.lora.tokens import TokenRows
 
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude"
@@ -55,7 +56,7 @@ def from_peft(
         raise _misfit(missing, extra)
     for key, tensor in wanted.items():
         if key in tensors:
-            _check_tensor(key, tensors[key], tensor)
+            check_tensor(key, tensors[key], tensor)
     state = {
         key: t for name, layer in layers.items() if not layer.tied_to for key, t in _own(name, layer, tensors).items()
     }
@@ -95,12 +96,13 @@ def _own(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor]) -> dict[str
 
 def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether a key names a weight of the base that is the same in the model. Raises AdapterError if it differs."""
-    name, _, leaf = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    plain = key.removeprefix(PREFIX).replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    name, _, leaf = plain.rpartition(".")
     try:
         module = model.get_submodule(name)
     except AttributeError:
         return False
-    own = (module.base if isinstance(module, LoRALayer) else module)._parameters.get(leaf)
+    own = (module.base if isinstance(module, LoRALayer | TokenRows) else module)._parameters.get(leaf)
     if own is None or not key.startswith(PREFIX):
         return False
     if own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
@@ -121,7 +123,8 @@ def _misfit(missing: list[str], extra: list[str]) -> AdapterError:
     )
 
 
-def _check_tensor(key: str, tensor: Tensor, wanted: Tensor) -> None:
+def check_tensor(key: str, tensor: Tensor, wanted: Tensor) -> None:
+    """Raise AdapterError, with the key, for a tensor of another shape, of no floats, or that is not finite."""
     if tensor.shape != wanted.shape:
         raise AdapterError(
             f"{key} has shape {tuple(tensor.shape)}, the model and adapter_config.json want {tuple(wanted.shape)}",

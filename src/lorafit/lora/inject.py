@@ -18,6 +18,7 @@ from lorafit.lora.init import INITS, layer_generator
 from lorafit.lora.layer import Dropout, LoRALayer, new_layer, tied_layer
 from lorafit.lora.targets import check_patterns, pattern_value, select, select_layers
 from lorafit.lora.ties import tied_groups
+from lorafit.lora.tokens import TokenRows
 from lorafit.lora.update import scaling
 from lorafit.lora.variants import VARIANTS
 
@@ -145,7 +146,7 @@ def detach(model: nn.Module) -> None:
     """
     attachment = _attachment(model)
     unmerge(model)
-    _replace(model, {layer: layer.base for layer in lora_layers(model).values()})
+    _replace(model, {module: module.base for module in adapted_modules(model).values()})
     for name, parameter in model.named_parameters():
         if name in attachment.requires_grad:  # what was added since, such as a new head, keeps its own flag
             parameter.requires_grad_(attachment.requires_grad[name])
@@ -159,13 +160,19 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
+def adapted_modules(model: nn.Module) -> dict[str, LoRALayer | TokenRows]:
+    """All adapted layers, and the embeddings with trained rows, by module name, in the model's order."""
+    kinds = (LoRALayer, TokenRows)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable tensors by name (`{module}.lora_A`, ...), a shared adapter once, under its owner."""
     return {
         f"{name}.{key}": parameter
-        for name, layer in lora_layers(model).items()
-        if layer.tied_to is None
-        for key, parameter in layer.named_parameters(recurse=False)
+        for name, module in adapted_modules(model).items()
+        if module.tied_to is None
+        for key, parameter in module.named_parameters(recurse=False)
     }
 
 
@@ -192,8 +199,8 @@ def set_scale(model: nn.Module, scale: float) -> None:
 
     Merged layers are merged again, from the original weights. Raises ConfigError if scale is not finite.
     """
-    for layer in lora_layers(model).values():
-        layer.set_scale(scale)
+    for module in adapted_modules(model).values():
+        module.set_scale(scale)
 
 
 def merge(model: nn.Module) -> None:
@@ -201,26 +208,26 @@ def merge(model: nn.Module) -> None:
 
     The originals are kept on the CPU until `unmerge`. If a layer can't be merged, none is. Raises MergeError.
     """
-    done: list[LoRALayer] = []
+    done: list[LoRALayer | TokenRows] = []
     try:
-        for layer in lora_layers(model).values():
-            if not layer.merged:
-                layer.merge()
-                done.append(layer)
+        for module in adapted_modules(model).values():
+            if not module.merged:
+                module.merge()
+                done.append(module)
     except Exception:
-        for layer in done:
-            layer.unmerge()
+        for module in done:
+            module.unmerge()
         raise
 
 
 def unmerge(model: nn.Module) -> None:
     """Put the original weights back, bitwise."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
+    for module in adapted_modules(model).values():
+        module.unmerge()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every trainable tensor, copied to the CPU: `{module}.lora_A`, `.lora_B` and the variant's own.
+    """Every trainable tensor, copied to the CPU: `{module}.lora_A`, `.lora_B`, the variant's own, `.rows` of tokens.
 
     Names are those of the modules before `attach`; a shared adapter is there once, under its owner.
     """
@@ -233,7 +240,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises AdapterError, with the tensor's name, if one is missing, left over, of another shape or not finite, and if
     the model is merged (its weights would not follow).
     """
-    if any(layer.merged for layer in lora_layers(model).values()):
+    if any(module.merged for module in adapted_modules(model).values()):
         raise AdapterError("the adapter is merged into the model", "Call unmerge(model) before loading")
     parameters = adapter_parameters(model)
     missing = [name for name in parameters if name not in state]
