@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from lorafit.config import TrainConfig
 from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
+from lorafit.lora.tokens import token_rows
 from lorafit.run import Start, train
+from lorafit.use import open_target
 from tests import tiny
 
 KEYS = {
@@ -192,3 +195,30 @@ def _drop_after(output: Path, step: int) -> None:
 
 def _timeless(line: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(line).items() if key != "step_s"}
+
+
+def test_added_tokens_are_trained_saved_and_back_when_the_run_is_opened(inputs: dict[str, Any], tmp_path: Path) -> None:
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [tiny.chat_row(f"{n}?", f"<call>{n}</call>") for n in range(8)])
+    settings = {**inputs, "data": str(data), "output": str(tmp_path / "run"), "add_tokens": ["<call>", "</call>", "7"]}
+    result, printed = run({**settings, "max_steps": 3, "epochs": 2})
+    assert "2 tokens added, 7 known already: <call> (258), </call> (259), 7 (" in printed
+    assert list(result["added_tokens"]) == ["<call>", "</call>", "7"]
+    plain, _ = run({**inputs, "data": str(data), "output": str(tmp_path / "plain"), "max_steps": 3, "epochs": 2})
+    assert result["trainable_params"] == plain["trainable_params"] + 3 * 32
+    assert result["tokens_seen"] < plain["tokens_seen"]
+
+    opened = open_target(str(tmp_path / "run"), None, 1.0, "fp32", False, Console(file=io.StringIO()))
+    assert opened.tokenizer("<call>x</call>").input_ids[0] == 258
+    rows = token_rows(opened.model)["model.embed_tokens"]
+    assert rows.ids.tolist() == list(result["added_tokens"].values())
+    assert not torch.equal(rows.rows, rows.base.weight[rows.ids])
+
+
+def test_a_run_with_added_tokens_goes_on_bitwise_after_a_resume(inputs: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**inputs, "add_tokens": ["What is"], "epochs": 2, "save_every": 1}
+    whole, _ = run({**settings, "output": str(tmp_path / "run")})
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    _drop_after(tmp_path / "run", whole["steps"] - 1)
+    _, printed = run({**settings, "output": str(tmp_path / "run")}, resume=True)
+    assert "resuming after step" in printed
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter

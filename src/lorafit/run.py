@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorafit import files
+from lorafit import files, rates
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.added import AddedToken, add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
 from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
+from lorafit.data.preflight import before_training
 from lorafit.data.progress import counting
 from lorafit.data.store import Encoded
 from lorafit.data.template import read_template, use_template
@@ -50,6 +51,7 @@ from lorafit.train.signals import stop_on_signals
 from lorafit.units import format_bytes, format_count, format_seconds, format_share
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
+STEPS_THAT_TELL = 10
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
 FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})
 
@@ -118,6 +120,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
+        _remember_speed(result)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
             "system": data.system,
@@ -198,19 +201,17 @@ def _encode(
             return encode_source(source, tokenizer, reading, on_rows)
 
     data = encoded(inputs.train)
-    train, held_out = data.set, None
+    train, held_out, other = data.set, None, None
     if isinstance(inputs.held_out, float):
         held = data.held_out(inputs.held_out, config.seed)
         train, held_out = data.part(~held), data.part(held)
     elif inputs.held_out is not None:
         other = encoded(inputs.held_out)
         held_out = other.set
-        if same := data.also_in(other):
-            console.print(f"{format_count(same)} of these rows are held out too", style="yellow", highlight=False)
     console.print(f"train ({data.format}): {train.summary}", highlight=False)
     if held_out is not None:
         console.print(f"held out: {held_out.summary}", highlight=False)
-    for line in data.remarks():
+    for line in [*data.remarks(), *before_training(config.data, data, tokenizer, other)]:
         console.print(line, style="yellow", highlight=False)
     return data, train, held_out
 
@@ -363,6 +364,12 @@ def _mfu(progress: Progress, precision_name: str) -> float | None:
     """Model FLOPs utilization: the share of the machine's measured matrix rate that training reached."""
     rate = precision.flop_per_s()[precision_name]
     return progress.flop / progress.train_s / rate if progress.train_s else None
+
+
+def _remember_speed(result: dict[str, Any]) -> None:
+    """For plans to come: what share of the machine's rate this run reached. Of a few steps it would say little."""
+    if result["steps"] >= STEPS_THAT_TELL and result["mfu"]:
+        rates.keep(result["threads"], rates.Rates(mfu={result["precision"]: result["mfu"]}))
 
 
 def _lasting(name: str) -> str:

@@ -20,7 +20,7 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from lorafit.config import ChatConfig, EvalConfig, MergeConfig
-from lorafit.data.formats import FormatReader
+from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
 from lorafit.data.template import use_template
 from lorafit.engine import precision
@@ -201,8 +201,8 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     Raises LorafitError for whatever the user can mend.
     """
     torch.set_num_threads(config.threads or machine.physical_cores())
-    reader = FormatReader(config.format, config.rename)
-    examples = [reader.read(row) for row in islice(locate(config.data).unseen().rows(), config.rows)]
+    rows = islice(locate(config.data).unseen().rows(), config.rows)
+    examples = read_examples(rows, config.format, config.rename)
     opened = open_target(
         config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
     )

@@ -81,6 +81,19 @@ FAMILIES = {
         "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
         "<|return|>", ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"),
     ),
+    "generation tags": Family(  # a note stands behind each reply; what is in front of it, the model has to write itself
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}({{ m.content | length }})"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>", ("<|im_start|>", "<think>", "</think>"),
+    ),
+    "tags without the end": Family(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{%- generation -%}{{ m.content }}{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>", ("<|im_start|>",),
+    ),
     "tools": Family(
         "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -159,6 +172,20 @@ GOLDEN = [
                 "two<|im_end|>",
             ),
         ],
+    ),
+    (
+        "generation tags", say("a", "one", "b", "two"),
+        [(
+            "<|im_start|>user\na<|im_end|><|im_start|>assistant\n<think></think>one<|im_end|>(3)"
+            "<|im_start|>user\nb<|im_end|><|im_start|>assistant\n<think></think>two<|im_end|>(3)",
+            "<think></think>one<|im_end|><think></think>two<|im_end|>",
+        )],
+    ),
+    (
+        "tags without the end", say("a", "one"),
+        [(
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n", "one<|im_end|>",
+        )],
     ),
     (
         "gpt-oss", say("a", "one", "b", "two", thinking="hm"),

@@ -20,6 +20,22 @@ def test_render_is_the_models_own_template(chatml: PreTrainedTokenizerFast) -> N
     assert asked + "<|im_start|>assistant\nHi<|im_end|>\n" == render(chatml, [USER, REPLY], add_generation_prompt=False)
 
 
+@pytest.mark.parametrize("more", [{}, {"name": "n"}, {"reasoning": "hm"}])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_short_way_to_the_template_writes_what_transformers_writes(
+    more: Message, prompt: bool, build: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = build(
+        "{{ bos_token }}{% for m in messages %}{% set x = namespace(n=0) %}{{ m.role ~ m.content | trim ~ m.name }}"
+        "{{ m.reasoning_content }}{{ m | tojson }}{{ loop.index }}{{ tools }}{{ documents }}{{ eos_token }}\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = [SYSTEM, {**USER, "content": " <b>Ä\n"}, {**REPLY, **more}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    assert expected == render(tokenizer, messages, add_generation_prompt=prompt)
+
+
 def test_conversations_without_a_template_are_refused(bare: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"f:3: the rows are conversations and this model has no chat template"):
         render(bare, [USER], add_generation_prompt=True, origin="f:3")

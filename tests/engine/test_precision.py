@@ -33,7 +33,7 @@ def test_the_best_rate_ever_measured_is_kept_and_a_broken_cache_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path))
-    path = tmp_path / "machine.json"
+    path = tmp_path / "rates.json"
     path.write_text("{broken")
     rates = []
     for measured in (2e11, 1e11, 3e11):
@@ -41,7 +41,7 @@ def test_the_best_rate_ever_measured_is_kept_and_a_broken_cache_is_written_anew(
         monkeypatch.setattr(precision, "_measure", lambda name, rate=measured: rate)
         rates.append(precision.flop_per_s())
         (kept,) = json.loads(path.read_text()).values()
-        assert kept == rates[-1]
+        assert kept == {"flop_per_s": rates[-1], "mfu": {}}
     precision._best_rates.cache_clear()
     assert [rate["int8"] for rate in rates] == [2e11, 2e11, 3e11]
 

@@ -41,9 +41,12 @@ SETTINGS: dict[str, Any] = {
 
 def _train(settings: dict[str, Any], die_at: int, counted: Path | None) -> None:
     """One whole run in this process. It kills itself at the die_at-th call that makes something durable (0: never)."""
+    from lorafit import rates
     from lorafit.config import TrainConfig
     from lorafit.run import Start, train
 
+    # The machine's best rate is kept whenever it was beaten: no part of the run, and a call more in some runs only.
+    rates.keep = lambda threads, found: None
     calls = 0
 
     def watch(name: str) -> None:

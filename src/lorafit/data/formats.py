@@ -5,7 +5,7 @@ A new format is one function and one line in FORMATS: it is known by its columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from lorafit.data.example import Completion, Example, Labelled, Plain
@@ -155,12 +155,11 @@ REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
 MEANINGFUL_COLUMNS = ("tools", "functions", "documents", "images", "system")
 
 
-def read_examples(rows: Sequence[Row], fmt: str | None = None) -> list[Example]:
-    """One Example per row. fmt: a name in FORMATS, or None to know it by the columns; all rows must have the same.
-
-    Raises DataError with file:line for a row that cannot be used, ConfigError for an unknown fmt.
-    """
-    reader = FormatReader(fmt)
+def read_examples(
+    rows: Iterable[Row], fmt: str | None = None, rename: Mapping[str, str] | None = None
+) -> list[Example]:
+    """One Example per row, as FormatReader reads them. Raises DataError with file:line, ConfigError."""
+    reader = FormatReader(fmt, rename)
     return [reader.read(row) for row in rows]
 
 

@@ -281,7 +281,9 @@ def _supervise_turns(row: Draft, text: Text, starts: list[int], marks: Marks) ->
     ids = text.ids
     supervised = np.zeros(len(ids), dtype=np.bool_)
     for turn, start in zip(row.turns, starts, strict=True):
-        end = len(ids) if turn.reply_end > len(row.text) else _turn_end(turn, start, text, marks)
+        end = _turn_end(turn, start, text, marks)
+        if end is None and row.rest:  # it is cut off
+            end = len(ids)
         if end is None:
             raise DataError(
                 f"{row.origin}: the chat template writes no end-of-turn token after a reply, "

@@ -43,12 +43,6 @@ class NearRows:
         self._bands: list[dict[bytes, int]] = [{} for _ in range(BANDS)]
         self._shingles: dict[int, NDArray[np.uint64]] = {}
 
-    def add(self, number: int, row: Encoded) -> None:
-        """Remember a row, without looking for others."""
-        shingles = self._of(row)
-        if shingles is not None:
-            self._remember(number, shingles, self._keys(shingles))
-
     def find(self, row: Encoded) -> tuple[int, float] | None:
         """(number, share in common) of the row remembered that is most like this one, where one is alike."""
         shingles = self._of(row)

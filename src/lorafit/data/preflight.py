@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOOKED_AT = 200_000  # rows among which near duplicates are sought
+LOOKED_AT_QUICKLY = 10_000  # rows, before every run
 SHOWN = 10  # pairs, faults and the like that are named one by one
 
 
@@ -196,6 +197,18 @@ def as_json(report: Report) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(report) | {"supervised_share": report.supervised_tokens / max(1, report.tokens)}
+
+
+def before_training(name: str, data: Data, tokenizer: PreTrainedTokenizerBase, held_out: Data | None) -> Sequence[str]:
+    """What is likely to be a mistake, a sentence each, as far as it is found in a second or two.
+
+    held_out: rows of a source of their own; what both have makes an evaluation look better than it is.
+    """
+    if len(data.set.encoded) <= LOOKED_AT_QUICKLY:
+        return needs_look(inspect(name, data, tokenizer, held_out, samples=0))
+    same = data.also_in(held_out) if held_out else 0
+    said = [f"{same:,} rows are in the other data too"] if same else []
+    return [*said, f"nearly equal rows were not looked for; `lorafit data {name} --model MODEL` does"]
 
 
 def needs_look(report: Report) -> Sequence[str]:

@@ -7,9 +7,10 @@ and here under a time limit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit.data.deadline import OutOfTime, deadline
 from lorafit.data.example import Chat, Completion, Message, Tool
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAIN = {"role", "content"}
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+T = TypeVar("T")
 SECONDS = 10.0  # for one conversation; usual ones take a thousandth of one
 BUILT_IN = Path(__file__).parent / "templates"
 
@@ -63,6 +66,37 @@ def render(
     Special tokens are in the text. transformers keeps the compiled template. Raises DataError if there is no template
     or it refuses these messages; `origin` is named in the error.
     """
+    return _guarded(
+        tokenizer, origin, lambda: _rendered(tokenizer, list(messages), add_generation_prompt, list(tools) or None)
+    )
+
+
+def marked_as_generated(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], origin: str = "", tools: Sequence[Tool] = ()
+) -> list[tuple[int, int]] | None:
+    """(first character, one past the last) of what the template puts between {% generation %} and {% endgeneration %}.
+
+    Of the text that `render` gives without a generation prompt; None where the template has no such tag.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not GENERATION.search(template):
+        return None
+
+    def marked() -> list[tuple[int, int]]:
+        from transformers.utils import chat_template_utils
+
+        render_marked: Any = chat_template_utils.render_jinja_template
+        named = tokenizer.special_tokens_map
+        _, marks = render_marked(
+            [list(messages)], tools=[*tools] or None, chat_template=template, return_assistant_tokens_mask=True, **named
+        )
+        return [(int(first), int(end)) for first, end in marks[0]]
+
+    return _guarded(tokenizer, origin, marked)
+
+
+def _guarded(tokenizer: PreTrainedTokenizerBase, origin: str, call: Callable[[], T]) -> T:
+    """What `call` makes of the template, within the time limit. Raises DataError as `render` does."""
     at = f"{origin}: " if origin else ""
     if not tokenizer.chat_template:
         raise DataError(
@@ -71,7 +105,7 @@ def render(
         )
     try:
         with deadline(SECONDS):
-            text = _rendered(tokenizer, list(messages), add_generation_prompt, list(tools) or None)
+            return call()
     except OutOfTime:
         raise DataError(
             f"{at}the chat template runs for more than {SECONDS:g} s", "Use another with --template"
@@ -81,7 +115,6 @@ def render(
             f"{at}the model's chat template refuses the conversation: {error}",
             "Change the row to what the template takes, such as no system message or turns that alternate",
         ) from None
-    return text
 
 
 def _rendered(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain
 from lorafit.data.messages import REASONING_KEYS
-from lorafit.data.template import as_chat, render, writes_tools
+from lorafit.data.template import as_chat, marked_as_generated, render, writes_tools
 from lorafit.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,8 +140,11 @@ def _rendered(chat: Chat, number: int, prompt: str, text: str, tokenizer: PreTra
     turn = text if is_last else render(tokenizer, messages[: number + 1], False, origin, chat.tools)
     if not turn.startswith(prompt):
         raise _not_a_prefix(origin, number, prompt, turn)
-    reply_end = _reply_end(turn, len(prompt), messages[number], tokenizer, f"{origin}: messages[{number}]")
-    return _Rendered(number, turn, Turn(prompt, reply_end))
+    end = _reply_end(turn, len(prompt), messages[number], tokenizer, f"{origin}: messages[{number}]")
+    marked = marked_as_generated(tokenizer, messages[: number + 1], origin, chat.tools)
+    if marked:  # where a reply ends the template knows best; it begins where generation does, whatever is marked
+        end = max(len(prompt), _without_end(turn[: marked[-1][1]], len(prompt), tokenizer))
+    return _Rendered(number, turn, Turn(prompt, end))
 
 
 def _not_a_prefix(origin: str, number: int, expected: str, got: str) -> DataError:
@@ -185,6 +188,11 @@ def _end_of_calls(turn: str, start: int, message: Message, tokenizer: PreTrained
                 f"{where} calls a function, and the chat template does not write {text[:SHOWN_CHARS]!r}",
                 "Use a model that was trained to call tools, or remove the row",
             )
+    return _without_end(turn, start, tokenizer)
+
+
+def _without_end(turn: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The length of a turn without the end-of-turn token, where it ends with one, and without space behind it."""
     written = turn.rstrip()
     ends = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
     end = next((token for token in ends if token.strip() and written.endswith(token)), "")

@@ -8,15 +8,11 @@ that is busy today does not choose for tomorrow.
 from __future__ import annotations
 
 import functools
-import json
-import platform
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from lorafit import files
+from lorafit import rates
 from lorafit.engine.product import Dense, Packed, Product, make_int8
 
 # The type that the model is loaded in; int8 products are made from bf16 weights.
@@ -31,9 +27,9 @@ def choose(precision: str) -> str:
     """`fp32`, `bf16` or `int8` as asked; for `auto`, fewer bits where that makes products 1.3 times as fast here."""
     if precision != "auto":
         return precision
-    rates, best = flop_per_s(), "fp32"
+    rate, best = flop_per_s(), "fp32"
     for name in ("bf16", "int8"):
-        if rates[name] > MUST_BE_FASTER_BY * rates[best]:
+        if rate[name] > MUST_BE_FASTER_BY * rate[best]:
             best = name
     return best
 
@@ -48,31 +44,10 @@ def flop_per_s() -> dict[str, float]:
 
 @functools.cache
 def _best_rates(threads: int) -> dict[str, float]:
-    path = files.cache_dir() / "machine.json"
-    key = f"{_processor()}, torch {torch.__version__}, {threads} threads"
-    known = _read(path)
-    before = known.get(key, {})
-    rates = {name: max(_measure(name), before.get(name, 0.0)) for name in ("fp32", "bf16", "int8")}
-    if rates != before:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, {**known, key: rates})
-    return rates
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    before = rates.read(threads).flop_per_s
+    found = {name: max(_measure(name), before.get(name, 0.0)) for name in ("fp32", "bf16", "int8")}
+    rates.keep(threads, rates.Rates(flop_per_s=found))
+    return found
 
 
 def _measure(precision: str) -> float:

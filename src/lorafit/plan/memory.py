@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorafit.config import TrainConfig
 from lorafit.model.spec import ModelSpec
+from lorafit.plan.counts import block_weights, lora_params
 from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
@@ -46,21 +46,19 @@ class MemoryEstimate:
         return f"{format_bytes(self.peak_bytes)} ({parts})"
 
 
-def estimate(
-    spec: ModelSpec, config: TrainConfig, precision: str, tokens: int, supervised: int, recompute: bool
-) -> MemoryEstimate:
+def estimate(spec: ModelSpec, r: int, precision: str, tokens: int, supervised: int, recompute: bool) -> MemoryEstimate:
     """The peak of training with `tokens` in the largest micro-batch, `supervised` of them in the loss.
 
     precision: fp32, bf16 or int8. recompute: whether layers keep their input alone.
     """
     dtype = "fp32" if precision == "fp32" else "bf16"
-    layer_weights = sum(a * b for a, b in _block_shapes(spec))
-    activations = activation_bytes(spec, config, dtype, tokens, recompute)
+    layer_weights = sum(a * b for a, b in block_weights(spec).values())
+    activations = activation_bytes(spec, r, dtype, tokens, recompute)
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
-    adapter = bytes_of(adapter_params(spec, config.r), "fp32")
+    adapter = bytes_of(lora_params(spec, r), "fp32")
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
-        few = activation_bytes(spec, config, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
+        few = activation_bytes(spec, r, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
         before = layer_weights + 2 * adapter + round((1 + WORK) * few)
         weights += max(0, before - ADAPTER_COPIES * adapter - round((1 + WORK) * activations))
     return MemoryEstimate(
@@ -77,10 +75,10 @@ def estimate(
 
 def reserved_bytes(spec: ModelSpec, precision: str) -> int:
     """What is sure to be needed beside the weights: the copies that int8 makes while they are there."""
-    return sum(a * b for a, b in _block_shapes(spec)) if precision == "int8" else 0
+    return sum(a * b for a, b in block_weights(spec).values()) if precision == "int8" else 0
 
 
-def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: int, recompute: bool) -> int:
+def activation_bytes(spec: ModelSpec, r: int, dtype: str, tokens: int, recompute: bool) -> int:
     """What one micro-batch keeps for its backward pass.
 
     Per token and layer: the inputs of two norms, rotated q and k, v, the attention's output, gate and up, seven
@@ -88,24 +86,7 @@ def activation_bytes(spec: ModelSpec, config: TrainConfig, dtype: str, tokens: i
     differentiated.
     """
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    wide = 2 * spec.hidden + 2 * q + 2 * kv + 2 * spec.intermediate + 7 * config.r
+    wide = 2 * spec.hidden + 2 * q + 2 * kv + 2 * spec.intermediate + 7 * r
     layer = bytes_of(wide, dtype) + 4 * (spec.heads + 2)
     kept = bytes_of(spec.hidden, dtype) if recompute else layer
     return tokens * (spec.layers * kept + (3 if recompute else 2) * layer)
-
-
-def adapter_params(spec: ModelSpec, r: int) -> int:
-    """Numbers in a LoRA over every two-dimensional weight of the blocks: r (in + out) each."""
-    return sum(r * sum(shape) for shape in _block_shapes(spec))
-
-
-def _block_shapes(spec: ModelSpec) -> list[tuple[int, ...]]:
-    """Shapes of the blocks' two-dimensional weights: all but embeddings and the output head."""
-    return [
-        shape
-        for name, shape in spec.tensors.items()
-        if len(shape) == 2
-        and "embed" not in name
-        and "lm_head" not in name
-        and name not in ("token_embd.weight", "output.weight")
-    ]

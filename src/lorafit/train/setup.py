@@ -59,7 +59,7 @@ def fit_to_memory(
 
     def predicted(split: Split) -> memory.MemoryEstimate:
         tokens, supervised = _largest(rows, config, split.micro_tokens)
-        return memory.estimate(spec, config, precision, tokens, supervised, split.recompute)
+        return memory.estimate(spec, config.r, precision, tokens, supervised, split.recompute)
 
     tried = []
     for split in [begun] if begun else _splits(config.micro_tokens):

@@ -1,0 +1,73 @@
+"""What was measured on this machine, kept in the user's cache: how fast products are, and what share training reaches.
+
+Kept for this processor, torch and number of threads. Nothing here imports torch, so that a plan can read it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorafit import files
+
+
+@dataclass(frozen=True)
+class Rates:
+    """By precision. flop_per_s: of products that fill the cores. mfu: the share of it that a training run reached."""
+
+    flop_per_s: Mapping[str, float] = field(default_factory=dict)
+    mfu: Mapping[str, float] = field(default_factory=dict)
+
+
+def read(threads: int) -> Rates:
+    """What is known; nothing where nothing was measured, or the file is damaged."""
+    known = _file().get(_key(threads))
+    if not isinstance(known, dict):
+        return Rates()
+    return Rates(_numbers(known.get("flop_per_s")), _numbers(known.get("mfu")))
+
+
+def keep(threads: int, rates: Rates) -> None:
+    """Remember what was measured; what is known of other precisions stays."""
+    before = read(threads)
+    both = {"flop_per_s": {**before.flop_per_s, **rates.flop_per_s}, "mfu": {**before.mfu, **rates.mfu}}
+    if both != {"flop_per_s": before.flop_per_s, "mfu": before.mfu}:
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, {**_file(), _key(threads): both})
+
+
+def processor() -> str:
+    """What it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _path() -> Path:
+    return files.cache_dir() / "rates.json"
+
+
+def _file() -> dict[str, Any]:
+    try:
+        known = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _key(threads: int) -> str:
+    return f"{processor()}, torch {importlib.metadata.version('torch')}, {threads} threads"
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    return (
+        {name: float(v) for name, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
+    )
