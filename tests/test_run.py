@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from lorafit.config import TrainConfig
+from lorafit.engine import precision
 from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
 from lorafit.lora.tokens import token_rows
 from lorafit.run import Start, train
@@ -222,3 +223,19 @@ def test_a_run_with_added_tokens_goes_on_bitwise_after_a_resume(inputs: dict[str
     _, printed = run({**settings, "output": str(tmp_path / "run")}, resume=True)
     assert "resuming after step" in printed
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_a_run_tells_later_ones_how_long_they_will_take(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    precision._best_rates.cache_clear()
+    settings = {**inputs, "epochs": 4}  # 12 steps
+    first, printed = run({**settings, "output": str(tmp_path / "first")})
+    assert first["predicted_train_s"] is None and "predicted time" not in printed
+    second, printed = run({**settings, "output": str(tmp_path / "second"), "epochs": 8})
+    assert second["predicted_train_s"] > 0
+    assert "predicted time: " in printed and "tokens/s, predicted " in printed
+    # Twice the operations at the share of the rate that the first run reached.
+    assert second["predicted_train_s"] == pytest.approx(2 * first["train_s"], rel=0.35)
+    precision._best_rates.cache_clear()

@@ -14,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,54 +68,24 @@ def run_all(given: argparse.Namespace) -> None:
 
 def measured(case: Case, precision: str) -> Case:
     """Seconds of each step, the first apart, FLOP of one, and the process's peak."""
-    import numpy as np
     import torch
 
-    from lorafit.config import TrainConfig
-    from lorafit.data.mask import Encoded
-    from lorafit.data.pack import micro_batches
     from lorafit.engine import precision as rates
-    from lorafit.engine.engine import prepare
-    from lorafit.engine.tally import TALLY
-    from lorafit.methods.table import METHODS
-    from lorafit.plan import machine, memory
-    from lorafit.train.optim import adamw
+    from lorafit.plan import machine
+    from lorafit.train.calibrate import measure, random_rows
 
     torch.set_num_threads(machine.physical_cores())
     model = random_llama(case["model"], rates.DTYPES[precision])
-    config = TrainConfig(model="x", data="x", output="x", r=case["r"], alpha=2 * case["r"])
-    method = METHODS["lora"]
-    method.attach(model, config)
-    random = np.random.default_rng(0)
-    rows = [
-        Encoded(random.integers(0, model.config.vocab_size, case["length"]).astype(np.int32), supervised, 0, "random:1")
-        for supervised in [np.arange(case["length"]) > 0] * case["rows"]
-    ]
-    engine = prepare(model, share_prefix=True)
-    numbers = range(len(rows))
-    if precision == "int8":
-        engine.use_int8(micro_batches(rows, numbers, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
-    engine.release_weights()
-    parameters = list(method.trainable(model).values())
-    optimizer = adamw(parameters, 2e-4, (0.9, 0.999), 0.0)
-    seconds, before = [], TALLY.flop
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        for batch in micro_batches(rows, numbers, config.micro_tokens, engine.packing):
-            (engine.training_loss(batch) / (len(rows) * case["length"])).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    flop = (TALLY.flop - before) // STEPS
-    later = statistics.median(seconds[1:])
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = random_rows(case["rows"], case["length"], model.config.vocab_size)
+    speed = measure(model, precision, rows, case["r"], STEPS)
     return {
-        "first_step_s": seconds[0],
-        "step_s": seconds[1:],
-        "flop": flop,
-        "mfu": flop / later / rates.flop_per_s()[precision],
+        "first_step_s": speed.first_s,
+        "step_s": list(speed.step_s),
+        "flop": speed.flop,
+        "mfu": speed.mfu,
         "peak_rss_bytes": machine.peak_rss_bytes(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
     }
 
 

@@ -18,7 +18,17 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from lorafit import __version__
-from lorafit.config import ChatConfig, DataConfig, EvalConfig, Frozen, MergeConfig, TrainConfig, build, read_toml
+from lorafit.config import (
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    Frozen,
+    MergeConfig,
+    PlanConfig,
+    TrainConfig,
+    build,
+    read_toml,
+)
 from lorafit.errors import LorafitError
 
 app = typer.Typer(
@@ -151,6 +161,26 @@ def look_at_data(given: dict[str, Any], as_json: JSON = False) -> None:
     from lorafit.look import look
 
     result = look(resolved, _log(), None if as_json else Console())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Find, prove, train")
+@options_of(PlanConfig, ("model",))
+def plan(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Size, memory, operations and time of training MODEL, before anything is loaded.
+
+    lorafit plan smollm2-135m
+
+    lorafit plan ./llama-3.2-1b --seq-len 1024 --rows 5000 --epochs 2 --memory 8GiB
+
+    lorafit plan ./directory-with-a-config.json --calibrate
+    """
+    resolved, _ = build(PlanConfig, {}, given)
+
+    from lorafit.planning import plan as predict
+
+    result = predict(resolved, _log(), None if as_json else Console())
     if as_json:
         _print_json(result)
 

@@ -226,6 +226,35 @@ class DataConfig(RowsConfig):
     """Run Python code that comes with the model."""
 
 
+class PlanConfig(Frozen):
+    """One plan."""
+
+    model: str
+    """A model as for train; a directory with its config.json alone will do."""
+    r: int = Field(16, ge=1)
+    """Rank of the update."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step."""
+    seq_len: int = Field(512, ge=2)
+    """Tokens of a row."""
+    loss_share: float = Field(1.0, gt=0, le=1)
+    """Share of the tokens that have a loss."""
+    rows: int | None = Field(None, ge=1)
+    """Rows of an epoch, to predict how long the whole run takes."""
+    epochs: int = Field(1, ge=1)
+    """How often each row is seen."""
+    memory: str | None = None
+    """Stay below this, such as 2GiB. Default: what the machine has free."""
+    watts: float | None = Field(None, gt=0)
+    """Power of the machine while it trains, to predict the energy of the run."""
+    price: float | None = Field(None, gt=0)
+    """Price of a kWh, to predict its cost."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    calibrate: bool = False
+    """Measure first how fast this machine trains, in about half a minute; kept for later plans."""
+
+
 class ChatConfig(Frozen):
     """One conversation."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,21 @@ from lorafit import files
 
 @dataclass(frozen=True)
 class Rates:
-    """By precision. flop_per_s: of products that fill the cores. mfu: the share of it that a training run reached."""
+    """What was measured. flop_per_s: of products, by precision. mfu: the share that training reached, by `run_key`."""
 
     flop_per_s: Mapping[str, float] = field(default_factory=dict)
     mfu: Mapping[str, float] = field(default_factory=dict)
+
+    def mfu_of(self, precision: str, width: int) -> float | None:
+        """Of the model that was trained in this precision and is nearest in width; None where there was none."""
+        widths = [int(key.partition("/")[2]) for key in self.mfu if key.startswith(f"{precision}/")]
+        nearest = min(widths, key=lambda known: abs(math.log(known / width)), default=None)
+        return None if nearest is None else self.mfu[run_key(precision, nearest)]
+
+
+def run_key(precision: str, width: int) -> str:
+    """What the share that training reaches depends on most. width: of the model's hidden states."""
+    return f"{precision}/{width}"
 
 
 def read(threads: int) -> Rates:

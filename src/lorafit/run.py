@@ -46,9 +46,10 @@ from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
-from lorafit.train.setup import Split, fit_to_memory, make_engine
+from lorafit.train.setup import Split, expected_s, fit_to_memory, make_engine
 from lorafit.train.signals import stop_on_signals
-from lorafit.units import format_bytes, format_count, format_seconds, format_share
+from lorafit.train.told import print_attached, print_config, print_result
+from lorafit.units import format_seconds
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 STEPS_THAT_TELL = 10
@@ -85,7 +86,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         identity = _identity(config, inputs, chosen)
         if earlier:
             _check_same_run(earlier.identity, identity, console)
-        _print_config(config, source, chosen, console)
+        print_config(config, source, chosen, console)
 
         SLABS.reserve(memory.reserved_bytes(inputs.spec, chosen["precision"]))
         loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
@@ -94,13 +95,13 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         added = _add_tokens(config, loaded, console)
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
         rows = encoded.encoded
-        estimate = _plan(config, inputs.spec, chosen, rows, start.force, console)
+        estimate, expected = _plan(config, inputs.spec, chosen, rows, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = method.attach(loaded.model, config)
         if added:
             ids, pieces = [token.id for token in added], [token.pieces for token in added]
             attached = attach_tokens(loaded.model, ids, pieces, attached)
-        _print_attached(attached, console)
+        print_attached(attached, console)
         split = Split(chosen["micro_tokens"], chosen["recompute"])
         engine = make_engine(loaded.model, rows, config, chosen["precision"], split, run.scratch, console)
         work = Work(
@@ -120,7 +121,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
-        _remember_speed(result)
+        result["predicted_train_s"] = expected
+        _remember_speed(result, inputs.spec)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
             "system": data.system,
@@ -129,7 +131,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         }
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
-    _print_result(run, result, console)
+    print_result(run.path, result, console)
     return result
 
 
@@ -223,8 +225,11 @@ def _plan(
     rows: Sequence[Encoded],
     force: bool,
     console: Console,
-) -> memory.MemoryEstimate:
-    """The predicted peak, shown; into `chosen`, how steps are split to stay below the limit. Raises DoesNotFitError."""
+) -> tuple[memory.MemoryEstimate, float | None]:
+    """The predicted peak and seconds, shown; into `chosen`, how steps are split to stay below the limit.
+
+    Raises DoesNotFitError.
+    """
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
     begun = Split(chosen["micro_tokens"], chosen["recompute"]) if "micro_tokens" in chosen else None
     split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun)
@@ -232,7 +237,10 @@ def _plan(
     console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
     if chosen["micro_tokens"] < config.micro_tokens:
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
-    return estimate
+    expected = expected_s(spec, config, chosen["precision"], rows, split, chosen["threads"])
+    if expected is not None:
+        console.print(f"predicted time: {format_seconds(expected)}", highlight=False)
+    return estimate, expected
 
 
 def _evaluation(engine: Engine, held_out: EncodedSet, micro_tokens: int) -> Callable[[], float]:
@@ -366,52 +374,13 @@ def _mfu(progress: Progress, precision_name: str) -> float | None:
     return progress.flop / progress.train_s / rate if progress.train_s else None
 
 
-def _remember_speed(result: dict[str, Any]) -> None:
+def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec) -> None:
     """For plans to come: what share of the machine's rate this run reached. Of a few steps it would say little."""
-    if result["steps"] >= STEPS_THAT_TELL and result["mfu"]:
-        rates.keep(result["threads"], rates.Rates(mfu={result["precision"]: result["mfu"]}))
+    if result["steps"] >= STEPS_THAT_TELL and result["mfu"] and spec.hidden:
+        key = rates.run_key(result["precision"], spec.hidden)
+        rates.keep(result["threads"], rates.Rates(mfu={key: result["mfu"]}))
 
 
 def _lasting(name: str) -> str:
     """A name that still holds in another working directory: a path becomes absolute."""
     return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, Any], console: Console) -> None:
-    """What was given, a line each with where it came from; the defaults in one paragraph."""
-    shown = {name: repr(value) for name, value in config.model_dump().items()}
-    if config.precision == "auto":
-        shown["precision"] += f" (measured: {chosen['precision']})"
-    given = {name: source[name] for name in shown if source.get(name, "default") != "default"}
-    for name, where in given.items():
-        console.print(f"  {name} = {shown[name]}  ({where})", markup=False, highlight=False)
-    rest = ", ".join(f"{name} = {value}" for name, value in shown.items() if name not in given)
-    console.print(f"  by default: {rest}", style="dim", markup=False, highlight=False)
-
-
-def _print_attached(attached: Attached, console: Console) -> None:
-    share = format_share(attached.trainable_params, attached.total_params)
-    console.print(
-        f"{attached.summary}: {format_count(attached.trainable_params)} trainable parameters, {share} of "
-        f"{format_count(attached.total_params)}",
-        highlight=False,
-    )
-    for note in attached.notes:
-        console.print(note, style="yellow", highlight=False)
-
-
-def _print_result(run: RunDir, result: dict[str, Any], console: Console) -> None:
-    speed = result["tokens_seen"] / result["train_s"] if result["train_s"] else 0.0
-    console.print(
-        f"trained {result['steps']} steps in {format_seconds(result['train_s'])} ({speed:,.0f} tokens/s), loading took "
-        f"{format_seconds(result['load_s'])}; peak memory {format_bytes(result['peak_rss_bytes'])} "
-        f"(predicted {format_bytes(result['predicted_peak_bytes'])})",
-        highlight=False,
-    )
-    console.print(f"wrote {run.path}. Next:")
-    for command in (
-        f"lorafit eval {run.path} TEST.jsonl",
-        f"lorafit chat {run.path}",
-        f"lorafit merge {run.path} -o DIR",
-    ):
-        console.print(f"  {command}", highlight=False, markup=False)

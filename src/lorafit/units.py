@@ -36,6 +36,14 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def format_flop(flop: float) -> str:
+    """`1.62 GFLOP`, three figures."""
+    for name, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if flop >= size:
+            return f"{flop / size:.3g} {name}FLOP"
+    return f"{flop:.0f} FLOP"
+
+
 def format_count(count: int) -> str:
     """`134,515,008`."""
     return f"{count:,}"

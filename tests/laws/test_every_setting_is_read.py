@@ -104,7 +104,7 @@ def _made(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
     except LorafitError as error:
         return {"refused": str(error)}
     run = Path(settings["output"])
-    timed = ("train_s", "load_s", "prepare_s", "mfu", "peak_rss_bytes")
+    timed = ("train_s", "load_s", "prepare_s", "mfu", "peak_rss_bytes", "predicted_train_s")
     return {
         "where": run.name,
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),

@@ -39,6 +39,12 @@ class Bucket:
         """How many rows stand side by side."""
         return len(self.lengths)
 
+    @property
+    def attended_pairs(self) -> int:
+        """(query, key) pairs that a causal attention needs: with the prefix, itself and what stands before it."""
+        lengths = self.lengths.long()
+        return int((lengths * self.prefix + lengths * (lengths + 1) // 2).sum())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -87,6 +93,13 @@ class Batch:
     def computed_tokens(self) -> int:
         """Tokens that the model runs on: with padding, and with a shared prefix counted once."""
         return self.input_ids.numel()
+
+    @property
+    def attended_pairs(self) -> int:
+        """(query, key) pairs that attention is computed for: causal ones where packed, all of a row where padded."""
+        if self.layout is None:
+            return self.input_ids.numel() * self.input_ids.shape[1]
+        return sum(bucket.attended_pairs for bucket in self.layout)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ def _resolved(model: str) -> Path:
     )
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether any file of a directory holds weights, of whatever kind."""
+    return any(entry.suffix in {".safetensors", ".gguf", *PICKLES} for entry in directory.iterdir())
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, by its index where there is one. Raises ModelError without any."""
     if (directory / INDEX).is_file():

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from lorafit import files
 from lorafit.errors import ModelError
 from lorafit.model import gguf_config, gguf_header, gguf_names, safetensors_header
-from lorafit.model.find import CONFIG, INDEX, INSTALLED, read_json, resolve, weight_files
+from lorafit.model.find import CONFIG, INDEX, INSTALLED, has_weights, read_json, resolve, weight_files
+from lorafit.model.shapes import shapes_of
 
-__all__ = ["INSTALLED", "ModelSpec", "read", "resolve", "sha256"]
+__all__ = ["INSTALLED", "ModelSpec", "describe", "read", "resolve", "sha256"]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -71,6 +72,21 @@ def read(model: str) -> ModelSpec:
     return _read_gguf(model, path) if path.is_file() else _read_hf(model, path)
 
 
+def describe(model: str) -> ModelSpec:
+    """As `read`; of a directory or a config.json without weights what its config says. Its storage is then empty.
+
+    Raises ModelError as `read` does, and for a family whose shapes are not known from a config.
+    """
+    path = Path(model).expanduser()
+    directory = path.parent if path.name == CONFIG else path
+    if (directory / CONFIG).is_file() and not has_weights(directory):
+        config = read_json(directory / CONFIG)
+        text = _text_config(config)
+        tensors = shapes_of(text, str(text.get("model_type") or config.get("model_type")))
+        return _spec(model, directory, "hf", config, tensors, storage={}, weight_bytes=0, files=())
+    return read(model)
+
+
 def sha256(spec: ModelSpec) -> str:
     """One hash over the weights, the config and the tokenizer; of a GGUF that of the file."""
     return files.sha256_all(list(spec.files))
@@ -107,7 +123,7 @@ def _spec(
     model: str, path: Path, kind: Literal["hf", "gguf"], config: dict[str, Any], tensors: dict[str, tuple[int, ...]],
     storage: dict[str, int], weight_bytes: int, files: tuple[Path, ...],
 ) -> ModelSpec:  # fmt: skip
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    text = _text_config(config)
     architecture = text.get("model_type") or config.get("model_type")
     if not isinstance(architecture, str):
         raise ModelError(f"{path / CONFIG} states no model_type", "Give the directory of a Transformers model")
@@ -119,6 +135,12 @@ def _spec(
         parameters=_count(tensors, tied), weight_bytes=weight_bytes, storage=storage, files=files,
         tensors=tensors, config=config,
     )  # fmt: skip
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def _first_size(config: Mapping[str, Any], aliases: tuple[str, ...]) -> int:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from lorafit.errors import ModelError
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.counts import matrices
+from lorafit.plan.counts import matrices, part_of
 
 FIRST_BLOCK = re.compile(r"(?:^|\.)0\.")
 
@@ -84,7 +85,7 @@ def lora_step(spec: ModelSpec, r: int, tokens: int, predicted: int, pairs: int) 
             if group.name == "o":
                 flop += attention_flop(spec, pairs)
             flop += _adapted(group, r, tokens, input_has_gradient=layer > 0 or number > 0)
-    head = 2 * predicted * spec.vocab * spec.hidden
+    head = head_flop(spec, predicted)
     return flop + Flop(head, head, 0)
 
 
@@ -111,8 +112,18 @@ def full_step(spec: ModelSpec, tokens: int, predicted: int, pairs: int) -> Flop:
             dense = sum(2 * tokens * out * into for out, into in group.shapes)
             flop += Flop(dense, 2 * dense, 0)
         flop += attention_flop(spec, pairs)
-    head = 2 * predicted * spec.vocab * spec.hidden
+    head = head_flop(spec, predicted)
     return flop + Flop(head, 2 * head, 0)
+
+
+def head_flop(spec: ModelSpec, predicted: int) -> int:
+    """Forward, of so many tokens: the vocabulary's rows, and what an encoder has in front of them."""
+    before = [
+        prod(shape)
+        for name, shape in spec.tensors.items()
+        if len(shape) == 2 and part_of(name) == "head" and spec.vocab not in shape
+    ]
+    return 2 * predicted * (spec.vocab * spec.hidden + sum(before))
 
 
 def padded_pairs(lengths: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from torch import nn
 
+from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.pack import micro_batches, read_tokens, step_rows
 from lorafit.data.store import Encoded, lengths
@@ -20,9 +21,10 @@ from lorafit.engine import workspace
 from lorafit.engine.batch import Packing
 from lorafit.engine.engine import Engine, prepare
 from lorafit.engine.layers import Features, untouched_layers
-from lorafit.errors import DoesNotFitError
+from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
+from lorafit.plan.flops import lora_step
 from lorafit.units import format_bytes, format_count
 
 # Below this many tokens a forward pass spends more on moving weights than on multiplying them.
@@ -99,12 +101,42 @@ def _does_not_fit(
 
 def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
-    packing = Packing(padded=False, share_prefix=config.dropout == 0)
-    count = min(STEPS_SAMPLED, -(-len(rows) // config.batch_size))
-    steps = [step_rows(len(rows), config.batch_size, config.order_seed, 0, step) for step in range(count)]
-    steps.append([int(np.argmax(lengths(rows)))])
+    steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
+    packing = _packing(config)
     batches = [batch for step in steps for batch in micro_batches(rows, step, micro_tokens, packing)]
     return max(b.computed_tokens for b in batches), max(len(b.predicts) for b in batches)
+
+
+def _first_steps(rows: Sequence[Encoded], config: TrainConfig) -> list[list[int]]:
+    """The rows of each of the steps that are looked at."""
+    count = min(STEPS_SAMPLED, -(-len(rows) // config.batch_size))
+    return [step_rows(len(rows), config.batch_size, config.order_seed, 0, step) for step in range(count)]
+
+
+def _packing(config: TrainConfig) -> Packing:
+    return Packing(padded=False, share_prefix=config.dropout == 0)
+
+
+def expected_s(
+    spec: ModelSpec, config: TrainConfig, precision: str, rows: Sequence[Encoded], split: Split, threads: int
+) -> float | None:
+    """How long the steps of the run will take, by the operations of its first ones and this machine's rates.
+
+    None where no run in this precision was timed here before, or where only a part of the model is trained.
+    """
+    known = rates.read(threads)
+    reached = known.mfu_of(precision, spec.hidden)
+    if reached is None or config.layers is not None or config.targets != "all-linear":
+        return None
+    steps = _first_steps(rows, config)
+    batches = [b for step in steps for b in micro_batches(rows, step, split.micro_tokens, _packing(config))]
+    try:
+        flop = [lora_step(spec, config.r, b.computed_tokens, len(b.predicts), b.attended_pairs) for b in batches]
+    except ModelError:  # a kind of block whose operations are not known
+        return None
+    done = sum(one.total + (one.forward if split.recompute else 0) for one in flop)
+    total = config.max_steps or -(-len(rows) // config.batch_size) * config.epochs
+    return done / len(steps) * total / (known.flop_per_s[precision] * reached)
 
 
 def make_engine(

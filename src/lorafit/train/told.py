@@ -1,0 +1,56 @@
+"""What a run says about itself on the screen, before the first step and after the last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorafit.config import TrainConfig
+from lorafit.methods.method import Attached
+from lorafit.units import format_bytes, format_count, format_seconds, format_share
+
+
+def print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, Any], console: Console) -> None:
+    """What was given, a line each with where it came from; the defaults in one paragraph."""
+    shown = {name: repr(value) for name, value in config.model_dump().items()}
+    if config.precision == "auto":
+        shown["precision"] += f" (measured: {chosen['precision']})"
+    given = {name: source[name] for name in shown if source.get(name, "default") != "default"}
+    for name, where in given.items():
+        console.print(f"  {name} = {shown[name]}  ({where})", markup=False, highlight=False)
+    rest = ", ".join(f"{name} = {value}" for name, value in shown.items() if name not in given)
+    console.print(f"  by default: {rest}", style="dim", markup=False, highlight=False)
+
+
+def print_attached(attached: Attached, console: Console) -> None:
+    """What a method put into the model, with what a user should know of it."""
+    share = format_share(attached.trainable_params, attached.total_params)
+    console.print(
+        f"{attached.summary}: {format_count(attached.trainable_params)} trainable parameters, {share} of "
+        f"{format_count(attached.total_params)}",
+        highlight=False,
+    )
+    for note in attached.notes:
+        console.print(note, style="yellow", highlight=False)
+
+
+def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
+    """How it went, predicted against measured, and what to type next. path: the run directory."""
+    speed = result["tokens_seen"] / result["train_s"] if result["train_s"] else 0.0
+    expected = result["predicted_train_s"]
+    predicted = "" if expected is None else f", predicted {format_seconds(expected)}"
+    console.print(
+        f"trained {result['steps']} steps in {format_seconds(result['train_s'])} ({speed:,.0f} tokens/s{predicted}), "
+        f"loading took {format_seconds(result['load_s'])}; peak memory {format_bytes(result['peak_rss_bytes'])} "
+        f"(predicted {format_bytes(result['predicted_peak_bytes'])})",
+        highlight=False,
+    )
+    console.print(f"wrote {path}. Next:")
+    for command in (
+        f"lorafit eval {path} TEST.jsonl",
+        f"lorafit chat {path}",
+        f"lorafit merge {path} -o DIR",
+    ):
+        console.print(f"  {command}", highlight=False, markup=False)

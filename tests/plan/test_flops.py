@@ -1,0 +1,95 @@
+"""Operations from shapes, against torch's own counter on real models run by plain autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)  # fmt: skip
+
+from lorafit.config import LoRAConfig
+from lorafit.errors import ModelError
+from lorafit.methods import lora
+from lorafit.model import spec as model_spec
+from lorafit.model.spec import ModelSpec
+from lorafit.plan.flops import block_groups, causal_pairs, full_step, lora_step, padded_pairs
+
+ROWS, LENGTH, R = 3, 11, 5
+LLAMA: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+BERT = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
+MODELS: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, attn_implementation="eager")),
+    "tied llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True, attn_implementation="eager")),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=10, attn_implementation="eager")),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=24, n_layer=3, n_head=4, n_positions=32, attn_implementation="eager")
+    ),
+    "bert": lambda: BertForMaskedLM(BertConfig(**BERT, attn_implementation="eager")),
+}
+
+
+def built(name: str, directory: Path) -> tuple[Any, ModelSpec]:
+    model = MODELS[name]().eval()
+    model.save_pretrained(directory)
+    return model, model_spec.read(str(directory))
+
+
+def counted(model: Any) -> int:
+    """Of a forward and a backward pass over rows of one length, with all logits."""
+    ids = torch.randint(0, 50, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=ids).logits.float().square().mean().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_lora_has_just_the_operations_that_torch_counts(name: str, tmp_path: Path) -> None:
+    model, spec = built(name, tmp_path)
+    lora.attach(
+        model, LoRAConfig(r=R, alpha=7.0, targets=["re:.*(layers?|h)\\.\\d+\\..*"] if name == "bert" else "all-linear")
+    )
+    tokens, pairs = ROWS * LENGTH, padded_pairs([LENGTH] * ROWS)
+    assert lora_step(spec, R, tokens, tokens, pairs).total == counted(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_full_fine_tuning_has_six_operations_a_weight_and_token_and_those_of_attention(
+    name: str, tmp_path: Path
+) -> None:
+    model, spec = built(name, tmp_path)
+    tokens, pairs = ROWS * LENGTH, padded_pairs([LENGTH] * ROWS)
+    expected = full_step(spec, tokens, tokens, pairs)
+    # The embeddings' output has a gradient too, so nothing is left out, and torch counts just the same.
+    assert expected.total == counted(model)
+    linear = sum(out * into for group in block_groups(spec) for out, into in group.shapes) * spec.layers
+    assert expected.total - expected.attention == pytest.approx(
+        6 * tokens * (linear + spec.vocab * spec.hidden), rel=0.05
+    )
+
+
+def test_what_causal_rows_need_is_about_half_of_what_padded_ones_multiply() -> None:
+    assert causal_pairs([3, 1]) == 6 + 1
+    assert padded_pairs([3, 1]) == 2 * 9
+
+
+def test_a_block_whose_operations_are_not_known_is_refused(tmp_path: Path) -> None:
+    _, spec = built("llama", tmp_path)
+    object.__setattr__(spec, "tensors", {**spec.tensors, "model.layers.0.mlp.gate.weight": (4, 24)})
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.gate\.weight, whose operations are not known"):
+        block_groups(spec)

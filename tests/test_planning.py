@@ -1,0 +1,97 @@
+"""`lorafit plan`: from a model file, from a config alone, without torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorafit import rates
+from lorafit.config import PlanConfig
+from lorafit.planning import plan
+from tests import tiny
+
+LLAMA_70B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+RATES = rates.Rates({"fp32": 4e11, "bf16": 8e11, "int8": 16e11}, {"bf16/64": 0.5, "bf16/4096": 0.7})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+
+
+def planned(model: str, **settings: Any) -> tuple[dict[str, Any], str]:
+    heard = io.StringIO()
+    found = plan(PlanConfig(model=model, **settings), Console(file=io.StringIO()), Console(file=heard, width=160))
+    return found, heard.getvalue()
+
+
+def test_a_plan_needs_neither_torch_nor_transformers_nor_datasets() -> None:
+    code = (
+        "import sys; sys.argv = ['lorafit', 'plan', 'smollm2-135m', '--json']\n"
+        "from lorafit.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy.linalg.lapack_lite_') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    report, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert json.loads(report)["parameters"] == 134_515_008
+
+
+def test_a_70b_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    rates.keep(2, RATES)
+    found, printed = planned(str(tmp_path), threads=2, memory="24GiB", rows=1000)
+    assert found["parameters"] == 70_553_706_496
+    assert found["weight_bytes"] == 0 and "stored as nothing but a config" in printed
+    assert not any(run["fits"] for run in found["runs"])
+    assert found["advice"] is None and "None of these fits" in printed
+    assert {run["precision"] for run in found["runs"] if run["train_s"] > 3600 * 24} == {"int8", "bf16", "fp32"}
+
+
+def test_time_energy_and_cost_follow_from_the_rates(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "model")
+    rates.keep(2, RATES)
+    settings = {"threads": 2, "rows": 100, "epochs": 3, "watts": 90.0, "price": 0.3, "batch_size": 8, "seq_len": 64}
+    found, printed = planned(str(tmp_path / "model"), **settings)
+    runs = {run["precision"]: run for run in found["runs"]}
+    assert found["steps"] == 13 * 3
+    assert runs["bf16"]["step_s"] == pytest.approx(runs["bf16"]["flop"] / (8e11 * 0.5))
+    assert runs["fp32"]["step_s"] == pytest.approx(runs["fp32"]["flop"] / (4e11 * 0.4))
+    assert runs["bf16"]["train_s"] == pytest.approx(39 * runs["bf16"]["step_s"])
+    assert runs["bf16"]["cost"] == pytest.approx(90 * runs["bf16"]["train_s"] / 3.6e6 * 0.3)
+    assert "40% assumed" in printed and "50%" in printed
+    assert found["advice"].endswith("--precision int8 --batch-size 8 --epochs 3")
+
+
+def test_a_machine_that_was_not_measured_is_said_to_be_so(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "model")
+    found, printed = planned(str(tmp_path / "model"))
+    assert "not measured yet: add --calibrate" in printed
+    assert all(run["step_s"] is None for run in found["runs"]) and found["advice"]
+
+
+def test_less_memory_means_smaller_passes_then_recomputation_then_no_advice() -> None:
+    peaks = planned("smollm2-135m", memory="64GiB")[0]["runs"][1]
+    assert (peaks["micro_tokens"], peaks["recompute"], peaks["fits"]) == (1024, False, True)
+    tight = planned("smollm2-135m", memory=f"{peaks['peak_bytes'] * 0.92 / 1e6:.0f}MB", seq_len=128)[0]["runs"][1]
+    assert tight["fits"] and (tight["micro_tokens"] < 1024 or tight["recompute"])
+    assert planned("smollm2-135m", memory="500MiB")[0]["advice"] is None
+
+
+def test_the_share_that_training_reaches_is_that_of_the_model_nearest_in_width() -> None:
+    assert RATES.mfu_of("bf16", 100) == 0.5
+    assert RATES.mfu_of("bf16", 2048) == 0.7
+    assert RATES.mfu_of("int8", 2048) is None
