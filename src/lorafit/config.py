@@ -157,6 +157,9 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """Largest gradient norm; a larger gradient is scaled down to it."""
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
+    base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
+    """How frozen weights lie in memory: auto as they are computed with; keep in a GGUF file's blocks; nf4 or int8, as
+    bitsandbytes has them, for a Hugging Face model. All but auto are decoded for each use: less memory, more time."""
     feature_cache: str = "2GiB"
     """Largest file of frozen layers' activations, kept while a run of several epochs lasts; 0MiB for none."""
     save_every: int | None = Field(None, ge=1)

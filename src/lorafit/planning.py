@@ -10,12 +10,24 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafit import rates as machine_rates
-from lorafit.config import PlanConfig, parse_bytes
+from lorafit.config import PlanConfig, TrainConfig, parse_bytes
+from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import machine
 from lorafit.plan.counts import by_part, trainable
-from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, Forecast, Shape, fastest, forecast, full_flop, step_flop
+from lorafit.plan.forecast import (
+    ASSUMED_MFU,
+    PRECISIONS,
+    TYPES,
+    Forecast,
+    Shape,
+    fastest,
+    forecast,
+    full_flop,
+    step_flop,
+    ways,
+)
 from lorafit.plan.storage import sizes
 from lorafit.rates import Rates
 from lorafit.units import format_bytes, format_count, format_flop, format_seconds, format_share
@@ -26,6 +38,7 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
 
     Nothing is loaded but headers. Raises ModelError for a model that cannot be described, ConfigError.
     """
+    _check(config)
     spec = model_spec.describe(config.model)
     threads = config.threads or machine.physical_cores()
     if config.calibrate:
@@ -35,11 +48,19 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     rates = machine_rates.read(threads)
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes()
     shape = Shape(config.batch_size, config.seq_len, config.loss_share)
-    runs = [forecast(spec, config.r, shape, precision, limit, rates) for precision in PRECISIONS]
+    runs = [forecast(spec, config.r, shape, name, limit, rates, storage) for name, storage in ways(spec)]
     found = _as_json(config, spec, shape, rates, threads, limit, runs)
     if out is not None:
         _print(found, config, rates, out)
     return found
+
+
+def _check(config: PlanConfig) -> None:
+    """Raises ConfigError for what would be left out of the answer without a word."""
+    if config.watts and not config.rows:
+        raise ConfigError("--watts is given without --rows", "Energy is that of a whole run: say how many rows it has")
+    if config.price and not config.watts:
+        raise ConfigError("--price is given without --watts", "Cost follows from energy: say what the machine draws")
 
 
 def _as_json(
@@ -70,6 +91,7 @@ def _as_json(
             "flop_per_s": dict(rates.flop_per_s),
             "mfu": {name: rates.mfu_of(name, spec.hidden) for name in PRECISIONS},
         },
+        "types": TYPES,
         "steps": steps,
         "runs": [_run(one, config, steps) for one in runs],
         "advice": _command(config, best) if best else None,
@@ -85,10 +107,11 @@ def _run(one: Forecast, config: PlanConfig, steps: int | None) -> dict[str, Any]
     energy = one.energy_kwh(config.watts, steps) if config.watts and steps else None
     return {
         "precision": one.precision,
+        "base_storage": one.storage,
         "peak_bytes": one.memory.peak_bytes,
         "memory": one.memory.parts,
-        "micro_tokens": one.micro_tokens,
-        "recompute": one.recompute,
+        "micro_tokens": one.split.micro_tokens,
+        "recompute": one.split.recompute,
         "fits": one.fits,
         "flop": one.flop.total,
         "step_s": one.step_s,
@@ -101,10 +124,24 @@ def _run(one: Forecast, config: PlanConfig, steps: int | None) -> dict[str, Any]
 
 def _command(config: PlanConfig, best: Forecast) -> str:
     """What to type. Settings that are the default are left out."""
-    flags = {"--r": (config.r, 16), "--batch-size": (config.batch_size, 16), "--epochs": (config.epochs, 1)}
-    given = [f"{name} {value}" for name, (value, default) in flags.items() if value != default]
+    flags = {"--r": "r", "--batch-size": "batch_size", "--epochs": "epochs"}
+    flags |= {"--seq-len": "seq_len"} if config.seq_len > TrainConfig.model_fields["seq_len"].default else {}
+    given = [
+        f"{flag} {value}"
+        for flag, name in flags.items()
+        if (value := getattr(config, name)) != TrainConfig.model_fields[name].default
+    ]
     memory = [f"--memory {config.memory}"] if config.memory else []
-    parts = ["lorafit train", config.model, "DATA -o runs/first", f"--precision {best.precision}", *given, *memory]
+    kept = [f"--base-storage {best.storage}"] if best.storage != "auto" else []
+    parts = [
+        "lorafit train",
+        config.model,
+        "DATA -o runs/first",
+        f"--precision {best.precision}",
+        *kept,
+        *given,
+        *memory,
+    ]
     return " ".join(parts)
 
 
@@ -198,23 +235,32 @@ def _print_runs(found: dict[str, Any], config: PlanConfig, out: Console) -> None
     shape = f"{config.batch_size} rows of {format_count(config.seq_len)} tokens a step, rank {config.r}"
     columns = ["precision", "peak memory", "a step", "tokens/s"]
     columns += ["the whole run"] if found["steps"] else []
-    columns += ["kWh"] if config.watts and found["steps"] else []
+    columns += ["kWh"] if config.watts else []
+    columns += ["cost"] if config.price else []
     _head(f"Training with {shape}, in {format_bytes(found['machine']['memory_bytes'])}", out)
     table = _table(*columns, "")
     for run in found["runs"]:
-        cells = [run["precision"], format_bytes(run["peak_bytes"]), _seconds(run["step_s"])]
+        cells = [_way(run), format_bytes(run["peak_bytes"]), _seconds(run["step_s"])]
         cells.append("-" if run["tokens_per_s"] is None else format_count(round(run["tokens_per_s"])))
         cells += [_seconds(run["train_s"])] if found["steps"] else []
-        cells += ["-" if run["energy_kwh"] is None else f"{run['energy_kwh']:.3f}"] if "kWh" in columns else []
+        cells += ["-" if run["energy_kwh"] is None else f"{run['energy_kwh']:.3f}"] if config.watts else []
+        cells += ["-" if run["cost"] is None else f"{run['cost']:.3f}"] if config.price else []
         table.add_row(*cells, _how(run))
     out.print(table)
+    for name, types in found["types"].items():
+        out.print(f"  {name}: {types}", style="dim", highlight=False, soft_wrap=True)
+    out.print("  Memory, part by part:", style="dim", highlight=False)
     for run in found["runs"]:
         parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in run["memory"].items())
-        out.print(f"  {run['precision']}: {parts}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {_way(run)}: {parts}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else format_seconds(value)
+
+
+def _way(run: dict[str, Any]) -> str:
+    return machine_rates.way(run["precision"], run["base_storage"])
 
 
 def _how(run: dict[str, Any]) -> str:

@@ -24,16 +24,21 @@ class Rates:
     flop_per_s: Mapping[str, float] = field(default_factory=dict)
     mfu: Mapping[str, float] = field(default_factory=dict)
 
-    def mfu_of(self, precision: str, width: int) -> float | None:
-        """Of the model that was trained in this precision and is nearest in width; None where there was none."""
-        widths = [int(key.partition("/")[2]) for key in self.mfu if key.startswith(f"{precision}/")]
+    def mfu_of(self, way: str, width: int) -> float | None:
+        """Of the model that was trained in this way and is nearest in width; None where there was none."""
+        widths = [int(key.partition("/")[2]) for key in self.mfu if key.startswith(f"{way}/")]
         nearest = min(widths, key=lambda known: abs(math.log(known / width)), default=None)
-        return None if nearest is None else self.mfu[run_key(precision, nearest)]
+        return None if nearest is None else self.mfu[run_key(way, nearest)]
 
 
-def run_key(precision: str, width: int) -> str:
+def way(precision: str, storage: str) -> str:
+    """What the share that training reaches is kept under, beside the width: decoding weights takes time too."""
+    return precision if storage == "auto" else f"{precision}, {storage}"
+
+
+def run_key(way: str, width: int) -> str:
     """What the share that training reaches depends on most. width: of the model's hidden states."""
-    return f"{precision}/{width}"
+    return f"{way}/{width}"
 
 
 def read(threads: int) -> Rates:
@@ -54,7 +59,7 @@ def keep(threads: int, rates: Rates) -> None:
         files.write_json(path, {**_file(), _key(threads): both})
 
 
-def processor() -> str:
+def _processor() -> str:
     """What it calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -76,7 +81,7 @@ def _file() -> dict[str, Any]:
 
 
 def _key(threads: int) -> str:
-    return f"{processor()}, torch {importlib.metadata.version('torch')}, {threads} threads"
+    return f"{_processor()}, torch {importlib.metadata.version('torch')}, {threads} threads"
 
 
 def _numbers(value: Any) -> dict[str, float]:

@@ -40,13 +40,14 @@ from lorafit.methods.tokens import attach_tokens
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine, memory
+from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
 from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
-from lorafit.train.setup import Split, expected_s, fit_to_memory, make_engine
+from lorafit.train.setup import expected_s, fit_to_memory, make_engine
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
 from lorafit.units import format_seconds
@@ -89,7 +90,10 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         print_config(config, source, chosen, console)
 
         SLABS.reserve(memory.reserved_bytes(inputs.spec, chosen["precision"]))
-        loaded = model_load.load(inputs.spec, precision.DTYPES[chosen["precision"]], config.trust_remote_code)
+        dtype = precision.DTYPES[chosen["precision"]]
+        loaded = model_load.load(inputs.spec, dtype, config.trust_remote_code, config.base_storage)
+        if loaded.kept:
+            console.print(loaded.kept.describe(), highlight=False)
         if config.template:
             use_template(loaded.tokenizer, config.template)
         added = _add_tokens(config, loaded, console)
@@ -122,7 +126,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
         result["predicted_train_s"] = expected
-        _remember_speed(result, inputs.spec)
+        _remember_speed(result, inputs.spec, config)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
             "system": data.system,
@@ -261,7 +265,11 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None) -> dict[str, Any]:
     found = earlier.identity["chosen"] if earlier else {}
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
-    return {**found, "precision": found.get("precision") or precision.choose(config.precision), "threads": threads}
+    return {
+        **found,
+        "precision": found.get("precision") or precision.choose(config.precision, config.base_storage),
+        "threads": threads,
+    }
 
 
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -350,6 +358,7 @@ def _result(
         "best_step": progress.best_step,
         "seed": config.seed,
         "precision": identity["chosen"]["precision"],
+        "base_storage": config.base_storage,
         "micro_tokens": identity["chosen"]["micro_tokens"],
         "recompute": identity["chosen"]["recompute"],
         "threads": identity["chosen"]["threads"],
@@ -374,10 +383,10 @@ def _mfu(progress: Progress, precision_name: str) -> float | None:
     return progress.flop / progress.train_s / rate if progress.train_s else None
 
 
-def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec) -> None:
+def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec, config: TrainConfig) -> None:
     """For plans to come: what share of the machine's rate this run reached. Of a few steps it would say little."""
     if result["steps"] >= STEPS_THAT_TELL and result["mfu"] and spec.hidden:
-        key = rates.run_key(result["precision"], spec.hidden)
+        key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
         rates.keep(result["threads"], rates.Rates(mfu={key: result["mfu"]}))
 
 

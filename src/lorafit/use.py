@@ -72,6 +72,7 @@ class _Found:
     adapter: Path | None
     system: str | None = None
     precision: str | None = None
+    storage: str = "auto"
     model_sha256: str | None = None
 
 
@@ -99,7 +100,7 @@ def open_target(
     _check_same_model(target, found, spec)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
-    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code)
+    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, found.storage, decoded=True)
     loaded.model.requires_grad_(False)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
@@ -107,7 +108,8 @@ def open_target(
         set_scale(loaded.model, scale)
         tokenizer = _tokenizer(found.adapter, loaded)
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
-    console.print(f"opened {what} in {chosen}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
+    console.print(f"opened {what} in {chosen}{rounded}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return Opened(
         model=loaded.model,
         tokenizer=tokenizer,
@@ -133,7 +135,12 @@ def _find(target: str, adapter: str | None) -> _Found:
     if run.exists:
         result = run.read_result()
         return _Found(
-            result["model"], run.adapter, result.get("system"), result.get("precision"), result.get("model_sha256")
+            base=result["model"],
+            adapter=run.adapter,
+            system=result.get("system"),
+            precision=result.get("precision"),
+            storage=result.get("base_storage", "auto"),
+            model_sha256=result.get("model_sha256"),
         )
     return _Found(_base_of(path), path) if is_adapter else _Found(target, None)
 

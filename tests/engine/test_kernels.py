@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from lorafit.engine.kernels import native, plain
 from lorafit.engine.kernels.plain import Geometry
+from lorafit.quant.bits import to_int8, to_nf4
+from lorafit.quant.codecs import CODECS
+from tests.quant.random_blocks import random_blocks
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -215,3 +219,30 @@ def test_a_logit_that_is_not_a_number_makes_the_loss_not_a_number() -> None:
     logits[1, 3] = torch.nan
     nll = native.cross_entropy_(logits, torch.zeros(2, dtype=torch.int64), torch.ones(2), True)
     assert nll[0].isfinite() and nll[1].isnan()
+
+
+STORED = {
+    **{name: partial(random_blocks, name, 19, 512) for name in CODECS},
+    "nf4": lambda: to_nf4(random(19, 512, dtype=torch.float32)),
+    "int8": lambda: to_int8(random(19, 511, dtype=torch.float32)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STORED)
+def test_stored_weights_are_decoded_to_the_same_bits(dtype: torch.dtype, name: str) -> None:
+    stored = STORED[name]()
+    width = stored.width
+    expected, got = torch.empty(19, width, dtype=dtype), torch.zeros(19, width + 8, dtype=dtype)
+    plain.decode_(stored, expected)
+    native.decode_(stored, got[:, :width])  # rows that are apart
+    assert torch.equal(expected, got[:, :width])
+    assert not got[:, width:].any()
+
+
+def test_rows_within_a_stored_weight_are_decoded_to_the_same_bits() -> None:
+    stored = to_nf4(random(300, 192, dtype=torch.float32)).part(slice(7, 290))
+    expected, got = torch.empty(283, 192), torch.empty(283, 192)
+    plain.decode_(stored, expected)
+    native.decode_(stored, got)
+    assert torch.equal(expected, got)

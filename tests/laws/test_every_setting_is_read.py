@@ -67,6 +67,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "clip": {"clip": 1e-4},
     "precision": {"precision": "bf16"},
     "feature_cache": {"feature_cache": "0MiB", "layers": "last:1"},
+    "base_storage": {"base_storage": "keep"},
     "save_every": {"save_every": 1},
     "memory": {"memory": "1MiB"},
     "threads": {"threads": 2},

@@ -14,8 +14,10 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import gguf
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ from lorafit.lora.init import INITS
 from lorafit.lora.layer import Dropout, LoRALayer, new_layer
 from lorafit.lora.update import SCALING, delta_weight, scaling
 from lorafit.lora.variants import VARIANTS
+from lorafit.quant.blocks import Blocks
+from lorafit.quant.codecs import CODECS
+from lorafit.quant.modules import QuantizedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROUNDINGS = 24
@@ -87,7 +92,23 @@ def conv(draw, generator):
     return module, torch.randn(*batch, module.in_channels, *[5] * dims, generator=generator)
 
 
-EXAMPLES = {"linear": linear, "hf_conv1d": hf_conv1d, "embedding": embedding, "conv": conv}
+def quantized(draw, generator):
+    codec, width = CODECS[draw(st.sampled_from(["Q4_0", "Q4_1", "Q8_0"]))], draw(st.sampled_from([32, 64]))
+    values = torch.randn(draw(SIZE), width, generator=generator).numpy()
+    data = torch.from_numpy(gguf.quants.quantize(values, gguf.GGMLQuantizationType[codec.name]))
+    bias = nn.Parameter(torch.randn(len(values), generator=generator)) if draw(st.booleans()) else None
+    return QuantizedLinear(Blocks(data, width, codec), torch.float32, bias), torch.randn(
+        2, 3, width, generator=generator
+    )
+
+
+EXAMPLES = {
+    "linear": linear,
+    "hf_conv1d": hf_conv1d,
+    "embedding": embedding,
+    "conv": conv,
+    "quantized": quantized,
+}
 
 
 def test_every_base_kind_has_examples_in_these_laws():
@@ -158,8 +179,7 @@ def bound(case: Case) -> Tensor:
     W = layer.original_matrix()
     turned = rows(layer.variant.merged_weight(layer, W), dim=1)
     gain = float((turned / rows(W + layer.delta_weight(), dim=1).clamp_min(1e-300)).max())
-    for tensor in (*layer.parameters(recurse=False), *layer.base.parameters()):
-        tensor.abs_()
+    make_absolute(layer)
     x = as_wide(case.x).abs()
     sizes = layer.base(x) + layer.low_rank(x)
     acc = unit_roundoff(torch.promote_types(case.dtype, torch.float32))
@@ -168,6 +188,21 @@ def bound(case: Case) -> Tensor:
     smallest = torch.finfo(case.dtype).smallest_normal * torch.finfo(case.dtype).eps
     underflow = terms * ROUNDINGS * smallest * (1 + float(layer.lora_B.abs().sum()))
     return (1 + abs(layer.scale)) * (1 + gain) * (relative * sizes + underflow)
+
+
+def make_absolute(layer: LoRALayer) -> None:
+    """The layer of absolute values, in which nothing cancels."""
+    for tensor in (*layer.parameters(recurse=False), *layer.base.parameters()):
+        tensor.abs_()
+    if isinstance(layer.base, QuantizedLinear):
+        layer.base.write(layer.base.weight.abs())
+
+
+def with_weight(base: nn.Module, W: Tensor, x: Tensor) -> Tensor:
+    """What the base gives with another weight."""
+    if isinstance(base, QuantizedLinear):
+        return F.linear(x, W, base.bias)
+    return torch.func.functional_call(base, {"weight": W}, (x,))
 
 
 def assert_within(got: Tensor, expected: Tensor, limit: Tensor) -> None:
@@ -233,9 +268,9 @@ def test_scale_s_means_w0_plus_s_times_merged_minus_w0(case, scale):
     expected = copy.deepcopy(layer.base)
     W0 = layer.kind.weight.detach()
     W1 = oracle_weight(layer, layer.lora_A, layer.lora_B, dict(layer.named_parameters(recurse=False))).detach()
-    expected.weight.data = W0 + scale * (W1 - W0)
+    W = W0 + scale * (W1 - W0)
     case.layer.set_scale(scale)
-    assert_within(case.layer(case.x), expected(as_wide(case.x)), bound(case))
+    assert_within(case.layer(case.x), with_weight(expected, W, as_wide(case.x)), bound(case))
 
 
 @given(cases(trained=True))
@@ -289,7 +324,7 @@ def test_gradients_equal_those_of_the_dense_oracle(case):
     free = [p.detach().clone().requires_grad_() for p in parameters]
     extra = dict(zip(names, free, strict=True))
     weight = oracle_weight(layer, extra["lora_A"], extra["lora_B"], extra)
-    y = torch.func.functional_call(layer.base, {"weight": weight}, (x,))
+    y = with_weight(layer.base, weight, x)
     expected = torch.autograd.grad((y * probe).sum(), free)
 
     limit = gamma(layer.in_features * layer.out_features + probe.numel() + ROUNDINGS, 2**-53) * largest_term(case)
@@ -304,8 +339,7 @@ def largest_term(case: Case) -> float:
         norms = torch.linalg.vector_norm(W + layer.delta_weight(), dim=1)
         turned = torch.linalg.vector_norm(layer.variant.merged_weight(layer, W), dim=1)
         factor = 1 + float((turned / norms).max()) + float((1 / norms).max())
-        for tensor in (*layer.parameters(recurse=False), *layer.base.parameters()):
-            tensor.abs_()
+        make_absolute(layer)
     total = (layer.base(x) + layer.low_rank(x)).sum()
     gradients = torch.autograd.grad(total, (layer.lora_A, layer.lora_B))
     probe_size = 6.0  # no normal draw of these few goes beyond

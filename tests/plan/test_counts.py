@@ -35,7 +35,7 @@ def test_predicted_parameters_and_file_are_those_of_a_saved_adapter(build, varia
     assert counts.VARIANT_PARAMS[variant](spec, 3) == attached.trainable_params
     peft.save(model, tmp_path / "adapter", config, base="b", tokenizer=None)
     written = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert counts.adapter_file_bytes(spec, variant, 3) == pytest.approx(written, abs=64)
+    assert counts.adapter_file_bytes(spec, variant, 3) == written
 
 
 def test_parts_add_up_to_all_parameters_and_a_tied_head_is_counted_once(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorafit.model import spec as model_spec
-from lorafit.plan.storage import GGUF_FILES, gguf_type, model_bytes, sizes
+from lorafit.plan.storage import BLOCK_TYPES, GGUF_FILES, gguf_type, model_bytes, sizes
+from lorafit.quant.codecs import CODECS
 from tests import tiny
 
 
@@ -26,9 +27,18 @@ def test_a_saved_model_has_the_predicted_size(tmp_path: Path) -> None:
 def test_bits_are_those_that_the_types_are_known_for() -> None:
     bits = {size.name: size.bits for size in sizes(model_spec.read("smollm2-135m"))}
     assert bits["fp32"] == 32 and bits["bf16"] == 16
-    assert bits["GGUF Q8_0"] == pytest.approx(8.5, abs=0.02)
-    assert bits["GGUF Q4_0"] == pytest.approx(4.5 + (8.5 - 4.5) * 28_311_552 / 134_515_008, abs=0.02)
-    assert bits["nf4"] == pytest.approx((4.127 * 106_168_320 + 16 * 28_346_688) / 134_515_008, abs=0.01)
+    linear, embeddings, norms = 106_168_320, 28_311_552, 35_136
+    total = linear + embeddings + norms
+    assert bits["GGUF Q8_0"] == pytest.approx((8.5 * (linear + embeddings) + 32 * norms) / total)
+    assert bits["GGUF Q4_0"] == pytest.approx((4.5 * linear + 8.5 * embeddings + 32 * norms) / total)
+    # QLoRA, section 3: 0.127 bits a weight for the scales, 8 / 64 + 32 / (64 * 256).
+    # The last scales of each of the 210 matrices may stand in a group that is not full.
+    expected = ((4 + 0.125 + 32 / 2**14) * linear + 16 * (embeddings + norms)) / total
+    assert bits["nf4"] == pytest.approx(expected, abs=210 * 32 / total)
+
+
+def test_the_types_that_can_stay_in_blocks_are_those_with_a_codec() -> None:
+    assert tuple(CODECS) == BLOCK_TYPES
 
 
 def test_k_types_give_way_where_rows_are_no_multiple_of_256_and_some_layers_get_more_bits() -> None:

@@ -158,7 +158,7 @@ def _encode(
         data = _data(writer.finish(facts), records, facts)
     finally:
         writer.close()
-    refuse_unsupervised(data.set)
+    refuse_unsupervised(data.set, data.bad)
     return data
 
 

@@ -123,8 +123,10 @@ def encode_all(
     return encoded
 
 
-def refuse_unsupervised(encoded: EncodedSet) -> None:
-    """Raise DataError where nothing at all has a loss."""
+def refuse_unsupervised(encoded: EncodedSet, bad: Sequence[str] = ()) -> None:
+    """Raise DataError where nothing at all has a loss. bad: why rows were left out, the first of them first."""
+    if not encoded.rows and bad:
+        raise DataError(f"not one row can be used; the first: {bad[0]}", "Give rows that the model can be trained on")
     if not encoded.supervised_tokens:
         raise DataError(f"none of the {encoded.rows} rows has a token with a loss", "Give rows with replies or text")
 

@@ -186,6 +186,7 @@ class _BucketAttention(torch.autograd.Function):
             for chunk in part.chunks():
                 sums.append(chunk.forward(packed_out))
             part.kernels.scatter_heads_(part.cells(packed_out), bucket.tokens, out, False)
+        TALLY.add(_flop(q, v, layout))
         # v is a view of one matrix with q and k as they were before they were rotated; a copy lets go of those.
         ctx.save_for_backward(q, k, workspace.rows(v, *v.shape).copy_(v), *sums)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
@@ -207,7 +208,13 @@ class _BucketAttention(torch.autograd.Function):
             for packed_gradient, y in ((gradients.Q, gq), (gradients.K, gk), (gradients.V, gv)):
                 part.kernels.scatter_heads_(part.cells(packed_gradient), bucket.tokens, y, True)
         shared.add_gradients(gk, gv)
+        TALLY.add(2 * _flop(q, v, ctx.layout))
         return gq, gk, gv, None, None, None
+
+
+def _flop(q: Tensor, v: Tensor, layout: tuple[Bucket, ...]) -> int:
+    """Of the two products of the forward pass. What a chunk multiplies with and does not see is not counted."""
+    return 2 * q.shape[1] * sum(bucket.attended_pairs for bucket in layout) * (q.shape[2] + v.shape[2])
 
 
 class _Prefixes:
@@ -313,17 +320,10 @@ class _Chunk:
         shared = torch.bmm(self._by_head(left), prefix.transpose(1, 2))
         return own, shared.view(*own.shape[:2], -1)
 
-    def _flop(self) -> int:
-        """Of the two products of the forward pass, over all keys that are multiplied with, seen or not."""
-        at, part = self.geometry, self.part
-        pairs = at.blocks * at.queries * at.group * (at.keys + at.prefix)
-        return 2 * pairs * (part.Q.shape[2] + part.V.shape[2])  # type: ignore[no-any-return]  # shapes of a kernel's
-
     def forward(self, out: Tensor) -> Tensor:
         """Writes its lines of out: (blocks, width * group, dim_v). Returns log sum exp of its scores."""
         part, prefix = self.part, self.part.prefix
         own, shared = self._scores(part.Q[:, self.lines], part.K, prefix[0] if prefix else None)
-        TALLY.add(self._flop())
         log_sum: Tensor = part.kernels.softmax_(own, shared, part.bucket.lengths, self.geometry, part.scale)
         y = torch.bmm(own, part.V[:, self.keys])
         if prefix and shared is not None:
@@ -340,7 +340,6 @@ class _Chunk:
         part.kernels.softmax_backward_(
             p, p_shared, s, s_shared, part.bucket.lengths, log_sum, self.geometry, part.scale
         )
-        TALLY.add(2 * self._flop())
         gq = torch.bmm(s, part.K[:, self.keys])
         g.K[:, self.keys].baddbmm_(s.transpose(1, 2), q, beta=g.beta)
         g.V[:, self.keys].baddbmm_(p.transpose(1, 2), g_out, beta=g.beta)

@@ -58,7 +58,7 @@ class Engine:
     @property
     def released(self) -> bool:
         """Whether a stored weight was freed."""
-        return any(group.W is None for group in self.groups)
+        return any(group.released for group in self.groups)
 
     @property
     def hidden(self) -> int:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lorafit import slabs
 from lorafit.engine.linear import Factors, FrozenLinears
 from lorafit.engine.patch import Patches
-from lorafit.engine.product import Dense, Int8, Packed, PackedInt8, Product, make_int8, plus
+from lorafit.engine.product import Dense, FromStored, Int8, Packed, PackedInt8, Product, make_int8, plus
 from lorafit.engine.update import Addend
 from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.layer import LoRALayer
+from lorafit.quant.modules import QuantizedLinear
 
 USUAL_ROWS = 512
 # Largest relative error (Frobenius norm) of a product in int8, on the rows it was calibrated on, forward and backward.
@@ -29,13 +30,17 @@ SAMPLED = slice(None, None, 4)
 
 @dataclass(eq=False)
 class Group:
-    """Modules (adapted or plain linear layers), their weights stacked (sum of outs, in), and what computes them."""
+    """Modules (adapted or plain linear layers), their weights stacked (sum of outs, in), and what computes them.
+
+    W: None where it stays in blocks, or was released.
+    """
 
     modules: list[nn.Module]
     kinds: list[Kind]
     names: list[str]
     W: Tensor | None
     linears: FrozenLinears
+    released: bool = False
 
     @property
     def label(self) -> str:
@@ -54,7 +59,7 @@ class Group:
         for kind in self.kinds:
             weight = kind.weight
             weight.data = weight.new_zeros(()).expand(weight.shape)
-        self.W = None
+        self.W, self.released = None, True
         return True
 
 
@@ -62,9 +67,15 @@ def make_group(modules: list[nn.Module], names: list[str], patches: Patches) -> 
     """Let one product serve modules that share an input. An adapted one with a variant or dropout keeps its branch."""
     bases = [m.base if isinstance(m, LoRALayer) else m for m in modules]
     kinds = [make_kind(base) for base in bases]
-    W = _stack_weights(kinds)
+    stored = [base.stored for base in bases if isinstance(base, QuantizedLinear)]
+    W = None if stored else _stack_weights(kinds)
     factors = [_factors(m) if is_whole(m) and isinstance(m, LoRALayer) else None for m in modules]
-    linears = FrozenLinears(_product(W), [k.out_features for k in kinds], [k.bias for k in kinds], factors)
+    linears = FrozenLinears(
+        FromStored(stored) if W is None else _product(W),
+        [k.out_features for k in kinds],
+        [k.bias for k in kinds],
+        factors,
+    )
     for index, (module, base) in enumerate(zip(modules, bases, strict=True)):
         target = module if is_whole(module) else base
         patches.set(target, _forward(linears, index, target, module))

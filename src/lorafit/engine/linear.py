@@ -100,7 +100,9 @@ class FrozenLinears:
         if update is None or gh is None or h is None:
             return gx, []
         gradients = update.gradients(x(), h, g, gh)
-        TALLY.add(2 * g.shape[0] * sum(gradient.numel() for gradient in gradients) * 2)
+        of_A, of_B = (sum(gradient.numel() for gradient in gradients[first::2]) for first in (0, 1))
+        # Their own, gh = g B, and what gh A adds to gx.
+        TALLY.add(2 * g.shape[0] * (of_A + of_B + of_B + (of_A if wants_gx else 0)))
         return gx, gradients
 
     def factors_now(self) -> list[Tensor]:

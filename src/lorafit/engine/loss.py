@@ -21,8 +21,11 @@ from lorafit.engine.batch import Batch
 from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
 from lorafit.lora.tokens import TokenRows
+from lorafit.quant.modules import QuantizedLinear
+from lorafit.quant.stored import Stored
 
 CHUNK = 256
+DECODED = 8192  # tokens whose rows of a head in blocks are decoded together; see plan/memory.py
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -64,9 +67,9 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
         run(model, batch)
     (hidden,) = kept
     frozen = head.base if isinstance(head, TokenRows) else head
-    if type(frozen) is nn.Linear and frozen.bias is None and not frozen.weight.requires_grad:
+    if (W := _frozen_weight(frozen)) is not None:
         rows = head if isinstance(head, TokenRows) and head.is_active else None
-        return _frozen_head(hidden, frozen.weight, batch, rows)
+        return _frozen_head(hidden, W, batch, rows)
     return _by_module(head, hidden, batch)
 
 
@@ -75,6 +78,14 @@ def run(model: nn.Module, batch: Batch) -> Any:
     return model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     )
+
+
+def _frozen_weight(head: nn.Module) -> Tensor | Stored | None:
+    """The weight of a head that is a product and nothing else; None for any other."""
+    if isinstance(head, QuantizedLinear):
+        return head.stored if head.bias is None and head.dense is None else None
+    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    return head.weight if plain else None  # type: ignore[return-value]  # a parameter of nn.Linear is a tensor
 
 
 def _by_module(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
@@ -87,7 +98,7 @@ def _by_module(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-def _frozen_head(hidden: Tensor, W: Tensor, batch: Batch, own: TokenRows | None) -> Tensor:
+def _frozen_head(hidden: Tensor, W: Tensor | Stored, batch: Batch, own: TokenRows | None) -> Tensor:
     rows, ids = (own.rows_in_force(), own.ids) if own is not None else (None, None)
     loss: Tensor = _FrozenHead.apply(hidden, W, batch.targets, batch.weights, rows, ids)  # type: ignore[no-untyped-call]
     return loss
@@ -101,24 +112,37 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, W: Tensor, targets: Tensor, weights: Tensor, own: Tensor | None, ids: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        W: Tensor | Stored,
+        targets: Tensor,
+        weights: Tensor,
+        own: Tensor | None,
+        ids: Tensor | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
         gradient = torch.empty_like(hidden) if wanted else None
         columns = None if own is None or ids is None else _OwnColumns(own, ids, hidden.dtype)
-        TALLY.add(2 * hidden.numel() * (len(W) + (0 if own is None else len(own))) * (2 if wanted else 1))
+        vocabulary = W.shape[0]
+        TALLY.add(2 * hidden.numel() * (vocabulary + (0 if own is None else len(own))) * (2 if wanted else 1))
         total = hidden.new_zeros((), dtype=torch.float64)
-        whole = workspace.block(hidden, CHUNK, len(W))
+        whole = workspace.block(hidden, CHUNK, vocabulary)
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
-            logits = torch.mm(hidden[rows], W.T, out=whole[: len(hidden[rows])])
+            logits = whole[: len(hidden[rows])]
+            for tokens, part in _parts(W, hidden):
+                torch.mm(hidden[rows], part.T, out=logits[:, tokens])
             if columns is not None:
                 columns.put(hidden[rows], logits)
             nll = kernels.of(logits).cross_entropy_(logits, targets[rows], weights[rows], wanted)
             total += (nll.double() * weights[rows]).sum()
             if gradient is not None:
                 more = columns.take(hidden[rows], logits) if columns is not None else None
-                torch.mm(logits, W, out=gradient[rows])
+                for tokens, part in _parts(W, hidden):
+                    if tokens.start == 0:
+                        torch.mm(logits[:, tokens], part, out=gradient[rows])
+                    else:
+                        gradient[rows].addmm_(logits[:, tokens], part)
                 if more is not None:
                     gradient[rows] += more
         ctx.save_for_backward(gradient, columns.gradient if columns is not None else None)
@@ -128,6 +152,18 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_own = (None if t is None else t.mul(g.to(t.dtype)) for t in ctx.saved_tensors)
         return of_hidden, None, None, None, of_own, None
+
+
+def _parts(W: Tensor | Stored, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The weight by rows; where it stays in blocks, a few thousand tokens at a time, decoded in the type of `like`."""
+    if isinstance(W, Tensor):
+        yield slice(0, len(W)), W
+        return
+    decoded = workspace.block(like, min(DECODED, len(W.data)), W.width)
+    for first in range(0, len(W.data), DECODED):
+        part = W.part(slice(first, first + DECODED))
+        kernels.of(decoded).decode_(part, decoded[: len(part.data)])
+        yield slice(first, first + len(part.data)), decoded[: len(part.data)]
 
 
 class _OwnColumns:

@@ -14,6 +14,7 @@ import torch
 
 from lorafit import rates
 from lorafit.engine.product import Dense, Packed, Product, make_int8
+from lorafit.errors import ConfigError
 
 # The type that the model is loaded in; int8 products are made from bf16 weights.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
@@ -23,12 +24,21 @@ ROWS, IN, OUT = 512, 576, 1536
 REPEATS = 7
 
 
-def choose(precision: str) -> str:
-    """`fp32`, `bf16` or `int8` as asked; for `auto`, fewer bits where that makes products 1.3 times as fast here."""
+def choose(precision: str, storage: str = "auto") -> str:
+    """`fp32`, `bf16` or `int8` as asked; for `auto`, fewer bits where that makes products 1.3 times as fast here.
+
+    storage: that of the base, `auto` for as they are computed with. Raises ConfigError for one of which int8 would make
+    copies.
+    """
+    if precision == "int8" and storage != "auto":
+        raise ConfigError(
+            f"--precision int8 copies every weight twice, and --base-storage {storage} is there to copy none",
+            "Give --precision bf16, or leave --base-storage out",
+        )
     if precision != "auto":
         return precision
     rate, best = flop_per_s(), "fp32"
-    for name in ("bf16", "int8"):
+    for name in ("bf16", "int8") if storage == "auto" else ("bf16",):
         if rate[name] > MUST_BE_FASTER_BY * rate[best]:
             best = name
     return best

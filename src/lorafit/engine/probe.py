@@ -13,6 +13,7 @@ from lorafit.engine.batch import Batch, Bucket
 from lorafit.engine.layers import decoder_layers
 from lorafit.engine.linear import is_frozen
 from lorafit.lora.layer import LoRALayer
+from lorafit.quant.modules import QuantizedLinear
 
 PROBE_ROW = 7
 PREFIX = 2  # tokens that both rows begin with
@@ -124,15 +125,17 @@ def _linears(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         base = module.base if isinstance(module, LoRALayer) else module
         tied = isinstance(module, LoRALayer) and (module.tied_to is not None or module.transposed)
-        usual = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+        usual = type(base) in (nn.Linear, QuantizedLinear) or type(base).__name__ == "Conv1D"
         if usual and is_frozen(base) and id(module) not in inside and not tied:
             found.append(module)
     return found
 
 
 def _stackable(a: nn.Module, b: nn.Module) -> bool:
-    """Both plain nn.Linear inside: their weights can be views of one stacked matrix."""
+    """Both plain nn.Linear inside: their weights can be views of one stacked matrix. Or both in blocks."""
     bases = [m.base if isinstance(m, LoRALayer) else m for m in (a, b)]
+    if all(type(base) is QuantizedLinear for base in bases):
+        return True
     return all(type(base) is nn.Linear for base in bases) and bases[0].weight.dtype == bases[1].weight.dtype
 
 

@@ -4,6 +4,7 @@
 |---|---|---|
 | fp32 | oneDNN on weights packed for it; exact, and faster than the BLAS that torch calls | packed, both ways round |
 | bf16, fp16 | torch's own, which is oneDNN and needs no packing | as stored |
+| either, from fewer bits | the same, on W decoded for each product | GGUF blocks, nf4 or int8 |
 | int8 | int8 x int8, int32 sums; a scale a row of x and g, and an output of W and W^T | int8, once for each way |
 
 Where the processor has the instructions, int8 is a kernel of our own, which quantizes, scales and adds the low-rank
@@ -15,6 +16,7 @@ that needs more is the gradient of W, and a frozen W has none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from lorafit.engine import kernels, workspace
 from lorafit.engine.kernels import products
 from lorafit.engine.update import Addend
+from lorafit.quant.stored import Stored
 
 # Rows multiplied at a time in int8: the int32 sums of one block stay in the cache until they are scaled.
 INT8_ROWS = 256
@@ -61,6 +64,34 @@ class Dense:
     def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
         """The product g W, plus the update."""
         return plus(torch.mm(g, self.W, out=workspace.rows(g, len(g), self.W.shape[1])), update)
+
+
+class FromStored:
+    """Products with a weight that is stored in fewer bits. W is decoded for each of them.
+
+    parts: the rows of W, from the first on, each stored in its own way.
+    """
+
+    def __init__(self, parts: Sequence[Stored]) -> None:
+        self.parts = tuple(parts)
+        self.rows, self.width = sum(len(part.data) for part in self.parts), self.parts[0].width
+
+    def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
+        """The product x W^T, plus the update."""
+        return self.decoded(x).forward(x, update)
+
+    def backward(self, g: Tensor, update: Addend | None = None) -> Tensor:
+        """The product g W, plus the update."""
+        return self.decoded(g).backward(g, update)
+
+    def decoded(self, like: Tensor) -> Dense:
+        """W in the type of `like`, in memory that the next product uses again."""
+        W = workspace.block(like, self.rows, self.width)
+        first = 0
+        for part in self.parts:
+            kernels.of(W).decode_(part, W[first : first + len(part.data)])
+            first += len(part.data)
+        return Dense(W)
 
 
 class Packed:

@@ -14,9 +14,8 @@ from typing import TypeVar
 from torch import nn
 
 from lorafit.errors import AdapterError, listed
+from lorafit.lora.adapted import Adapted
 from lorafit.lora.base import LINEAR_KINDS, kind_name
-from lorafit.lora.layer import LoRALayer
-from lorafit.lora.tokens import TokenRows
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("score", "classifier")  # PEFT's names of a classification head, which all-linear leaves out
@@ -86,7 +85,7 @@ def own_patterns(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def _base_names(model: nn.Module) -> set[str]:
     """The names of all modules, each place of a shared one, without what lies inside an adapted layer."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, LoRALayer | TokenRows))
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Adapted))
     return {name for name in modules if name and not name.startswith(inside)}
 
 

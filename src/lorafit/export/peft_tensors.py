@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorafit.errors import AdapterError, did_you_mean, listed
+from lorafit.lora.adapted import Adapted
 from lorafit.lora.layer import LoRALayer
-from lorafit.lora.tokens import TokenRows
 
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude"
@@ -102,7 +102,7 @@ def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
         module = model.get_submodule(name)
     except AttributeError:
         return False
-    own = (module.base if isinstance(module, LoRALayer | TokenRows) else module)._parameters.get(leaf)
+    own = (module.base if isinstance(module, Adapted) else module)._parameters.get(leaf)
     if own is None or not key.startswith(PREFIX):
         return False
     if own.shape != tensor.shape or not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):

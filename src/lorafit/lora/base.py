@@ -8,6 +8,7 @@ Every kind presents its weight as one matrix W of shape (out_features, in_featur
 | hf_conv1d | (in, out)                   | transposed    | (r, in)                  | (out, r)       |
 | embedding | (num, dim)                  | transposed    | (r, num)                 | (dim, r)       |
 | conv      | (out, in / groups, *kernel) | flattened (1) | (r, in / groups, *kernel) | (out, r, 1...) |
+| quantized | fewer bits                  | decoded       | (r, in)                  | (out, r)       |
 
 so that dW = scaling * B A holds for all of them with the factors flattened, and merging is written once.
 A new kind is one class here and one line in `KINDS`.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafit.errors import TargetError
+from lorafit.quant.modules import QuantizedLinear
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Subclasses whose own forward was read and computes what their parent's does (transformers 5.23).
@@ -55,6 +57,11 @@ class Kind:
     def weight(self) -> nn.Parameter:
         """The stored weight, in the module's own layout."""
         return cast(nn.Parameter, self.module.weight)
+
+    @property
+    def like(self) -> Tensor:
+        """Of the type and on the device that the weight is computed in; nothing else of it is to be read."""
+        return self.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -240,13 +247,50 @@ class Conv(Kind):
         return v.view(-1, *[1] * self._spatial)
 
 
+class Quantized(Kind):
+    """A linear layer whose weight is stored in fewer bits (quant/modules.py): W is decoded whenever it is read."""
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """By class."""
+        return isinstance(module, QuantizedLinear)
+
+    @property
+    def _layer(self) -> QuantizedLinear:
+        return cast(QuantizedLinear, self.module)
+
+    @property
+    def like(self) -> Tensor:
+        """Empty: nothing is decoded for it."""
+        return self._layer.stored.data.new_empty(0, dtype=self._layer.dtype)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+        return self._layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return self._layer.out_features
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        """W itself."""
+        return W
+
+    def write_weight(self, W: Tensor) -> None:
+        """Use W in the place of what is stored; that again, where it decodes to just W."""
+        self._layer.write(W)
+
+
 KINDS: dict[str, type[Kind]] = {
     "linear": Linear,
     "hf_conv1d": HFConv1D,
     "embedding": Embedding,
     "conv": Conv,
+    "quantized": Quantized,
 }
-LINEAR_KINDS = ("linear", "hf_conv1d")  # what "all-linear" means
+LINEAR_KINDS = ("linear", "hf_conv1d", "quantized")  # what "all-linear" means
 
 
 def kind_name(module: nn.Module) -> str | None:
@@ -259,6 +303,8 @@ def refusal(module: nn.Module) -> str | None:
     name = kind_name(module)
     if name is None:
         return f"is a {type(module).__name__}, which has no low-rank update here"
+    if isinstance(module, QuantizedLinear):
+        return None
     weight = module._parameters.get("weight")
     if weight is None:
         return "computes its weight from other tensors (a parametrization), so that no update can be written into it"

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.errors import AdapterError, ConfigError, TargetError, did_you_mean, listed
+from lorafit.lora.adapted import Adapted
 from lorafit.lora.dropout import DropoutKey
 from lorafit.lora.init import INITS, layer_generator
 from lorafit.lora.layer import Dropout, LoRALayer, new_layer, tied_layer
 from lorafit.lora.targets import check_patterns, pattern_value, select, select_layers
 from lorafit.lora.ties import tied_groups
-from lorafit.lora.tokens import TokenRows
 from lorafit.lora.update import scaling
 from lorafit.lora.variants import VARIANTS
+from lorafit.quant.modules import number_count
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _install(
     model: nn.Module, made: dict[str, LoRALayer], key: DropoutKey, notes: list[str], skipped: dict[str, int]
 ) -> AttachReport:
     """Freeze the base, put the layers in, and remember what `detach` must put back."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = number_count(model)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     _replace(model, {layer.base: layer for layer in made.values()})
@@ -160,10 +161,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
-def adapted_modules(model: nn.Module) -> dict[str, LoRALayer | TokenRows]:
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """All adapted layers, and the embeddings with trained rows, by module name, in the model's order."""
-    kinds = (LoRALayer, TokenRows)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -208,7 +208,7 @@ def merge(model: nn.Module) -> None:
 
     The originals are kept on the CPU until `unmerge`. If a layer can't be merged, none is. Raises MergeError.
     """
-    done: list[LoRALayer | TokenRows] = []
+    done: list[Adapted] = []
     try:
         for module in adapted_modules(model).values():
             if not module.merged:

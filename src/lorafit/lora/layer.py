@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafit.errors import ConfigError, MergeError, RankError
+from lorafit.errors import MergeError, RankError
+from lorafit.lora.adapted import Adapted, SharedState
 from lorafit.lora.base import Kind, make_kind
 from lorafit.lora.dropout import DropoutKey, drop
 from lorafit.lora.init import INITS, stable_hash
 from lorafit.lora.update import check_rank, delta_weight, scaling
 from lorafit.lora.variants import VARIANTS
-
-
-@dataclass
-class SharedState:
-    """What all layers that share one weight have in common: they are scaled, merged and unmerged together.
-
-    original: the weight as it was before merging, on the CPU; None while unmerged.
-    """
-
-    scale: float = 1.0
-    original: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,17 +25,16 @@ class Dropout:
     key: DropoutKey
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(Adapted):
     """A base module with a low-rank update: y = base(x) + scale * update(x).
 
     Trainable: lora_A and lora_B (shapes in `base.py`), and what the variant adds (`magnitude`). They are float32
     (float64 over a float64 base) whatever the base stores; the branch is computed in the dtype of the activations.
     Casting the whole model (`model.half()`) casts them too.
-    Attributes: base, r, alpha, scaling, scale, merged. All else is looked up on the base, so that a model that reads
-    `lm_head.weight` or `embed_tokens.embedding_dim` still finds it; `weight` is the base's own, without the update.
+    Attributes: base, r, alpha, scaling, scale, merged. `weight` is the base's own, without the update.
     Dropout applies to the input of the branch in training mode; an embedding's token ids are never dropped.
-    tied_to: the name of the layer that owns the factors, None for an owner. transposed: the factors are used as
-    A^T and B^T, because this module stores the owner's weight the other way round (a head tied to an embedding).
+    transposed: the factors are used as A^T and B^T, because this module stores the owner's weight the other way round
+    (a head tied to an embedding).
     """
 
     lora_A: nn.Parameter
@@ -67,14 +55,11 @@ class LoRALayer(nn.Module):
         tied_to: str | None,
         transposed: bool,
     ) -> None:
-        super().__init__()
-        self.training = base.training  # a fresh module trains, and would drop inputs in a model that does not
-        self.base = base
+        super().__init__(base, name=name, shared=shared, tied_to=tied_to)
         self.kind: Kind = make_kind(base)
-        self.name, self.r, self.alpha, self.scaling = name, r, alpha, scaling
+        self.r, self.alpha, self.scaling, self.transposed = r, alpha, scaling, transposed
         self.variant_name, self.variant = variant, VARIANTS[variant]
         self.dropout, self.dropout_layer = dropout, stable_hash(name)
-        self.shared, self.tied_to, self.transposed = shared, tied_to, transposed
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
 
@@ -87,29 +72,6 @@ class LoRALayer(nn.Module):
     def out_features(self) -> int:
         """Rows of the base's weight as a matrix."""
         return self.kind.out_features
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base's weight holds the update now."""
-        return self.shared.original is not None
-
-    @property
-    def scale(self) -> float:
-        """The strength s of the update: the weight in force is W0 + s * (merged - W0)."""
-        return self.shared.scale
-
-    def set_scale(self, scale: float) -> None:
-        """Set the strength: 0 is the base model, 1 the tuned one, above 1 emphasises, below 0 negates.
-
-        A merged layer is merged again from its original weight. Raises ConfigError if scale is not finite.
-        """
-        if not math.isfinite(scale):
-            raise ConfigError(f"scale must be a finite number, got {scale!r}", "0 is the base model, 1 the tuned one")
-        merged = self.merged
-        self.unmerge()
-        self.shared.scale = float(scale)
-        if merged:
-            self.merge()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) as this module uses them, in their own dtype."""
@@ -127,11 +89,11 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """base(x) plus the scaled update. At scale 0, or merged, the branch is skipped and base(x) comes back as is."""
         y = cast(Tensor, self.base(x))
-        if self.merged or self.shared.scale == 0:
+        if not self.is_active:
             return y
         update = self.variant.forward(self, self._drop(x), y)
-        if self.shared.scale != 1:
-            update = self.shared.scale * update
+        if self.scale != 1:
+            update = self.scale * update
         return y + update.to(y.dtype)
 
     def original_matrix(self) -> Tensor:
@@ -139,7 +101,7 @@ class LoRALayer(nn.Module):
         original = self.shared.original
         if original is None:
             return self.kind.read_weight()
-        return self.kind.as_matrix(original.to(self.kind.weight))
+        return self.kind.as_matrix(original.to(self.kind.like))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -182,12 +144,6 @@ class LoRALayer(nn.Module):
             return x
         return drop(x, p=self.dropout.p, key=self.dropout.key, layer=self.dropout_layer, feature_dim=axis)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         tied = f", tied_to={self.tied_to}" if self.tied_to else ""
@@ -220,9 +176,8 @@ def new_layer(
             "Lower r, or give this layer its own in rank_pattern",
         )
     factor = scaling(r, alpha, rule)
-    weight = kind.weight
     A = INITS[init](kind.shape_A(r), generator)
-    A = A.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    A = A.to(device=kind.like.device, dtype=torch.promote_types(kind.like.dtype, torch.float32))
     padding_idx = getattr(base, "padding_idx", None)
     if padding_idx is not None:
         A[:, padding_idx] = 0  # this row gets no gradient, so what it starts with would stay

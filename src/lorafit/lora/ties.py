@@ -12,11 +12,12 @@ from torch import nn
 
 from lorafit.errors import TargetError
 from lorafit.lora.base import kind_name, make_kind, refusal
+from lorafit.quant.modules import Quantized
 
 
 def weight_key(module: nn.Module) -> Any:
     """Equal for modules whose stored weight is the same memory in the same layout; None without a stored weight."""
-    weight = module._parameters.get("weight")
+    weight = module.stored.data if isinstance(module, Quantized) else module._parameters.get("weight")
     if weight is None or nn.parameter.is_lazy(weight):
         return None
     if weight.device.type == "meta" or weight.numel() == 0:
@@ -62,13 +63,13 @@ def _check_tie(name: str, module: nn.Module, other: str, tied: nn.Module, works_
 
 def _check_bare_ties(modules: Mapping[str, nn.Module], groups: Mapping[str, list[str]]) -> None:
     """Raises TargetError if a module of no kind holds the very parameter that would be merged into."""
-    owners = {id(modules[name]._parameters["weight"]): name for name in groups}
+    owners = {id(modules[name]._parameters.get("weight")): name for name in groups}
     members = {modules[name] for owner, others in groups.items() for name in (owner, *others)}
     for other, module in modules.items():
         if module in members:
             continue
         for key, parameter in module._parameters.items():
-            if id(parameter) in owners:
+            if parameter is not None and id(parameter) in owners:
                 name = owners[id(parameter)]
                 where = f"{other}.{key}" if other else key
                 known = kind_name(module) or type(module).__name__

@@ -6,7 +6,6 @@ never saw has no row worth adding to. Compare PEFT's `trainable_token_indices`, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
@@ -14,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafit.errors import ConfigError, TargetError
+from lorafit.errors import TargetError
+from lorafit.lora.adapted import Adapted, SharedState
 from lorafit.lora.base import refusal
-from lorafit.lora.layer import LoRALayer, SharedState
 from lorafit.lora.ties import weight_key
 
 
-class TokenRows(nn.Module):
+class TokenRows(Adapted):
     """An embedding or an output head over `base` in which the rows of some tokens are trained.
 
     rows: (tokens, width), float32 (float64 over a float64 base), the trained parameter. ids: (tokens,) int64, which
     tokens they belong to.
     At scale s a row in force is W0 + s (rows - W0); at 0 the base is used as it is. A head tied to an embedding has the
-    same rows: tied_to is then the embedding's name. All else is looked up on the base.
+    same rows: tied_to is then the embedding's name.
     """
 
     rows: nn.Parameter
@@ -36,9 +35,7 @@ class TokenRows(nn.Module):
     def __init__(
         self, base: nn.Module, *, name: str, rows: nn.Parameter, ids: Tensor, shared: SharedState, tied_to: str | None
     ) -> None:
-        super().__init__()
-        self.training = base.training
-        self.base, self.name, self.shared, self.tied_to = base, name, shared, tied_to
+        super().__init__(base, name=name, shared=shared, tied_to=tied_to)
         self.is_head = not isinstance(base, nn.Embedding)
         self.register_parameter("rows", rows)
         self.register_buffer("ids", ids, persistent=False)
@@ -46,31 +43,6 @@ class TokenRows(nn.Module):
         slots = torch.full((_weight(base).shape[0],), -1, dtype=torch.int64, device=ids.device)
         slots[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("slots", slots, persistent=False)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base's weight holds the rows now."""
-        return self.shared.original is not None
-
-    @property
-    def scale(self) -> float:
-        """0 is the base, 1 the trained rows."""
-        return self.shared.scale
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the rows are computed with beside the base: not at scale 0, and not while they are merged."""
-        return not self.merged and self.scale != 0
-
-    def set_scale(self, scale: float) -> None:
-        """Set the strength. A merged base is merged again from its original rows. Raises ConfigError if not finite."""
-        if not math.isfinite(scale):
-            raise ConfigError(f"scale must be a finite number, got {scale!r}", "0 is the base model, 1 the tuned one")
-        merged = self.merged
-        self.unmerge()
-        self.shared.scale = float(scale)
-        if merged:
-            self.merge()
 
     def rows_in_force(self) -> Tensor:
         """The rows at the present scale: (tokens, width), float32."""
@@ -115,12 +87,6 @@ class TokenRows(nn.Module):
         if self.shared.original is not None:
             _weight(self.base)[self.ids] = self.shared.original
             self.shared.original = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -191,7 +157,7 @@ def token_rows(model: nn.Module) -> dict[str, TokenRows]:
 
 
 def _check(module: nn.Module, name: str) -> None:
-    if isinstance(module, LoRALayer | TokenRows):
+    if isinstance(module, Adapted):
         raise TargetError(
             f"{name} is adapted already, so rows of single tokens cannot be trained in it too",
             f"Leave {name} out of the targets",

@@ -1,12 +1,11 @@
 """The tensors of a GGUF file as torch parameters under transformers' names: read, dequantise, rename, undo.
 
-The block formats that are met most are unpacked here, the others by the package gguf; both give the same bits, since
-each value is one product and at most one sum of float32 numbers. Source of the formats: gguf/quants.py.
+The block formats that are met most are decoded by `quant`, the others by the package gguf, to the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,51 @@ from lorafit.errors import ModelError, listed
 from lorafit.model.gguf_config import config_dict
 from lorafit.model.gguf_header import Header, TensorInfo
 from lorafit.model.gguf_names import NOT_PARAMETERS, hf_name
+from lorafit.quant.blocks import Blocks
+from lorafit.quant.codecs import CODECS
 
 Undo = Callable[[torch.Tensor], torch.Tensor]
 
 
-def state_dict(header: Header, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def state_dict(header: Header, dtype: torch.dtype, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Every parameter in the file as a transformers state dict of `dtype`; tied output weights are not in it.
+
+    without: names that are left out.
 
     Raises ModelError for a tensor without a known name or in a block format that nothing here can unpack.
     """
+    names, undo = _names(header), _undone(header)
+
+    def read(name: str) -> torch.Tensor:
+        values = undo(name)(read_tensor(header.path, header.tensors[name]))
+        return slabs.empty(tuple(values.shape), dtype).copy_(values)
+
+    with _one_thread():
+        return {found: read(name) for name, found in names.items() if found not in without}
+
+
+def kept_blocks(header: Header) -> dict[str, Blocks]:
+    """The matrices that can stay as they are in the file, by transformers' name: mapped, not read.
+
+    Only those whose rows stand in another order are copied. Raises ModelError as `state_dict`.
+    """
+    undo = _undone(header)
+
+    def mapped(name: str) -> Blocks:
+        info = header.tensors[name]
+        # Copy on write: nothing writes, and torch wants memory that could be written to.
+        raw = np.memmap(header.path, np.uint8, "c", info.offset, (info.nbytes,))
+        blocks = _in_rows(torch.from_numpy(raw), info)
+        return Blocks(undo(name)(blocks.data), blocks.width, blocks.codec)
+
+    def can_stay(info: TensorInfo) -> bool:
+        return info.type in CODECS and len(info.shape) == 2
+
+    return {found: mapped(name) for name, found in _names(header).items() if can_stay(header.tensors[name])}
+
+
+def _names(header: Header) -> dict[str, str]:
+    """Tensor -> transformers' name of the parameter. Raises ModelError for one without."""
     names = {name: hf_name(header.architecture, name) for name in header.tensors if name not in NOT_PARAMETERS}
     unknown = [name for name, found in names.items() if found is None]
     if unknown:
@@ -37,14 +72,7 @@ def state_dict(header: Header, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             f"{header.path} has {len(unknown)} tensors unknown to {header.architecture}: {listed(unknown, 4)}",
             "Use the safetensors version of the model",
         )
-    undo = _undone(header)
-
-    def read(name: str) -> torch.Tensor:
-        values = undo(name)(read_tensor(header.path, header.tensors[name]))
-        return slabs.empty(tuple(values.shape), dtype).copy_(values)
-
-    with _one_thread():
-        return {str(found): read(name) for name, found in names.items()}
+    return {name: str(found) for name, found in names.items()}
 
 
 @contextmanager
@@ -61,6 +89,8 @@ def _one_thread() -> Iterator[None]:
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     """One tensor in float32, of shape `info.shape`. Raises ModelError for an unknown block format."""
     raw = torch.from_numpy(np.fromfile(path, np.uint8, info.nbytes, offset=info.offset))
+    if info.type in CODECS:
+        return _in_rows(raw, info).decode(torch.float32).view(info.shape)
     if info.type in UNPACK:
         return UNPACK[info.type](raw).reshape(info.shape)
     try:
@@ -71,6 +101,12 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
             f"{path}: {info.name} is stored as {info.type}, which cannot be unpacked here",
             "Use a file in F16, Q8_0 or Q4_K",
         ) from error
+
+
+def _in_rows(raw: torch.Tensor, info: TensorInfo) -> Blocks:
+    """The bytes of a tensor as the rows of its last axis."""
+    codec, width = CODECS[info.type], info.shape[-1]
+    return Blocks(raw.view(-1, codec.row_bytes(width)), width, codec)
 
 
 def _undone(header: Header) -> Callable[[str], Undo]:
@@ -99,11 +135,6 @@ def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _half(raw: torch.Tensor) -> torch.Tensor:
-    """(n, 2 k) bytes -> (n, k) float32."""
-    return raw.contiguous().view(torch.float16).float()
-
-
 def _f32(raw: torch.Tensor) -> torch.Tensor:
     return raw.view(torch.float32)
 
@@ -116,34 +147,8 @@ def _bf16(raw: torch.Tensor) -> torch.Tensor:
     return raw.view(torch.bfloat16).float()
 
 
-def _q8_0(raw: torch.Tensor) -> torch.Tensor:
-    blocks = raw.view(-1, 34)
-    return blocks[:, 2:].view(torch.int8) * _half(blocks[:, :2])
-
-
-def _q4_0(raw: torch.Tensor) -> torch.Tensor:
-    blocks = raw.view(-1, 18)
-    return _nibbles(blocks[:, 2:]).sub_(8).mul_(_half(blocks[:, :2])[..., None])
-
-
-def _q4_1(raw: torch.Tensor) -> torch.Tensor:
-    blocks = raw.view(-1, 20)
-    scale, least = _half(blocks[:, :4]).unbind(dim=1)
-    return _nibbles(blocks[:, 4:]).mul_(scale[:, None, None]).add_(least[:, None, None])
-
-
-def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """(n, 16) bytes -> (n, 2, 16) float32: the low halves of the bytes, then the high ones."""
-    values = torch.empty(len(packed), 2, packed.shape[1])
-    values[:, 0], values[:, 1] = packed & 15, packed >> 4
-    return values
-
-
 UNPACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "F32": _f32,
     "F16": _f16,
     "BF16": _bf16,
-    "Q8_0": _q8_0,
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
 }

@@ -17,7 +17,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lorafit.errors import ModelError, listed
 from lorafit.model import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
+from lorafit.model.keep import Kept, linear_weights, placeholder, put_stored, quantized_tensors
 from lorafit.model.spec import ModelSpec
+from lorafit.quant.codecs import CODECS
+from lorafit.quant.stored import Stored
 from lorafit.slabs import SLABS
 
 if TYPE_CHECKING:
@@ -34,24 +37,30 @@ UNSET_LENGTH = 10**20  # transformers' model_max_length is 1e30 where nobody set
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, its tokenizer, and the spec both were read by."""
+    """A model in eval mode, its tokenizer, and the spec both were read by. kept: what of it stays in fewer bits."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: ModelSpec
+    kept: Kept | None = None
 
 
-def load(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
+def load(
+    spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool = False, storage: str = "auto", decoded: bool = False
+) -> Loaded:
     """Read the weights into `dtype` and build the tokenizer. Nothing is downloaded.
 
-    Code that comes with a model runs only if `trust_remote_code`. Raises ModelError if the checkpoint and the
-    architecture disagree about a parameter, if the model is no causal language model, or if it needs its own code.
+    storage: of the matrices, which are computed with in `dtype`: `auto` in that type, `keep` in a GGUF file's blocks,
+    `nf4` or `int8` for a Hugging Face model. decoded: they are stored so and decoded at once, which gives the same
+    numbers, faster, in more memory. Code that comes with a model runs only if `trust_remote_code`. Raises
+    ModelError if the checkpoint and the architecture disagree about a parameter, if the model is no causal language
+    model, if it needs its own code, or if it can't be stored so.
     """
     _refuse_own_code(spec, trust_remote_code)
     with _quiet():
         if spec.kind == "hf":
-            return _load_hf(spec, dtype, trust_remote_code)
-        return _load_gguf(spec, dtype)
+            return _load_hf(spec, dtype, trust_remote_code, storage, decoded)
+        return _load_gguf(spec, dtype, "auto" if storage == "keep" and decoded else storage)
 
 
 def load_tokenizer(spec: ModelSpec, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -63,30 +72,52 @@ def load_tokenizer(spec: ModelSpec, trust_remote_code: bool = False) -> PreTrain
         return _tokenizer(spec, gguf_header.read_header(spec.path))
 
 
-def _load_gguf(spec: ModelSpec, dtype: torch.dtype) -> Loaded:
+def _load_gguf(spec: ModelSpec, dtype: torch.dtype, storage: str) -> Loaded:
+    if storage not in ("auto", "keep"):
+        raise _not_so(spec, storage, "is a GGUF file, quantized already", "Give --base-storage keep, or leave it out")
+    keep = storage == "keep"
     header = gguf_header.read_header(spec.path)
     if reason := gguf_config.unsupported(header):
+        if keep:
+            raise _not_so(spec, storage, f"is read by transformers' own loader ({reason})", "Leave it out")
         log.warning("%s: %s is read by transformers' own GGUF loader, which is slower", spec.name, reason)
         return Loaded(_model_by_transformers(spec, dtype), _tokenizer(spec, header), spec)
-    SLABS.reserve(spec.parameters * dtype.itemsize)
+    blocks = _explained(spec, "weights", lambda: gguf_tensors.kept_blocks(header)) if keep else {}
+    if keep and not blocks:
+        raise _not_so(spec, storage, f"holds no matrix in {listed(list(CODECS))}", "Leave it out")
+    if not keep:
+        SLABS.reserve(spec.parameters * dtype.itemsize)
     config = gguf_config.config_dict(header)
     model_class = getattr(transformers, config["architectures"][0])
-    model, info = _explained(
-        spec, "weights",
-        lambda: model_class.from_pretrained(
-            None, config=model_class.config_class(**config), state_dict=gguf_tensors.state_dict(header, dtype),
-            dtype=dtype, **REPORTED,
-        ),
-    )  # fmt: skip
+
+    def read() -> Any:
+        own = model_class.config_class(**config)
+        return _from_tensors(model_class, own, blocks, gguf_tensors.state_dict(header, dtype, without=blocks), dtype)
+
+    model, info = _explained(spec, "weights", read)
     _check_keys(spec, info)
-    return Loaded(model, _tokenizer(spec, header), spec)
+    return Loaded(model, _tokenizer(spec, header), spec, put_stored(model, blocks, dtype) if keep else None)
 
 
-def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+def _from_tensors(
+    model_class: Any, config: Any, stored: Mapping[str, Stored], rest: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    """(model, what transformers says of its keys). stored: what `put_stored` will put in, a placeholder until then."""
+    tensors = {name: placeholder(one, dtype) for name, one in stored.items()} | dict(rest)
+    return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **REPORTED)
+
+
+def _not_so(spec: ModelSpec, storage: str, why: str, do: str) -> ModelError:
+    return ModelError(f"--base-storage {storage}: {spec.name} {why}", do)
+
+
+def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool, storage: str, decoded: bool) -> Loaded:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = _explained(spec, "config", lambda: transformers.AutoConfig.from_pretrained(spec.path, **options))
     if not trust_remote_code:
         _refuse_other_tasks(spec, config)
+    if storage != "auto":
+        return _load_quantized(spec, config, dtype, trust_remote_code, storage, decoded)
     model, info = _explained(
         spec, "weights",
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
@@ -95,6 +126,32 @@ def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool) -> Lo
     )  # fmt: skip
     _check_keys(spec, info)
     return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec)
+
+
+def _load_quantized(
+    spec: ModelSpec, config: Any, dtype: torch.dtype, trust_remote_code: bool, storage: str, decoded: bool
+) -> Loaded:
+    """Linear layers in nf4 or int8, made from the files tensor by tensor; embeddings, head and norms in `dtype`."""
+    if storage == "keep":
+        raise _not_so(
+            spec, storage, "is no GGUF file, so it has no blocks to keep", "Give nf4 or int8, or leave it out"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _not_so(spec, storage, "is built by its own code", "Leave it out")
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    weights = [file for file in spec.files if file.suffix == ".safetensors"]
+
+    def read() -> Any:
+        linear = linear_weights(model_class, config)
+        stored, rest = quantized_tensors(weights, linear, storage, dtype, decoded)
+        return stored, sorted(linear - stored.keys()), *_from_tensors(model_class, config, stored, rest, dtype)
+
+    stored, left, model, info = _explained(spec, "weights", read)
+    if not stored and not decoded:
+        raise _not_so(spec, storage, "has no linear layer that can be stored so", "Leave it out")
+    _check_keys(spec, info)
+    kept = None if decoded else put_stored(model, stored, dtype, left)
+    return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec, kept)
 
 
 def _hf_tokenizer(spec: ModelSpec, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
 from lorafit.plan.flops import Flop, causal_pairs, full_step, lora_step
-from lorafit.plan.memory import MemoryEstimate
-from lorafit.rates import Rates
+from lorafit.plan.memory import MemoryEstimate, Split
+from lorafit.plan.storage import BLOCK_TYPES
+from lorafit.rates import Rates, way
 
 PRECISIONS = ("int8", "bf16", "fp32")
-# Where no run has told yet what share of the machine's rate training reaches.
+# What is in which type.
+TYPES = {
+    "int8": "frozen weights and products in int8, activations in bf16; adapter, optimizer, norms and loss in fp32",
+    "bf16": "frozen weights, products and activations in bf16; adapter, optimizer, norms and loss in fp32",
+    "fp32": "everything in fp32",
+}
+# Where no run has told yet what share of the machine's rate training reaches, and what is left of it where weights
+# are decoded for each product.
 ASSUMED_MFU = {"fp32": 0.40, "bf16": 0.50, "int8": 0.35}
-# What must stay free: the prediction is a few percent off.
-MARGIN = 0.95
-LEAST_MICRO_TOKENS = 256
+DECODING = 0.8
 J_PER_KWH = 3.6e6
 
 
@@ -43,13 +49,14 @@ class Shape:
 class Forecast:
     """A run in one precision. step_s, tokens_per_s: None where this machine's rate is not known.
 
-    micro_tokens: of a forward pass. recompute: whether layers keep their input alone. fits: into the memory given.
+    storage: that of frozen weights, as --base-storage.
+    split: how a step is computed. fits: into the memory given.
     """
 
     precision: str
+    storage: str
     memory: MemoryEstimate
-    micro_tokens: int
-    recompute: bool
+    split: Split
     fits: bool
     flop: Flop
     step_s: float | None
@@ -60,37 +67,38 @@ class Forecast:
         return None if self.step_s is None else watts * self.step_s * steps / J_PER_KWH
 
 
-def forecast(spec: ModelSpec, r: int, shape: Shape, precision: str, limit: int, rates: Rates) -> Forecast:
+def ways(spec: ModelSpec) -> list[tuple[str, str]]:
+    """(precision, storage of frozen weights) of every way in which the model could be trained."""
+    in_blocks = any(name in BLOCK_TYPES for name in spec.storage)
+    stored = ["nf4", "int8"] if spec.kind == "hf" else ["keep"] if in_blocks else []
+    return [(precision, "auto") for precision in PRECISIONS] + [("bf16", storage) for storage in stored]
+
+
+def forecast(
+    spec: ModelSpec, r: int, shape: Shape, precision: str, limit: int, rates: Rates, storage: str = "auto"
+) -> Forecast:
     """The fastest way to run in this precision that fits into `limit` bytes, or, where none does, what needs least."""
     tried = []
-    for micro_tokens, recompute in _splits(shape):
-        tokens = shape.micro(micro_tokens)
+    for split in memory.splits(shape.micro_tokens):
+        tokens = shape.micro(split.micro_tokens)
         predicted = max(1, round(shape.loss_share * tokens))
-        estimate = memory.estimate(spec, r, precision, tokens, predicted, recompute)
-        tried.append((estimate, micro_tokens, recompute))
-        if estimate.peak_bytes <= MARGIN * limit:
+        estimate = memory.estimate(spec, r, precision, tokens, predicted, split.recompute, storage)
+        tried.append((estimate, split))
+        if estimate.fits(limit):
             break
-    estimate, micro_tokens, recompute = min(tried, key=lambda one: one[0].peak_bytes)
+    estimate, split = min(tried, key=lambda one: one[0].peak_bytes)
     flop = step_flop(spec, r, shape)
-    step_s = _seconds(spec, flop, precision, recompute, rates)
+    step_s = _seconds(spec, flop, precision, storage, split.recompute, rates)
     return Forecast(
         precision=precision,
+        storage=storage,
         memory=estimate,
-        micro_tokens=micro_tokens,
-        recompute=recompute,
-        fits=estimate.peak_bytes <= MARGIN * limit,
+        split=split,
+        fits=estimate.fits(limit),
         flop=flop,
         step_s=step_s,
         tokens_per_s=shape.tokens / step_s if step_s else None,
     )
-
-
-def _splits(shape: Shape) -> list[tuple[int, bool]]:
-    """(tokens of a forward pass, whether layers are recomputed), the fastest first."""
-    sizes = [shape.micro_tokens]
-    while sizes[-1] // 2 >= LEAST_MICRO_TOKENS:
-        sizes.append(sizes[-1] // 2)
-    return [(size, recompute) for recompute in (False, True) for size in sizes]
 
 
 def step_flop(spec: ModelSpec, r: int, shape: Shape) -> Flop:
@@ -105,12 +113,13 @@ def full_flop(spec: ModelSpec, shape: Shape) -> Flop:
     return full_step(spec, shape.tokens, predicted, causal_pairs([shape.length] * shape.batch))
 
 
-def _seconds(spec: ModelSpec, flop: Flop, precision: str, recompute: bool, rates: Rates) -> float | None:
+def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recompute: bool, rates: Rates) -> float | None:
     rate = rates.flop_per_s.get(precision)
     if not rate:
         return None
     done = flop.total + (flop.forward if recompute else 0)
-    return done / (rate * (rates.mfu_of(precision, spec.hidden) or ASSUMED_MFU[precision]))
+    assumed = ASSUMED_MFU[precision] * (1 if storage == "auto" else DECODING)
+    return done / (rate * (rates.mfu_of(way(precision, storage), spec.hidden) or assumed))
 
 
 def fastest(forecasts: list[Forecast]) -> Forecast | None:

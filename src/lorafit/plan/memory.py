@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights, lora_params
+from lorafit.plan.storage import model_bytes
 from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
@@ -22,11 +23,33 @@ ADAPTER_COPIES = 5
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
+# Rows of the output head that are decoded together, where it stays in blocks.
+DECODED_TOKENS = 8192
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
 # What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
 WORK = 0.13
 KERNEL_BYTES = 30 * MIB
+# What is predicted must stay below this share of the limit: the prediction is a few percent off.
+MARGIN = 0.95
+# Below this many tokens a forward pass spends more on moving weights than on multiplying them.
+LEAST_MICRO_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is computed. micro_tokens: of one forward pass, at most. recompute: only layers' inputs are kept."""
+
+    micro_tokens: int
+    recompute: bool
+
+
+def splits(micro_tokens: int) -> list[Split]:
+    """The fastest first: smaller micro-batches, and only then recomputation, which costs a third of the step."""
+    sizes = [micro_tokens]
+    while sizes[-1] // 2 >= LEAST_MICRO_TOKENS:
+        sizes.append(sizes[-1] // 2)
+    return [Split(size, recompute) for recompute in (False, True) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -40,21 +63,36 @@ class MemoryEstimate:
         """All parts together."""
         return sum(self.parts.values())
 
+    def fits(self, limit: int) -> bool:
+        """Whether the peak stays below `limit` bytes, with a margin for what the prediction is off by."""
+        return self.peak_bytes <= MARGIN * limit
+
     def describe(self) -> str:
         """One line: the peak and its parts."""
         parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in self.parts.items())
         return f"{format_bytes(self.peak_bytes)} ({parts})"
 
 
-def estimate(spec: ModelSpec, r: int, precision: str, tokens: int, supervised: int, recompute: bool) -> MemoryEstimate:
+def estimate(
+    spec: ModelSpec,
+    r: int,
+    precision: str,
+    tokens: int,
+    supervised: int,
+    recompute: bool,
+    storage: str = "auto",
+) -> MemoryEstimate:
     """The peak of training with `tokens` in the largest micro-batch, `supervised` of them in the loss.
 
-    precision: fp32, bf16 or int8. recompute: whether layers keep their input alone.
+    precision: fp32, bf16 or int8. recompute: whether layers keep their input alone. storage: that of frozen weights:
+    auto as they are computed with, keep as in the GGUF file, nf4, int8.
     """
     dtype = "fp32" if precision == "fp32" else "bf16"
     layer_weights = sum(a * b for a, b in block_weights(spec).values())
     activations = activation_bytes(spec, r, dtype, tokens, recompute)
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
+    if storage != "auto":
+        weights = _stored_bytes(spec, storage, dtype)
     adapter = bytes_of(lora_params(spec, r), "fp32")
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
@@ -71,6 +109,20 @@ def estimate(spec: ModelSpec, r: int, precision: str, tokens: int, supervised: i
             "workspace": round(WORK * activations) + KERNEL_BYTES,
         }
     )
+
+
+def _stored_bytes(spec: ModelSpec, storage: str, dtype: str) -> int:
+    """What is stored, and the weights of one layer, decoded: each group of linear layers has its place.
+
+    A file that is kept is mapped as a whole; its head is decoded a part at a time. Else all but linear layers is as it
+    is computed with.
+    """
+    layer_weights = sum(a * b for a, b in block_weights(spec).values())
+    decoded = layer_weights // max(1, spec.layers)
+    if storage == "keep":
+        return spec.weight_bytes + bytes_of(decoded + min(DECODED_TOKENS, spec.vocab) * spec.hidden, dtype)
+    linear = model_bytes(spec, storage) - bytes_of(spec.parameters - layer_weights, "bf16")
+    return linear + bytes_of(spec.parameters - layer_weights + decoded, dtype)
 
 
 def reserved_bytes(spec: ModelSpec, precision: str) -> int:

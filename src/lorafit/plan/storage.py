@@ -1,7 +1,7 @@
 """How large a model is in each type that weights are stored in: bits per weight, tensor by tensor.
 
 GGUF types: blocks and their bytes from the package gguf; which tensor gets which type as llama.cpp's quantize chooses
-(`llama_tensor_get_type` in src/llama-quant.cpp, b6000 and later), which is not the same for all of a file.
+(`llama_tensor_get_type` in src/llama-quant.cpp), which is not the same for all of a file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SUPERBLOCK = 256
 # Where a row is no multiple of 256 numbers, a K type gives way to one of blocks of 32.
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 GGUF_FILES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
+# Types whose blocks can stay as they are while the model is trained: those of `quant.codecs`, which needs torch.
+BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share an 8-bit scale, scales that share a float32
 PLAIN = {"fp32": 32, "bf16": 16, "fp16": 16}
 LAYER = re.compile(r"\.(\d+)\.")
@@ -35,7 +37,7 @@ class Size:
 
 
 def sizes(spec: ModelSpec) -> list[Size]:
-    """The model in every type, largest first where they differ."""
+    """The model in every type: those of torch, those of bitsandbytes, those of GGUF files."""
     names = [*PLAIN, "int8", "nf4", *(f"GGUF {name}" for name in GGUF_FILES)]
     return [Size(name, size := model_bytes(spec, name), 8 * size / spec.parameters) for name in names]
 

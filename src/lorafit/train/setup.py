@@ -6,7 +6,6 @@ Everything here depends on the configuration, the rows and `chosen` alone, so a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +24,11 @@ from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
 from lorafit.plan.flops import lora_step
+from lorafit.plan.memory import Split, splits
 from lorafit.units import format_bytes, format_count
 
-# Below this many tokens a forward pass spends more on moving weights than on multiplying them.
-LEAST_MICRO_TOKENS = 256
-# What is predicted must stay below this share of the limit: the prediction is a few percent off.
-MARGIN = 0.95
 # Steps that are looked at to find the largest micro-batch.
 STEPS_SAMPLED = 32
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a step is computed. micro_tokens: of one forward pass, at most. recompute: only layers' inputs are kept."""
-
-    micro_tokens: int
-    recompute: bool
 
 
 def fit_to_memory(
@@ -54,33 +42,24 @@ def fit_to_memory(
 ) -> tuple[Split, memory.MemoryEstimate]:
     """The fastest split that is predicted to stay below `limit` bytes, and that prediction.
 
-    Smaller micro-batches come first, then recomputation, which costs a third of the step. begun: the split of the run
-    that is resumed, the only one that gives the same numbers. Raises DoesNotFitError where nothing fits, unless force:
-    then what needs least.
+    begun: the split of the run that is resumed, the only one that gives the same numbers. Raises DoesNotFitError where
+    nothing fits, unless force: then what needs least.
     """
 
     def predicted(split: Split) -> memory.MemoryEstimate:
         tokens, supervised = _largest(rows, config, split.micro_tokens)
-        return memory.estimate(spec, config.r, precision, tokens, supervised, split.recompute)
+        return memory.estimate(spec, config.r, precision, tokens, supervised, split.recompute, config.base_storage)
 
     tried = []
-    for split in [begun] if begun else _splits(config.micro_tokens):
+    for split in [begun] if begun else splits(config.micro_tokens):
         estimate = predicted(split)
-        if estimate.peak_bytes <= MARGIN * limit:
+        if estimate.fits(limit):
             return split, estimate
         tried.append((split, estimate))
     least = min(tried, key=lambda pair: pair[1].peak_bytes)
     if force:
         return least
     raise _does_not_fit(config, least[1], limit, begun)
-
-
-def _splits(micro_tokens: int) -> list[Split]:
-    """The fastest first."""
-    sizes = [micro_tokens]
-    while sizes[-1] // 2 >= LEAST_MICRO_TOKENS:
-        sizes.append(sizes[-1] // 2)
-    return [Split(size, recompute) for recompute in (False, True) for size in sizes]
 
 
 def _does_not_fit(
@@ -125,7 +104,7 @@ def expected_s(
     None where no run in this precision was timed here before, or where only a part of the model is trained.
     """
     known = rates.read(threads)
-    reached = known.mfu_of(precision, spec.hidden)
+    reached = known.mfu_of(rates.way(precision, config.base_storage), spec.hidden)
     if reached is None or config.layers is not None or config.targets != "all-linear":
         return None
     steps = _first_steps(rows, config)

@@ -24,9 +24,9 @@ from lorafit import files
 log = logging.getLogger(__name__)
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("kernels.cpp", "gated.cpp", "products.cpp", "attention.cpp")
+    Path(__file__).with_name(f"{name}.cpp") for name in ("kernels", "gated", "products", "attention", "decode")
 )
-HEADERS = (Path(__file__).with_name("dot.h"),)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("bf16.h", "dot.h"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-std=c++17")
 COMPILE_TIMEOUT_S = 120

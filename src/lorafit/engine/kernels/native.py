@@ -14,6 +14,9 @@ from lorafit.engine import workspace
 from lorafit.engine.kernels.build import library
 from lorafit.engine.kernels.plain import SILU, Geometry
 from lorafit.engine.kernels.products import LANES, has_low_rank
+from lorafit.quant.bits import Int8, Nf4
+from lorafit.quant.blocks import Blocks
+from lorafit.quant.stored import Stored
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 P, N, F, I = c_void_p, c_int64, c_float, c_int  # noqa: E741  # one letter each, as in a signature
@@ -30,7 +33,12 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "cross_entropy": (P, P, P, P, N, N, I),
     "quantize_rows": (P, N, P, P, P, N, N),
     "dequantize": (P, P, P, P, N, N, N, I),
+    "decode_blocks": (P, N, N, N, P, N, I),
+    "decode_nf4": (P, P, N, N, P, N),
+    "decode_int8": (P, P, N, N, P, N),
 }
+# The order of `decode` in decode.cpp.
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 class _CGeometry(ctypes.Structure):
@@ -227,3 +235,18 @@ def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, a
     _function("dequantize", y.dtype)(
         sums.data_ptr(), rows.data_ptr(), _pointer(columns), y.data_ptr(), y.stride(0), *y.shape, add
     )
+
+
+def decode_(stored: Stored, out: Tensor) -> None:
+    """See `plain.decode_`. The rows of out may be apart."""
+    data, at = _rows(stored.data), (out.data_ptr(), out.stride(0))
+    if isinstance(stored, Blocks):
+        form = FORMATS.index(stored.codec.name)
+        _function("decode_blocks", out.dtype)(data.data_ptr(), data.stride(0), *stored.shape, *at, form)
+    elif isinstance(stored, Nf4):
+        tops = stored.tops()
+        _function("decode_nf4", out.dtype)(data.data_ptr(), tops.data_ptr(), *stored.shape, *at)
+    elif isinstance(stored, Int8):
+        _function("decode_int8", out.dtype)(data.data_ptr(), stored.tops.data_ptr(), *stored.shape, *at)
+    else:
+        out.copy_(stored.decode(out.dtype))

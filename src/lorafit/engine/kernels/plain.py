@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafit.quant.stored import Stored
+
 SILU, GELU_TANH = 0, 1
 
 
@@ -204,3 +206,8 @@ def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, a
     if columns is not None:
         values = values * columns
     y.copy_(values + y.float() if add else values)
+
+
+def decode_(stored: Stored, out: Tensor) -> None:
+    """Write the matrix that is stored in fewer bits into out, (rows, width), each number rounded once."""
+    out.copy_(stored.decode(out.dtype))

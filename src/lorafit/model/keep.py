@@ -1,0 +1,106 @@
+"""A base that stays in fewer bits: modules that hold it so, in the place of those that transformers built."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lorafit.errors import listed
+from lorafit.quant.bits import BLOCK, to_int8, to_nf4
+from lorafit.quant.blocks import Blocks
+from lorafit.quant.modules import QuantizedEmbedding, QuantizedLinear
+from lorafit.quant.stored import Stored
+from lorafit.units import format_bytes
+
+ENCODERS = {"nf4": to_nf4, "int8": to_int8}
+
+
+@dataclass
+class Kept:
+    """What stays in fewer bits. ways: matrices stored in each way. left: names of those that do not."""
+
+    ways: Counter[str] = field(default_factory=Counter)
+    nbytes: int = 0
+    left: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line."""
+        ways = ", ".join(f"{count} matrices in {name}" for name, count in sorted(self.ways.items()))
+        line = f"the base stays in fewer bits: {ways} ({format_bytes(self.nbytes)})"
+        return f"{line}; {len(self.left)} do not: {listed(self.left, 2)}" if self.left else line
+
+
+def placeholder(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """A weight of the right shape and type that takes no memory, until `put_stored` takes its place."""
+    return torch.zeros((), dtype=dtype).expand(stored.shape)
+
+
+def quantized_tensors(
+    files: Sequence[Path], linear: set[str], storage: str, dtype: torch.dtype, decoded: bool
+) -> tuple[dict[str, Stored], dict[str, torch.Tensor]]:
+    """The weights named in `linear`, quantized, and all other tensors of safetensors files in `dtype`.
+
+    Read one by one, so that the whole model is never in memory. A width that nf4's blocks do not divide is left alone.
+    decoded: give quantized weights among the others, as they are decoded.
+    """
+    stored: dict[str, Stored] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is no dict
+                W = opened.get_tensor(name)
+                if name in linear and W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0):
+                    stored[name] = ENCODERS[storage](W)
+                    if decoded:
+                        rest[name] = stored.pop(name).decode(dtype)
+                else:
+                    rest[name] = W.to(dtype)
+    return stored, rest
+
+
+def linear_weights(model_class: Any, config: Any) -> set[str]:
+    """The weights of the linear layers of a model of this class, without the output head."""
+    with torch.device("meta"):
+        model = model_class(config)
+    head = model.get_output_embeddings()
+    return {f"{name}.weight" for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+
+
+def put_stored(model: nn.Module, found: Mapping[str, Stored], dtype: torch.dtype, left: Iterable[str] = ()) -> Kept:
+    """Replace every module whose weight is in `found`, by the parameter's name, and those that share it.
+
+    Where one of them is no plain linear layer or embedding, the weight is decoded into `dtype` instead. left: what
+    could not be stored so to begin with.
+    """
+    kept = Kept(left=list(left))
+    holders: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            holders.setdefault(id(child._parameters.get("weight")), []).append((parent, name, child))
+    for name, stored in found.items():
+        weight = model.get_parameter(name)
+        places = holders.get(id(weight), [])
+        if not places or not all(type(child) in (nn.Linear, nn.Embedding) for _, _, child in places):
+            weight.data = stored.decode(dtype)
+            kept.left.append(name)
+            continue
+        for parent, own, child in places:
+            setattr(parent, own, _quantized(child, stored, dtype))
+        kept.ways[stored.name] += 1
+        kept.nbytes += stored.nbytes
+    return kept
+
+
+def _quantized(module: nn.Module, stored: Stored, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        assert isinstance(stored, Blocks), "only files of blocks hold embeddings so"
+        return QuantizedEmbedding(stored, dtype, module.padding_idx)
+    assert isinstance(module, nn.Linear)
+    return QuantizedLinear(stored, dtype, module.bias)
