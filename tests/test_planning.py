@@ -16,6 +16,7 @@ from lorafit import rates
 from lorafit.config import PlanConfig
 from lorafit.errors import ConfigError
 from lorafit.planning import plan
+from lorafit.units import format_bytes
 from tests import tiny
 
 LLAMA_70B = {
@@ -136,3 +137,18 @@ def test_the_share_that_training_reaches_is_that_of_the_model_nearest_in_width()
     assert RATES.mfu_of("bf16", 100) == 0.5
     assert RATES.mfu_of("bf16", 2048) == 0.7
     assert RATES.mfu_of("int8", 2048) is None
+
+
+def test_the_page_holds_all_that_is_printed_and_a_bar_for_every_part_of_memory(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "model")
+    rates.keep(2, RATES)
+    target = tmp_path / "plan.html"
+    found, printed = planned(str(tmp_path / "model"), threads=2, rows=100, html=str(target))
+    page = target.read_text(encoding="utf-8")
+    for run in found["runs"]:
+        for part, count in run["memory"].items():
+            assert f'title="{part} {format_bytes(count)}"' in page
+    assert page.count("<h2>") == 6
+    assert found["advice"] in page and "40% assumed" in page
+    for cell in ("the whole run", "lora, r = 256", "GGUF Q4_K_M", "bits a parameter"):
+        assert cell in printed and cell in page

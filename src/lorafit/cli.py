@@ -174,7 +174,7 @@ def plan(given: dict[str, Any], as_json: JSON = False) -> None:
 
     lorafit plan ./llama-3.2-1b --seq-len 1024 --rows 5000 --epochs 2 --memory 8GiB
 
-    lorafit plan ./llama-3-70b --calibrate        (its config.json alone will do)
+    lorafit plan ./llama-3-70b --html plan.html        (its config.json alone will do)
     """
     resolved, _ = build(PlanConfig, {}, given)
 

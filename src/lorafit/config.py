@@ -254,6 +254,8 @@ class PlanConfig(Frozen):
     """Price of a kWh, to predict its cost."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
+    html: str | None = None
+    """Write the plan as a page to this file, with a picture of each run's memory."""
     calibrate: bool = False
     """Measure first how fast this machine trains, in about half a minute; kept for later plans."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from lorafit import files
 from lorafit import rates as machine_rates
 from lorafit.config import PlanConfig, TrainConfig, parse_bytes
 from lorafit.errors import ConfigError
@@ -28,9 +29,12 @@ from lorafit.plan.forecast import (
     step_flop,
     ways,
 )
+from lorafit.plan.show import page, print_plan
 from lorafit.plan.storage import sizes
 from lorafit.rates import Rates
-from lorafit.units import format_bytes, format_count, format_flop, format_seconds, format_share
+
+# What of the settings is told beside the figures.
+SHOWN = {"r", "batch_size", "seq_len", "loss_share", "rows", "epochs", "watts", "price"}
 
 
 def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any]:
@@ -51,7 +55,10 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     runs = [forecast(spec, config.r, shape, name, limit, rates, storage) for name, storage in ways(spec)]
     found = _as_json(config, spec, shape, rates, threads, limit, runs)
     if out is not None:
-        _print(found, config, rates, out)
+        print_plan(found, out)
+    if config.html:
+        files.write_atomic(Path(config.html), page(found))
+        log.print(f"wrote {config.html}", highlight=False)
     return found
 
 
@@ -71,6 +78,7 @@ def _as_json(
     best = fastest(runs)
     return {
         "model": config.model,
+        "settings": config.model_dump(include=SHOWN),
         "architecture": spec.architecture,
         "parameters": spec.parameters,
         "parts": by_part(spec),
@@ -90,6 +98,7 @@ def _as_json(
             "memory_bytes": limit,
             "flop_per_s": dict(rates.flop_per_s),
             "mfu": {name: rates.mfu_of(name, spec.hidden) for name in PRECISIONS},
+            "assumed_mfu": ASSUMED_MFU,
         },
         "types": TYPES,
         "steps": steps,
@@ -143,127 +152,3 @@ def _command(config: PlanConfig, best: Forecast) -> str:
         *memory,
     ]
     return " ".join(parts)
-
-
-# --- for people -----------------------------------------------------------------------------------------------------
-
-
-def _print(found: dict[str, Any], config: PlanConfig, rates: Rates, out: Console) -> None:
-    stored = ", ".join(found["stored_as"]) or "nothing but a config"
-    out.print(
-        f"[bold]{found['model']}[/bold]: {found['architecture']}, {format_count(found['parameters'])} parameters, "
-        f"stored as {stored} ({format_bytes(found['weight_bytes'])})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    _print_parts(found, out)
-    _print_sizes(found, out)
-    _print_trainable(found, out)
-    _print_flop(found, config, rates, out)
-    _print_runs(found, config, out)
-    if found["advice"]:
-        out.print(f"\nThe fastest that fits:\n  {found['advice']}", highlight=False, markup=False)
-    else:
-        out.print("\nNone of these fits. Lower --seq-len or --batch-size, or give more --memory.", style="yellow")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _head(text: str, out: Console) -> None:
-    out.print(f"\n{text}", highlight=False, soft_wrap=True, style="bold")
-
-
-def _print_parts(found: dict[str, Any], out: Console) -> None:
-    _head("Parameters", out)
-    table = _table("part", "count", "share")
-    for part, count in found["parts"].items():
-        if count:
-            name = f"{part} (and the output head)" if part == "embeddings" and found["tied"] else part
-            table.add_row(name, format_count(count), format_share(count, found["parameters"]))
-    out.print(table)
-
-
-def _print_sizes(found: dict[str, Any], out: Console) -> None:
-    _head("Size of the model in each type", out)
-    table = _table("type", "size", "bits a parameter")
-    for size in found["sizes"]:
-        table.add_row(size["name"], format_bytes(size["nbytes"]), f"{size['bits']:.2f}")
-    out.print(table)
-
-
-def _print_trainable(found: dict[str, Any], out: Console) -> None:
-    _head("What would be trained", out)
-    table = _table("method", "parameters", "share", "adapter file")
-    table.add_column("")
-    for one in found["trainable"]:
-        if one["impossible"]:
-            table.add_row(one["method"], "-", "-", "-", one["impossible"], style="dim")
-            continue
-        file = "a whole model" if one["file_bytes"] is None else format_bytes(one["file_bytes"])
-        share = format_share(one["params"], found["parameters"])
-        table.add_row(one["method"], format_count(one["params"]), share, file, "")
-    out.print(table)
-
-
-def _print_flop(found: dict[str, Any], config: PlanConfig, rates: Rates, out: Console) -> None:
-    flop = found["flop_per_token"]
-    out.print(
-        f"\nOperations a token, in rows of {format_count(config.seq_len)}: forward {format_flop(flop['forward'])}, "
-        f"LoRA of rank {config.r} {format_flop(flop['lora'])} (full fine-tuning {format_flop(flop['full'])}); "
-        f"attention is {flop['attention_share']:.1%} of it",
-        highlight=False,
-    )
-    if not rates.flop_per_s:
-        out.print("This machine was not measured yet: add --calibrate, or train once", style="yellow", highlight=False)
-        return
-    _head(f"This machine, {found['machine']['threads']} threads", out)
-    table = _table("type", "measured", "of it reached in training")
-    for name, rate in rates.flop_per_s.items():
-        known = found["machine"]["mfu"][name]
-        reached = f"{ASSUMED_MFU[name]:.0%} assumed" if known is None else f"{known:.0%}"
-        table.add_row(name, f"{format_flop(rate)}/s", reached)
-    out.print(table)
-
-
-def _print_runs(found: dict[str, Any], config: PlanConfig, out: Console) -> None:
-    shape = f"{config.batch_size} rows of {format_count(config.seq_len)} tokens a step, rank {config.r}"
-    columns = ["precision", "peak memory", "a step", "tokens/s"]
-    columns += ["the whole run"] if found["steps"] else []
-    columns += ["kWh"] if config.watts else []
-    columns += ["cost"] if config.price else []
-    _head(f"Training with {shape}, in {format_bytes(found['machine']['memory_bytes'])}", out)
-    table = _table(*columns, "")
-    for run in found["runs"]:
-        cells = [_way(run), format_bytes(run["peak_bytes"]), _seconds(run["step_s"])]
-        cells.append("-" if run["tokens_per_s"] is None else format_count(round(run["tokens_per_s"])))
-        cells += [_seconds(run["train_s"])] if found["steps"] else []
-        cells += ["-" if run["energy_kwh"] is None else f"{run['energy_kwh']:.3f}"] if config.watts else []
-        cells += ["-" if run["cost"] is None else f"{run['cost']:.3f}"] if config.price else []
-        table.add_row(*cells, _how(run))
-    out.print(table)
-    for name, types in found["types"].items():
-        out.print(f"  {name}: {types}", style="dim", highlight=False, soft_wrap=True)
-    out.print("  Memory, part by part:", style="dim", highlight=False)
-    for run in found["runs"]:
-        parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in run["memory"].items())
-        out.print(f"  {_way(run)}: {parts}", style="dim", highlight=False, soft_wrap=True)
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else format_seconds(value)
-
-
-def _way(run: dict[str, Any]) -> str:
-    return machine_rates.way(run["precision"], run["base_storage"])
-
-
-def _how(run: dict[str, Any]) -> str:
-    if not run["fits"]:
-        return "does not fit"
-    return "with layers recomputed" if run["recompute"] else ""

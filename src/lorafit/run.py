@@ -129,6 +129,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         _remember_speed(result, inputs.spec, config)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
+            "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,
             "rows_left_out": data.bad_rows,
             "left_out": list(data.bad),

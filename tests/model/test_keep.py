@@ -140,8 +140,11 @@ def test_a_hugging_face_model_is_quantized_while_it_is_read(storage: str, hf_of:
         linears = {name: module for name, module in linears.items() if name not in narrow}
     assert kept.kept is not None and kept.kept.ways == {storage: len(linears)}
     assert type(kept.model.lm_head) is nn.Linear and type(kept.model.get_input_embeddings()) is nn.Embedding
+    assert f"changes them by {np.mean(list(kept.kept.errors.values())):.1%} of their norm" in kept.kept.describe()
     for name, module in linears.items():
         expected = ENCODERS[storage](module.weight.detach())
+        change = (expected.decode(torch.float32) - module.weight.detach()).norm() / module.weight.detach().norm()
+        assert kept.kept.errors[f"{name}.weight"] == pytest.approx(float(change))
         module.weight.data = expected.decode(torch.float32)
         assert torch.equal(kept.model.get_submodule(name).weight, module.weight)
     ids = torch.arange(24).view(2, 12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,24 @@ ENCODERS = {"nf4": to_nf4, "int8": to_int8}
 
 @dataclass
 class Kept:
-    """What stays in fewer bits. ways: matrices stored in each way. left: names of those that do not."""
+    """What stays in fewer bits. ways: matrices stored in each way. left: names of those that do not.
+
+    errors: of matrices that were quantized here, |W - W'| / |W| in the Frobenius norm, by name.
+    """
 
     ways: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
     left: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line."""
         ways = ", ".join(f"{count} matrices in {name}" for name, count in sorted(self.ways.items()))
         line = f"the base stays in fewer bits: {ways} ({format_bytes(self.nbytes)})"
+        if self.errors:
+            worst = max(self.errors, key=lambda name: self.errors[name])
+            mean = sum(self.errors.values()) / len(self.errors)
+            line += f", which changes them by {mean:.1%} of their norm, {worst} most ({self.errors[worst]:.1%})"
         return f"{line}; {len(self.left)} do not: {listed(self.left, 2)}" if self.left else line
 
 
@@ -44,25 +52,32 @@ def placeholder(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
 
 def quantized_tensors(
     files: Sequence[Path], linear: set[str], storage: str, dtype: torch.dtype, decoded: bool
-) -> tuple[dict[str, Stored], dict[str, torch.Tensor]]:
-    """The weights named in `linear`, quantized, and all other tensors of safetensors files in `dtype`.
+) -> tuple[dict[str, Stored], dict[str, torch.Tensor], dict[str, float]]:
+    """The weights named in `linear`, quantized, all other tensors of safetensors files in `dtype`, and `Kept.errors`.
 
     Read one by one, so that the whole model is never in memory. A width that nf4's blocks do not divide is left alone.
     decoded: give quantized weights among the others, as they are decoded.
     """
     stored: dict[str, Stored] = {}
     rest: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # it is no dict
                 W = opened.get_tensor(name)
                 if name in linear and W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0):
                     stored[name] = ENCODERS[storage](W)
+                    errors[name] = _change(W, stored[name])
                     if decoded:
                         rest[name] = stored.pop(name).decode(dtype)
                 else:
                     rest[name] = W.to(dtype)
-    return stored, rest
+    return stored, rest, errors
+
+
+def _change(W: torch.Tensor, stored: Stored) -> float:
+    size = float(W.float().norm())
+    return float((stored.decode(torch.float32) - W).norm()) / size if size else 0.0
 
 
 def linear_weights(model_class: Any, config: Any) -> set[str]:
@@ -73,13 +88,12 @@ def linear_weights(model_class: Any, config: Any) -> set[str]:
     return {f"{name}.weight" for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
 
 
-def put_stored(model: nn.Module, found: Mapping[str, Stored], dtype: torch.dtype, left: Iterable[str] = ()) -> Kept:
+def put_stored(model: nn.Module, found: Mapping[str, Stored], dtype: torch.dtype, kept: Kept) -> None:
     """Replace every module whose weight is in `found`, by the parameter's name, and those that share it.
 
-    Where one of them is no plain linear layer or embedding, the weight is decoded into `dtype` instead. left: what
-    could not be stored so to begin with.
+    Where one of them is no plain linear layer or embedding, the weight is decoded into `dtype` instead. Counts in
+    `kept`.
     """
-    kept = Kept(left=list(left))
     holders: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -95,7 +109,6 @@ def put_stored(model: nn.Module, found: Mapping[str, Stored], dtype: torch.dtype
             setattr(parent, own, _quantized(child, stored, dtype))
         kept.ways[stored.name] += 1
         kept.nbytes += stored.nbytes
-    return kept
 
 
 def _quantized(module: nn.Module, stored: Stored, dtype: torch.dtype) -> nn.Module:

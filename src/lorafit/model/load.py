@@ -96,7 +96,9 @@ def _load_gguf(spec: ModelSpec, dtype: torch.dtype, storage: str) -> Loaded:
 
     model, info = _explained(spec, "weights", read)
     _check_keys(spec, info)
-    return Loaded(model, _tokenizer(spec, header), spec, put_stored(model, blocks, dtype) if keep else None)
+    kept = Kept()
+    put_stored(model, blocks, dtype, kept)
+    return Loaded(model, _tokenizer(spec, header), spec, kept if keep else None)
 
 
 def _from_tensors(
@@ -143,15 +145,16 @@ def _load_quantized(
 
     def read() -> Any:
         linear = linear_weights(model_class, config)
-        stored, rest = quantized_tensors(weights, linear, storage, dtype, decoded)
-        return stored, sorted(linear - stored.keys()), *_from_tensors(model_class, config, stored, rest, dtype)
+        stored, rest, errors = quantized_tensors(weights, linear, storage, dtype, decoded)
+        kept = Kept(left=sorted(linear - stored.keys()), errors=errors)
+        return stored, kept, *_from_tensors(model_class, config, stored, rest, dtype)
 
-    stored, left, model, info = _explained(spec, "weights", read)
+    stored, kept, model, info = _explained(spec, "weights", read)
     if not stored and not decoded:
         raise _not_so(spec, storage, "has no linear layer that can be stored so", "Leave it out")
     _check_keys(spec, info)
-    kept = None if decoded else put_stored(model, stored, dtype, left)
-    return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec, kept)
+    put_stored(model, stored, dtype, kept)
+    return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec, None if decoded else kept)
 
 
 def _hf_tokenizer(spec: ModelSpec, trust_remote_code: bool) -> PreTrainedTokenizerBase:

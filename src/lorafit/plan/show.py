@@ -1,0 +1,182 @@
+"""A plan for people: the same sections on the terminal and on a page. found: what `planning.plan` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorafit.rates import way
+from lorafit.units import format_bytes, format_count, format_flop, format_seconds, format_share
+
+PAGE = Path(__file__).parent / "page.html.jinja"
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table. columns: their heads, the first to the left, numbers to the right. notes: lines below it.
+
+    remarks: a word on each row, such as why it is impossible; empty strings where there is none.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def headline(found: Found) -> str:
+    """The model in one line."""
+    stored = ", ".join(found["stored_as"]) or "nothing but a config"
+    size = format_bytes(found["weight_bytes"])
+    return f"{found['architecture']}, {format_count(found['parameters'])} parameters, stored as {stored} ({size})"
+
+
+def advice(found: Found) -> str:
+    """What to type, or what to change."""
+    if found["advice"]:
+        return f"The fastest that fits:\n  {found['advice']}"
+    return "None of these fits. Lower --seq-len or --batch-size, or give more --memory."
+
+
+def sections(found: Found) -> list[Section]:
+    """All tables, in their order."""
+    makers = (_parts, _sizes, _trainable, _operations, _runs)
+    return [make(found) for make in makers]
+
+
+def _parts(found: Found) -> Section:
+    def name(part: str) -> str:
+        return f"{part} (and the output head)" if part == "embeddings" and found["tied"] else part
+
+    rows = [
+        (name(part), format_count(count), format_share(count, found["parameters"]))
+        for part, count in found["parts"].items()
+        if count
+    ]
+    return Section("Parameters", ("part", "count", "share"), rows)
+
+
+def _sizes(found: Found) -> Section:
+    rows = [(size["name"], format_bytes(size["nbytes"]), f"{size['bits']:.2f}") for size in found["sizes"]]
+    return Section("Size of the model in each type", ("type", "size", "bits a parameter"), rows)
+
+
+def _trainable(found: Found) -> Section:
+    def row(one: Found) -> tuple[str, ...]:
+        if one["impossible"]:
+            return (one["method"], "-", "-", "-")
+        file = "a whole model" if one["file_bytes"] is None else format_bytes(one["file_bytes"])
+        return (one["method"], format_count(one["params"]), format_share(one["params"], found["parameters"]), file)
+
+    columns = ("method", "parameters", "share", "adapter file")
+    remarks = [one["impossible"] or "" for one in found["trainable"]]
+    return Section("What would be trained", columns, [row(one) for one in found["trainable"]], remarks)
+
+
+def _operations(found: Found) -> Section:
+    flop, at, machine = found["flop_per_token"], found["settings"], found["machine"]
+    note = (
+        f"Operations a token, in rows of {format_count(at['seq_len'])}: forward {format_flop(flop['forward'])}, "
+        f"LoRA of rank {at['r']} {format_flop(flop['lora'])} (full fine-tuning {format_flop(flop['full'])}); "
+        f"attention is {flop['attention_share']:.1%} of it"
+    )
+
+    def reached(name: str) -> str:
+        known = machine["mfu"][name]
+        return f"{machine['assumed_mfu'][name]:.0%} assumed" if known is None else f"{known:.0%}"
+
+    rows = [(name, f"{format_flop(rate)}/s", reached(name)) for name, rate in machine["flop_per_s"].items()]
+    unknown = [] if rows else ["This machine was not measured yet: add --calibrate, or train once"]
+    columns = ("type", "measured", "of it reached in training")
+    return Section(f"This machine, {machine['threads']} threads", columns, rows, notes=[note, *unknown])
+
+
+def _runs(found: Found) -> Section:
+    at = found["settings"]
+    cells: dict[str, Callable[[Found], str]] = {
+        "precision": way_of,
+        "peak memory": lambda run: format_bytes(run["peak_bytes"]),
+        "a step": lambda run: _or_dash(run["step_s"], format_seconds),
+        "tokens/s": lambda run: _or_dash(run["tokens_per_s"], lambda value: format_count(round(value))),
+    }
+    if found["steps"]:
+        cells["the whole run"] = lambda run: _or_dash(run["train_s"], format_seconds)
+    if at["watts"]:
+        cells["kWh"] = lambda run: _or_dash(run["energy_kwh"], lambda value: f"{value:.3f}")
+    if at["price"]:
+        cells["cost"] = lambda run: _or_dash(run["cost"], lambda value: f"{value:.3f}")
+    shape = f"{at['batch_size']} rows of {format_count(at['seq_len'])} tokens a step, rank {at['r']}"
+    return Section(
+        f"Training with {shape}, in {format_bytes(found['machine']['memory_bytes'])}",
+        tuple(cells),
+        [tuple(cell(run) for cell in cells.values()) for run in found["runs"]],
+        [_remark(run) for run in found["runs"]],
+        [f"{name}: {types}" for name, types in found["types"].items()],
+    )
+
+
+def way_of(run: Found) -> str:
+    """How a run computes and stores its base, as `bf16` or `bf16, keep`."""
+    return way(run["precision"], run["base_storage"])
+
+
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    return "-" if value is None else text(value)
+
+
+def _remark(run: Found) -> str:
+    if not run["fits"]:
+        return "does not fit"
+    return "with layers recomputed" if run["recompute"] else ""
+
+
+# --- on a terminal, and on a page -----------------------------------------------------------------------------------
+
+
+def print_plan(found: Found, out: Console) -> None:
+    """Everything, on a terminal."""
+    out.print(f"[bold]{found['model']}[/bold]: {headline(found)}", highlight=False, soft_wrap=True)
+    for section in sections(found):
+        _print_section(section, out)
+    out.print("  Memory, part by part:", style="dim", highlight=False)
+    for run in found["runs"]:
+        parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in run["memory"].items())
+        out.print(f"  {way_of(run)}: {parts}", style="dim", highlight=False, soft_wrap=True)
+    out.print(f"\n{advice(found)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_section(section: Section, out: Console) -> None:
+    out.print(f"\n{section.title}", highlight=False, soft_wrap=True, style="bold")
+    if section.rows:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for number, column in enumerate(section.columns):
+            table.add_column(column, justify="right" if number else "left")
+        table.add_column("")
+        remarks = section.remarks or [""] * len(section.rows)
+        for row, remark in zip(section.rows, remarks, strict=True):
+            table.add_row(*row, remark, style="dim" if row[1] == "-" else "")
+        out.print(table)
+    for note in section.notes:
+        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+
+
+def page(found: Found) -> str:
+    """Everything as one HTML page that needs nothing else, with a picture of each run's memory."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["bytes"] = format_bytes
+    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    limit = found["machine"]["memory_bytes"]
+    scale = max(limit, *(run["peak_bytes"] for run in found["runs"]))
+    return template.render(
+        found=found, headline=headline(found), advice=advice(found), sections=sections(found), way_of=way_of,
+        limit=limit, scale=scale, parts=list(found["runs"][0]["memory"]),
+    )  # fmt: skip
