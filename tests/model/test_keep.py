@@ -19,7 +19,7 @@ from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, plain, prepare
-from lorafit.errors import ConfigError, ModelError
+from lorafit.errors import ConfigError, ModelError, TargetError
 from lorafit.methods import lora
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
@@ -196,6 +196,8 @@ def test_what_cannot_be_kept_is_refused(gguf_of: Callable[..., Path], tmp_path: 
         model_load.load(model_spec.read(str(gguf_of(APART, "Q8_0"))), torch.float32, storage="nf4")
     data = tiny.write_chat(tmp_path / "rows.jsonl", 4)
     settings = {"model": str(gguf_of(APART, "Q8_0")), "data": str(data), "output": str(tmp_path / "run")}
+    with pytest.raises(TargetError, match="cannot be trained in an embedding that stays in Q8_0"):
+        trained({**settings, "template": "chatml", "base_storage": "keep", "add_tokens": ["<call>"]})
     with pytest.raises(ConfigError, match="--precision int8 copies every weight"):
         trained({**settings, "precision": "int8", "base_storage": "keep"})
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorafit.quant import modules
 from lorafit.quant.modules import QuantizedEmbedding, QuantizedLinear, number_count
 from tests.quant.random_blocks import random_blocks
 
@@ -23,6 +24,18 @@ def test_a_linear_layer_gives_what_its_decoded_weight_gives(dtype: torch.dtype, 
     assert torch.equal(expected, layer(x))
     g = torch.randn_like(expected)
     (expected_gx,) = torch.autograd.grad(expected, x, g)
+    (gx,) = torch.autograd.grad(layer(x), x, g)
+    torch.testing.assert_close(gx, expected_gx)
+
+
+def test_a_weight_of_many_rows_is_decoded_in_parts_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = QuantizedLinear(random_blocks("Q8_0", rows=11, width=32, size=0.01), torch.float64)
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 11, dtype=torch.float64)
+    expected = layer(x)
+    (expected_gx,) = torch.autograd.grad(expected, x, g)
+    monkeypatch.setattr(modules, "ROWS_AT_ONCE", 4)
+    torch.testing.assert_close(layer(x), expected)
     (gx,) = torch.autograd.grad(layer(x), x, g)
     torch.testing.assert_close(gx, expected_gx)
 

@@ -17,6 +17,7 @@ from lorafit.errors import TargetError
 from lorafit.lora.adapted import Adapted, SharedState
 from lorafit.lora.base import refusal
 from lorafit.lora.ties import weight_key
+from lorafit.quant.modules import Quantized
 
 
 class TokenRows(Adapted):
@@ -98,8 +99,15 @@ def make_room(model: Any, ids: Sequence[int]) -> int:
     """Give a transformers model rows up to the largest id. Returns how many were added.
 
     A new row is the mean of all that were there, in float32: what the model knows of a token that it never saw (Hewitt
-    2021, Initializing New Word Embeddings for Pretrained Language Models). Adapters must not be attached yet.
+    2021, Initializing New Word Embeddings for Pretrained Language Models). Adapters must not be attached yet. Raises
+    TargetError for an embedding in fewer bits.
     """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, Quantized):
+        raise TargetError(
+            f"rows of single tokens cannot be trained in an embedding that stays in {embedding.stored.name}",
+            "Leave out --add-tokens or --base-storage keep",
+        )
     before = int(model.get_input_embeddings().weight.shape[0])
     wanted = max(ids) + 1
     if wanted <= before:

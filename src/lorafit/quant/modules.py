@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lorafit.quant.blocks import Blocks
 from lorafit.quant.stored import Stored
 
+# Rows of a weight that are decoded together: more than most layers have, less than most vocabularies.
+ROWS_AT_ONCE = 1 << 14
+
 
 class Quantized(nn.Module):
     """A module with one frozen weight in fewer bits. dtype: in which it is decoded.
@@ -69,7 +72,7 @@ class QuantizedLinear(Quantized):
         """x: (..., in_features). Returns (..., out_features)."""
         if self.dense is not None:
             return F.linear(x, self.dense, self.bias)
-        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, self.stored, self.dtype)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -97,13 +100,19 @@ class QuantizedEmbedding(Quantized):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, with W decoded again for the gradient instead of kept."""
+    """x W^T, with W decoded again for the gradient instead of kept; an output head a part of its rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
-        ctx.module = module
-        return F.linear(x, module.weight.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, stored: Stored, dtype: torch.dtype) -> Tensor:
+        ctx.stored, ctx.dtype = stored, dtype
+        parts = [F.linear(x, W.to(x.dtype)) for _, W in stored.decoded_parts(ROWS_AT_ONCE, dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g @ ctx.module.weight.to(g.dtype), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        parts = ctx.stored.decoded_parts(ROWS_AT_ONCE, ctx.dtype)
+        rows, W = next(parts)
+        gx = g[..., rows] @ W.to(g.dtype)
+        for rows, W in parts:
+            gx += g[..., rows] @ W.to(g.dtype)
+        return gx, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -47,6 +47,12 @@ class Stored(ABC):
     def shape(self) -> tuple[int, int]:
         """(rows, width)."""
         return len(self.data), self.width
+
+    def decoded_parts(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """W, so many rows at a time: which, and those decoded."""
+        for first in range(0, len(self.data), rows):
+            part = slice(first, min(first + rows, len(self.data)))
+            yield part, self.part(part).decode(dtype)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """W: (rows, width), each number rounded once from float32 to dtype."""
