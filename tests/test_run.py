@@ -233,6 +233,8 @@ def test_a_run_tells_later_ones_how_long_they_will_take(
     settings = {**inputs, "epochs": 4, "shuffle": False}  # 12 steps; every epoch the same ones
     first, printed = run({**settings, "output": str(tmp_path / "first")})
     assert first["predicted_train_s"] is None and "predicted time" not in printed
+    # What trains a part of the layers says nothing of the whole, and is not remembered.
+    run({**settings, "output": str(tmp_path / "part"), "layers": "last:1"})
     second, printed = run({**settings, "output": str(tmp_path / "second"), "epochs": 8})
     assert second["predicted_train_s"] > 0
     assert "predicted time: " in printed and "tokens/s, predicted " in printed

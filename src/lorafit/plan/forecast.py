@@ -21,7 +21,7 @@ TYPES = {
 # Where no run has told yet what share of the machine's rate training reaches, and what is left of it where weights
 # are decoded for each product.
 ASSUMED_MFU = {"fp32": 0.40, "bf16": 0.50, "int8": 0.35}
-DECODING = 0.8
+DECODING = 0.9
 J_PER_KWH = 3.6e6
 
 
@@ -118,8 +118,16 @@ def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recomput
     if not rate:
         return None
     done = flop.total + (flop.forward if recompute else 0)
-    assumed = ASSUMED_MFU[precision] * (1 if storage == "auto" else DECODING)
-    return done / (rate * (rates.mfu_of(way(precision, storage), spec.hidden) or assumed))
+    return done / (rate * _reached(spec, precision, storage, rates))
+
+
+def _reached(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float:
+    """The share of the machine's rate that training reaches: as it was measured, else as weights in 16 bits reach it."""
+    own = rates.mfu_of(way(precision, storage), spec.hidden)
+    if own:
+        return own
+    plain = rates.mfu_of(precision, spec.hidden) or ASSUMED_MFU[precision]
+    return plain * (1 if storage == "auto" else DECODING)
 
 
 def fastest(forecasts: list[Forecast]) -> Forecast | None:
