@@ -122,7 +122,7 @@ def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recomput
 
 
 def _reached(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float:
-    """The share of the machine's rate that training reaches: as it was measured, else as weights in 16 bits reach it."""
+    """The share of the machine's rate that training reaches: measured, else what weights in 16 bits reach."""
     own = rates.mfu_of(way(precision, storage), spec.hidden)
     if own:
         return own
