@@ -1,6 +1,7 @@
 """Tables in Markdown out of results: `python table.py [FILE ...]`.
 
-`python table.py --write` puts those of CURRENT between the marks in README.md here, and a summary into the project's.
+`python table.py --write` puts those of CURRENT between the marks in README.md here, a summary into the project's, and
+the precisions into docs/precision.md.
 """
 
 from __future__ import annotations
@@ -45,9 +46,14 @@ def main() -> None:
 
 
 def generated() -> dict[Path, str]:
-    """Both READMEs as they should be."""
+    """Both READMEs, and the page on precisions, as they should be."""
     whole = tables(CURRENT) + "\n\n### growth\n\n" + growth_table(json.loads(GROWTH.read_text()))
-    texts = {HERE / "README.md": whole, HERE.parents[1] / "README.md": summary(json.loads(CURRENT.read_text()))}
+    result, top = json.loads(CURRENT.read_text()), HERE.parents[1]
+    texts = {
+        HERE / "README.md": whole,
+        top / "README.md": summary(result),
+        top / "docs/precision.md": precisions(result),
+    }
     return {path: between_marks(path.read_text(), text) for path, text in texts.items()}
 
 
@@ -115,6 +121,17 @@ def summary(result: dict[str, Any]) -> str:
         cells += [f"{spread(runs[plain], key)}, {plain}" if plain in runs else "-"]
         cells += [ratio(medians.get(plain), medians[ours])]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def precisions(result: dict[str, Any]) -> str:
+    """What each precision takes, and how good the adapter is, on the first work."""
+    runs = grouped("chat12", [run for run in result["runs"] if run["work"] == "chat12"])
+    lines = ["| precision | training, s | peak, GB | loss afterwards, per seed |", "|---|---|---|---|"]
+    for engine, own in runs.items():
+        if ENGINES[engine].kind == "lorafit":
+            cells = [ENGINES[engine].mode, spread(own, "train_s"), peak(own), listed(own, "eval_loss")]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
