@@ -21,6 +21,7 @@ from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, plain, prepare
 from lorafit.errors import ConfigError, ModelError, TargetError
 from lorafit.methods import lora
+from lorafit.model import gguf_tensors
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.model.keep import ENCODERS
@@ -87,10 +88,7 @@ def test_the_engine_gives_the_bits_of_the_decoded_model_in_bf16(name: str, gguf_
     )
     assert expected.keys() == got.keys() and len(got) > 14
     for key, value in expected.items():
-        if key == "loss":
-            torch.testing.assert_close(got[key], value)
-        else:
-            assert torch.equal(got[key], value), key
+        assert torch.equal(got[key], value), key
 
 
 def test_the_engine_agrees_with_plain_autograd_in_fp32(gguf_of: Callable[..., Path]) -> None:
@@ -163,6 +161,17 @@ def test_a_quantized_model_trains_and_its_weights_are_fewer_bytes(hf_of: Callabl
     assert last["loss"] < first["loss"]
 
 
+def test_a_matrix_of_a_file_that_does_not_stay_in_blocks_is_named(
+    gguf_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, own = gguf_of(APART, "Q8_0"), gguf_tensors.kept_blocks
+    name = "model.layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr(gguf_tensors, "kept_blocks", lambda header: {k: b for k, b in own(header).items() if k != name})
+    kept = loaded(path, torch.bfloat16, True)
+    assert kept.kept.left == [name] and f"1 do not: {name}" in kept.kept.describe()
+    assert type(kept.model.get_submodule(name.removesuffix(".weight"))) is nn.Linear
+
+
 def trained(settings: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any], str]:
     heard = io.StringIO()
     config = TrainConfig(**settings)
@@ -180,7 +189,7 @@ def test_a_run_on_blocks_says_so_and_learns_what_a_run_on_decoded_weights_learns
     kept, said = trained({**settings, "output": str(tmp_path / "kept"), "base_storage": "keep"})
     assert "the base stays in fewer bits" in said
     assert kept["total_params"] == whole["total_params"]
-    assert kept["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+    assert kept["train_loss"] == whole["train_loss"]
     adapters = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "kept")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 

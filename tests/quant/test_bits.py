@@ -34,7 +34,6 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype)
     theirs = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
     own = ours.tops().flatten()
     assert ((own - tops).abs() <= (theirs - tops).abs() + torch.finfo(torch.float32).eps * tops.max()).all()
-    assert (ours.scales.flatten() != state.absmax).float().mean() < 0.05
     # What bitsandbytes has encoded is decoded to its bits.
     state.dtype = torch.float32
     same = replace(ours, scales=state.absmax.view_as(ours.scales))
@@ -70,7 +69,8 @@ def test_what_is_decoded_in_parts_is_the_whole(encode: object, monkeypatch: pyte
 
 def test_the_bits_of_a_weight_are_those_of_the_paper() -> None:
     W = weight(512, 4096)
-    assert 8 * to_nf4(W).nbytes / W.numel() == pytest.approx(4.127, abs=5e-4)
+    # 4 bits, 8 for 64 numbers, 32 for 64 x 256 of them, and the mean.
+    assert 8 * to_nf4(W).nbytes / W.numel() == 4 + 8 / 64 + 32 / (64 * 256) + 32 / W.numel()
     assert 8 * to_int8(W).nbytes / W.numel() == 8 + 32 / 4096
 
 

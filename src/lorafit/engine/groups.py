@@ -32,7 +32,7 @@ SAMPLED = slice(None, None, 4)
 class Group:
     """Modules (adapted or plain linear layers), their weights stacked (sum of outs, in), and what computes them.
 
-    W: None where it stays in blocks, or was released.
+    W: None where it stays in fewer bits, or was released.
     """
 
     modules: list[nn.Module]

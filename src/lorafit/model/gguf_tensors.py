@@ -63,6 +63,11 @@ def kept_blocks(header: Header) -> dict[str, Blocks]:
     return {found: mapped(name) for name, found in _names(header).items() if can_stay(header.tensors[name])}
 
 
+def matrices(header: Header) -> list[str]:
+    """Transformers' names of all that has two dimensions or more. Raises ModelError as `state_dict`."""
+    return [found for name, found in _names(header).items() if len(header.tensors[name].shape) > 1]
+
+
 def _names(header: Header) -> dict[str, str]:
     """Tensor -> transformers' name of the parameter. Raises ModelError for one without."""
     names = {name: hf_name(header.architecture, name) for name in header.tensors if name not in NOT_PARAMETERS}

@@ -74,17 +74,19 @@ def load_tokenizer(spec: ModelSpec, trust_remote_code: bool = False) -> PreTrain
 
 def _load_gguf(spec: ModelSpec, dtype: torch.dtype, storage: str) -> Loaded:
     if storage not in ("auto", "keep"):
-        raise _not_so(spec, storage, "is a GGUF file, quantized already", "Give --base-storage keep, or leave it out")
+        raise _not_so(
+            spec, storage, "is a GGUF file, quantized already", "Give --base-storage keep, or leave the flag out"
+        )
     keep = storage == "keep"
     header = gguf_header.read_header(spec.path)
     if reason := gguf_config.unsupported(header):
         if keep:
-            raise _not_so(spec, storage, f"is read by transformers' own loader ({reason})", "Leave it out")
+            raise _not_so(spec, storage, f"is read by transformers' own loader ({reason})", "Leave --base-storage out")
         log.warning("%s: %s is read by transformers' own GGUF loader, which is slower", spec.name, reason)
         return Loaded(_model_by_transformers(spec, dtype), _tokenizer(spec, header), spec)
     blocks = _explained(spec, "weights", lambda: gguf_tensors.kept_blocks(header)) if keep else {}
     if keep and not blocks:
-        raise _not_so(spec, storage, f"holds no matrix in {listed(list(CODECS))}", "Leave it out")
+        raise _not_so(spec, storage, f"holds no matrix in {listed(list(CODECS))}", "Leave --base-storage out")
     if not keep:
         SLABS.reserve(spec.parameters * dtype.itemsize)
     config = gguf_config.config_dict(header)
@@ -96,7 +98,7 @@ def _load_gguf(spec: ModelSpec, dtype: torch.dtype, storage: str) -> Loaded:
 
     model, info = _explained(spec, "weights", read)
     _check_keys(spec, info)
-    kept = Kept()
+    kept = Kept(left=[name for name in gguf_tensors.matrices(header) if name not in blocks])
     put_stored(model, blocks, dtype, kept)
     return Loaded(model, _tokenizer(spec, header), spec, kept if keep else None)
 
@@ -136,10 +138,10 @@ def _load_quantized(
     """Linear layers in nf4 or int8, made from the files tensor by tensor; embeddings, head and norms in `dtype`."""
     if storage == "keep":
         raise _not_so(
-            spec, storage, "is no GGUF file, so it has no blocks to keep", "Give nf4 or int8, or leave it out"
+            spec, storage, "is no GGUF file, so it has no blocks to keep", "Give nf4 or int8, or leave the flag out"
         )
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _not_so(spec, storage, "is built by its own code", "Leave it out")
+        raise _not_so(spec, storage, "is built by its own code", "Leave --base-storage out")
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     weights = [file for file in spec.files if file.suffix == ".safetensors"]
 
@@ -151,7 +153,7 @@ def _load_quantized(
 
     stored, kept, model, info = _explained(spec, "weights", read)
     if not stored and not decoded:
-        raise _not_so(spec, storage, "has no linear layer that can be stored so", "Leave it out")
+        raise _not_so(spec, storage, "has no linear layer that can be stored so", "Leave --base-storage out")
     _check_keys(spec, info)
     put_stored(model, stored, dtype, kept)
     return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec, None if decoded else kept)

@@ -16,6 +16,7 @@ from lorafit.engine.kernels.plain import SILU, Geometry
 from lorafit.engine.kernels.products import LANES, has_low_rank
 from lorafit.quant.bits import Int8, Nf4
 from lorafit.quant.blocks import Blocks
+from lorafit.quant.codecs import CODECS
 from lorafit.quant.stored import Stored
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -37,8 +38,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "decode_nf4": (P, P, N, N, P, N),
     "decode_int8": (P, P, N, N, P, N),
 }
-# The order of `decode` in decode.cpp.
-FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+FORMATS = tuple(CODECS)  # in the order of `decode` in decode.cpp
 
 
 class _CGeometry(ctypes.Structure):
