@@ -89,7 +89,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             _check_same_run(earlier.identity, identity, console)
         print_config(config, source, chosen, console)
 
-        SLABS.reserve(memory.reserved_bytes(inputs.spec, chosen["precision"]))
+        SLABS.reserve(memory.reserved_bytes(inputs.spec, config.r, chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
         loaded = model_load.load(inputs.spec, dtype, config.trust_remote_code, config.base_storage)
         if loaded.kept:

@@ -101,6 +101,10 @@ def test_gated_activation_and_its_gradient(dtype: torch.dtype, kind: int, shape:
     gate, up, gy = both[:, :width], both[:, width:], random(n, width, dtype=dtype, seed=1)
     assert_close(plain.gated(gate, up, kind), native.gated(gate, up, kind))
     assert_close(plain.gated_backward(gy, gate, up, kind), native.gated_backward(gy, gate, up, kind))
+    for one in (plain, native):
+        both, value = one.gated_again(gy, gate, up, kind)
+        assert torch.equal(both, one.gated_backward(gy, gate, up, kind))
+        assert torch.equal(value, one.gated(gate, up, kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

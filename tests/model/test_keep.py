@@ -19,6 +19,7 @@ from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.kernels.products import has_low_rank
 from lorafit.errors import ConfigError, ModelError, TargetError
 from lorafit.methods import lora
 from lorafit.model import gguf_tensors
@@ -82,10 +83,10 @@ def test_every_matrix_stays_in_blocks_and_the_logits_are_bitwise_those_of_the_de
 @pytest.mark.parametrize("name", [TIED, APART])
 def test_the_engine_gives_the_bits_of_the_decoded_model_in_bf16(name: str, gguf_of: Callable[..., Path]) -> None:
     path = gguf_of(name, "Q4_1")
-    expected, got = (
-        loss_and_gradients(prepare(adapted(loaded(path, torch.bfloat16, keep).model), share_prefix=True))
-        for keep in (False, True)
-    )
+    engines = [prepare(adapted(loaded(path, torch.bfloat16, keep).model), share_prefix=True) for keep in (False, True)]
+    assert [engine.dtype for engine in engines] == [torch.bfloat16] * 2
+    assert [engine.ends_early for engine in engines] == [name == APART and has_low_rank()] * 2
+    expected, got = map(loss_and_gradients, engines)
     assert expected.keys() == got.keys() and len(got) > 14
     for key, value in expected.items():
         assert torch.equal(got[key], value), key

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,6 +89,11 @@ class Batch:
             ):
                 if (tokens[0], length) not in prefixes:  # a prefix is no row
                     yield int(rows[0, tokens[0]]), np.concatenate([before, tokens[:length]])
+
+    @property
+    def predicting(self) -> Tensor:
+        """(p,) int64: the flat positions that predict something, each once, in order."""
+        return torch.unique(self.predicts)
 
     @property
     def computed_tokens(self) -> int:

@@ -151,8 +151,13 @@ def same_bits(layer: nn.Module, parts: Parts, arguments: tuple[Any, ...], named:
     return isinstance(expected, Tensor) and torch.equal(expected, forward_of(layer, parts)(*arguments, **named))
 
 
-def forward_of(layer: nn.Module, parts: Parts) -> Callable[..., Any]:
-    """A forward for the layer that is one function where it can be, and what it was before elsewhere."""
+def forward_of(
+    layer: nn.Module, parts: Parts, wanted: Callable[[], Tensor | None] = lambda: None
+) -> Callable[..., Any]:
+    """A forward for the layer that is one function where it can be, and what it was before elsewhere.
+
+    wanted: the places of tokens, (p,) int64, each once, whose output alone is read; others may get zeros. None: all.
+    """
     own = layer.forward
 
     def forward(hidden_states: Tensor, *more: Any, **named: Any) -> Any:
@@ -161,7 +166,7 @@ def forward_of(layer: nn.Module, parts: Parts) -> Callable[..., Any]:
         if not packed or named.get("past_key_values") is not None or any(m.merged for m in parts.adapted):
             return own(hidden_states, *more, **named)
         factors = [factor for group in parts.groups for factor in group.factors_now()]
-        return _Layer.apply(hidden_states, *turn, parts, rows, *factors)  # type: ignore[no-untyped-call, misc]
+        return _Layer.apply(hidden_states, *turn, parts, rows, wanted(), *factors)  # type: ignore[no-untyped-call, misc]
 
     return forward
 
@@ -178,7 +183,14 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, parts: Parts, rows: RowTable, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        parts: Parts,
+        rows: RowTable,
+        wanted: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
         own, run = _by_group(parts, factors), kernels.of(x)
         x, cosine, sine = x[0].contiguous(), cosine[0], sine[0]
@@ -188,48 +200,88 @@ class _Layer(torch.autograd.Function):
         q, k, v = parts.heads_of(qkv.y)
         seen, log_sum = row_kernels.forward(q, k, v, rows, parts.scale, parts.window)
         TALLY.add(attention.row_flop(q, v, rows))
-        o = parts.o.run(seen.flatten(1), own[1])
+        some = _Some(wanted, len(x))
+        o = parts.o.run(some.of(seen.flatten(1)), own[1])
         middle = o.y
-        normal, inverse_2 = parts.norms[1].forward(middle, more=x)
+        normal, inverse_2 = parts.norms[1].forward(middle, more=some.of(x))
         gate_up = parts.gate_up.run(normal, own[2])
         down = parts.down.run(run.gated(*torch.split(gate_up.y, parts.gate_up.outs, dim=1), parts.kind), own[3])
-        ctx.parts, ctx.rows = parts, rows
+        ctx.parts, ctx.rows, ctx.some = parts, rows, some
         ctx.updates = qkv.update, o.update, gate_up.update, down.update
         ctx.save_for_backward(
             x, cosine, sine, inverse_1, qkv.y, seen, log_sum, middle, inverse_2, gate_up.y,
             qkv.h, o.h, gate_up.h, down.h, *factors,
         )  # fmt: skip
-        return down.y.add_(middle)[None]
+        return some.spread(down.y.add_(middle))[None]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         parts: Parts = ctx.parts
+        some: _Some = ctx.some
         updates, ctx.updates = ctx.updates, None  # autograd lets go of saved tensors by itself, of these it does not
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         x, cosine, sine, inverse_1, qkv, seen, log_sum, middle, inverse_2, gate_up, *hs = saved[:14]
-        run, normals = kernels.of(x), [norm.forward for norm in parts.norms]
+        normals = [norm.forward for norm in parts.norms]
         # Nothing below the lowest group that is adapted has a gradient, unless the layer's input has one.
         lowest = -1 if ctx.needs_input_grad[0] else next(n for n, update in enumerate(updates) if update is not None)
         gx, found = None, _Found(parts)
 
-        g, halves = g[0].contiguous(), torch.split(gate_up, parts.gate_up.outs, dim=1)
-        back = found.back(3, g, lambda: run.gated(*halves, parts.kind), hs[3], updates[3], lowest)
+        g, gated = some.of(g[0]).contiguous(), _Gated(gate_up, parts)
+        back = found.back(3, g, gated.value, hs[3], updates[3], lowest)
         if back is not None:
-            back = run.gated_backward(back, *halves, parts.kind)
-            back = found.back(2, back, lambda: normals[1](middle)[0], hs[2], updates[2], lowest)
+            back = found.back(2, gated.back(back), lambda _: normals[1](middle)[0], hs[2], updates[2], lowest)
         if back is not None:
             g = parts.norms[1].back(back, middle, inverse_2, g)
-            back = found.back(1, g, lambda: seen.flatten(1), hs[1], updates[1], lowest)
+            back = found.back(1, g, lambda _: some.of(seen.flatten(1)), hs[1], updates[1], lowest)
         if back is not None:
             g_qkv = workspace.rows(x, *qkv.shape)
             at = parts.scale, parts.window, parts.heads_of(g_qkv)
-            row_kernels.backward(*parts.heads_of(qkv), back.view(seen.shape), log_sum, ctx.rows, *at)
+            g_seen = some.spread(back).view(seen.shape)
+            row_kernels.backward(*parts.heads_of(qkv), g_seen, log_sum, ctx.rows, *at)
             TALLY.add(2 * attention.row_flop(seen, seen, ctx.rows))
             parts.turn_(g_qkv, cosine, sine, inverse=True)
-            back = found.back(0, g_qkv, lambda: normals[0](x)[0], hs[0], updates[0], lowest)
+            back = found.back(0, g_qkv, lambda _: normals[0](x)[0], hs[0], updates[0], lowest)
         if back is not None:
-            gx = parts.norms[0].back(back, x, inverse_1, g)[None]
-        return gx, None, None, None, None, *found.gradients()
+            gx = parts.norms[0].back(back, x, inverse_1, some.spread(g))[None]
+        return gx, None, None, None, None, None, *found.gradients()
+
+
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """The tokens that what follows attention is computed for. places: (p,) int64, or None for all. total: of tokens."""
+
+    places: Tensor | None
+    total: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their rows of x, (total, width)."""
+        return x if self.places is None else x[self.places]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x, a row for each of them, with zeros for all others: (total, width)."""
+        return x if self.places is None else x.new_zeros(self.total, x.shape[1]).index_copy_(0, self.places, x)
+
+
+class _Gated:
+    """A gated activation in the backward pass: its value and its gradients, in one pass where both are wanted."""
+
+    def __init__(self, both: Tensor, parts: Parts) -> None:
+        self.run, self.kind = kernels.of(both), parts.kind
+        self.gate, self.up = torch.split(both, parts.gate_up.outs, dim=1)
+        self.gradients: Tensor | None = None
+
+    def value(self, gy: Tensor | None) -> Tensor:
+        """What it gave. gy: the gradient of that, where it goes on."""
+        if gy is None:
+            return self.run.gated(self.gate, self.up, self.kind)  # type: ignore[no-any-return]
+        self.gradients, y = self.run.gated_again(gy, self.gate, self.up, self.kind)
+        return y
+
+    def back(self, gy: Tensor) -> Tensor:
+        """The gradients of gate and up, side by side."""
+        if self.gradients is None:
+            self.gradients = self.run.gated_backward(gy, self.gate, self.up, self.kind)
+        return self.gradients
 
 
 class _Found:
@@ -243,7 +295,7 @@ class _Found:
         self,
         number: int,
         g: Tensor,
-        x: Callable[[], Tensor],
+        x: Callable[[Tensor | None], Tensor],
         h: Tensor | None,
         update: Any,
         lowest: int,

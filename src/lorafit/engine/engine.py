@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from lorafit.engine import attention, decoder, loss, workspace
 from lorafit.engine.batch import Batch, Bucket, Packing
 from lorafit.engine.groups import Group, Int8Error, calibrate, make_group
-from lorafit.engine.layers import Features, decoder_layers, recompute, untouched_layers
+from lorafit.engine.layers import (
+    Features,
+    decoder_layers,
+    ends_by_token,
+    in_place_of,
+    recompute,
+    untouched_layers,
+)
 from lorafit.engine.patch import Patches, patch_gated_mlps, patch_norms, patch_rotary
 from lorafit.engine.probe import Probe
 from lorafit.errors import ModelError
@@ -36,8 +43,8 @@ class Engine:
     """A model made ready to run fast. packing: how its batches are to be built. notes: what runs slower, and why.
 
     int8_errors: of every group of linear layers, where the precision is int8 and `use_int8` was called.
-    tight: whether memory matters more than time. features: see
-    `keep_features`.
+    tight: whether memory matters more than time. features: see `keep_features`.
+    ends_early: whether what follows the last attention is computed for the tokens alone that predict something.
     prepare_s: what all this took, in seconds.
     """
 
@@ -51,7 +58,9 @@ class Engine:
     tight: bool = False
     prepare_s: float = 0.0
     features: Features | None = None
+    ends_early: bool = False
     _layout: tuple[Bucket, ...] | None = None
+    _wanted: Tensor | None = None
     _configs: list[Any] = field(default_factory=list)
     _stepped: bool = False
 
@@ -67,14 +76,14 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the activations."""
-        return next(self.model.parameters()).dtype
+        """Type of the activations: that of frozen parameters, whatever the adapter's is."""
+        return next(p for p in self.model.parameters() if not p.requires_grad).dtype
 
     def training_loss(self, batch: Batch) -> Tensor:
         """`loss` of rows of the training set, starting from their features where `keep_features` has computed them."""
         if self.features is None:
             return self.loss(batch)
-        with _in_place_of(self.features.forwards(self.model, batch)):
+        with in_place_of(self.features.forwards(self.model, batch)):
             return self.loss(batch)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -84,7 +93,7 @@ class Engine:
             moved = {name: value.to(device) for name in MOVED if (value := getattr(batch, name)) is not None}
             batch = dataclasses.replace(batch, **moved)
         compute = loss.chunked_loss if self.chunked else loss.whole_loss
-        with self._running(batch):
+        with self._in_force(batch.layout, batch.predicting):
             return compute(self.model, batch)
 
     def use_int8(self, batch: Batch, release: bool = False) -> None:
@@ -124,13 +133,18 @@ class Engine:
     def recompute_layers(self) -> None:
         """Keep only each layer's input for the backward pass from now on."""
         for layer in decoder_layers(self.model)[1]:
-            self.patches.set(layer, recompute(layer, lambda: partial(self._running_again, self._layout)))
+            self.patches.set(layer, recompute(layer, lambda: partial(self._in_force, self._layout, self._wanted)))
 
     @contextmanager
-    def _running_again(self, layout: tuple[Bucket, ...] | None) -> Iterator[None]:
+    def _in_force(self, layout: tuple[Bucket, ...] | None, wanted: Tensor | None) -> Iterator[None]:
+        before = self._layout, self._wanted
+        self._layout, self._wanted = layout, wanted
         packed = attention.packed(self._configs, layout) if layout is not None else nullcontext()
-        with packed, self.patches.in_force():
-            yield
+        try:
+            with packed, self.patches.in_force():
+                yield
+        finally:
+            self._layout, self._wanted = before
 
     def release_weights(self) -> None:
         """Free the stored weights that a product has its own copy of. Afterwards only this engine can run the model."""
@@ -155,27 +169,6 @@ class Engine:
         self.patches.undo()
         if getattr(self.model, ATTRIBUTE, None) is self:
             delattr(self.model, ATTRIBUTE)
-
-    @contextmanager
-    def _running(self, batch: Batch) -> Iterator[None]:
-        self._layout = batch.layout
-        with self._running_again(batch.layout):
-            yield
-
-
-@contextmanager
-def _in_place_of(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
-    try:
-        for module, forward in forwards:
-            module.forward = forward
-        yield
-    finally:
-        for module, own in before:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
 
 
 def plain(model: nn.Module) -> Engine:
@@ -222,19 +215,34 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
 def _fuse_layers(engine: Engine, probe: Probe) -> None:
     """Let every decoder layer be one function, where that gives the same bits for the probe's rows.
 
-    Of layers that are built alike, with one window, one is tried.
+    Of layers that are built alike, with one window, one is tried. The last one computes what follows its attention for
+    the tokens alone that predict something, where nothing after it mixes tokens.
     """
-    like, tried = next(engine.model.parameters()), dict[object, bool]()
+    like = torch.empty(0, dtype=engine.dtype, device=next(engine.model.parameters()).device)
+    tried, fused = dict[object, bool](), dict[nn.Module, decoder.Parts]()
     for layer, (arguments, named) in probe.layer_calls.items():
         parts = decoder.parts_of(layer, engine.groups, engine.patches, probe.windows)
         if parts is None or not decoder.served(like, parts):
             continue
         alike = decoder.signature(layer), parts.window
         if alike not in tried:
-            with engine._running(probe.packed):
+            with engine._in_force(probe.packed.layout, None):
                 tried[alike] = decoder.same_bits(layer, parts, arguments, named)
         if tried[alike]:
+            fused[layer] = parts
             engine.patches.set(layer, decoder.forward_of(layer, parts))
+    layers = decoder_layers(engine.model)[1]
+    if layers and all(layer in fused for layer in layers) and _ends_by_token(engine, probe):
+        engine.ends_early = True
+        engine.patches.set(layers[-1], decoder.forward_of(layers[-1], fused[layers[-1]], lambda: engine._wanted))
+
+
+def _ends_by_token(engine: Engine, probe: Probe) -> bool:
+    (like, *_), _ = probe.layer_calls[decoder_layers(engine.model)[1][-1]]
+    with engine._in_force(probe.packed.layout, None):
+        return ends_by_token(
+            engine.model, loss.head_of(engine.model), lambda: loss.run(engine.model, probe.packed), like
+        )
 
 
 @contextmanager

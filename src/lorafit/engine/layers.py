@@ -2,13 +2,14 @@
 
 Below the lowest layer that is adapted nothing changes, so what it is given is the same in every epoch: `Features` keeps
 it on disk, and later forward passes start there. Above, `recompute` keeps a layer's input alone and runs the layer
-again for its gradient (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
+again for its gradient (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost). What the last layer gives is
+wanted for the tokens alone that predict something, where `ends_by_token`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def untouched_layers(model: nn.Module) -> int:
         elif id(parameter) not in in_head:
             return 0
     return lowest if trained else 0
+
+
+@contextmanager
+def in_place_of(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While this holds, these modules have other forwards."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 class Stopped(Exception):  # a signal, not an error
@@ -129,6 +146,32 @@ class Features:
     def _as_output(self, x: Tensor) -> Any:
         """What a layer returns: the tensor, or a tuple that it leads."""
         return x if self.others is None else (x, *[None] * self.others)
+
+
+def ends_by_token(model: nn.Module, head: nn.Module, run: Callable[[], Any], like: Tensor) -> bool:
+    """Whether a token's place before the head depends on the last layer's output for that token and on nothing else.
+
+    run: takes the model over a few tokens. like: what a layer gives for them, (1, tokens, hidden). Layers must return
+    tensors. Their output is replaced: by random numbers once, and once by those of every other token.
+    """
+    whole = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    every_other = torch.arange(like.shape[1], device=like.device) % 2 == 0
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found.append(arguments[0])
+        raise Stopped
+
+    layers = decoder_layers(model)[1]
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        for given in (whole, whole * every_other[:, None]):
+            others = [(layer, lambda *_, given=given, **named: given) for layer in layers]
+            with in_place_of(others), suppress(Stopped):
+                run()
+    finally:
+        handle.remove()
+    return len(found) == 2 and torch.equal(*(hidden[:, every_other] for hidden in found))
 
 
 def recompute(

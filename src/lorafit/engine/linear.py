@@ -89,9 +89,17 @@ class FrozenLinears:
         return Forward(y, h, update)
 
     def back(
-        self, g: Tensor, x: Callable[[], Tensor], h: Tensor | None, update: Update | PackedUpdate | None, wants_gx: bool
+        self,
+        g: Tensor,
+        x: Callable[[Tensor | None], Tensor],
+        h: Tensor | None,
+        update: Update | PackedUpdate | None,
+        wants_gx: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """(gradient of x, gradients of the factors). g: of all outputs, (n, sum of outs). x: what `run` was given."""
+        """(gradient of x, gradients of the factors). g: of all outputs, (n, sum of outs).
+
+        x: what `run` was given, asked for once the gradient of it is known, which it is told.
+        """
         gh, addend = update.backward(g) if update is not None else (None, None)
         gx = None
         if wants_gx:
@@ -99,7 +107,7 @@ class FrozenLinears:
             TALLY.add(2 * gx.numel() * g.shape[1])
         if update is None or gh is None or h is None:
             return gx, []
-        gradients = update.gradients(x(), h, g, gh)
+        gradients = update.gradients(x(gx), h, g, gh)
         of_A, of_B = (sum(gradient.numel() for gradient in gradients[first::2]) for first in (0, 1))
         # Their own, gh = g B, and what gh A adds to gx.
         TALLY.add(2 * g.shape[0] * (of_A + of_B + of_B + (of_A if wants_gx else 0)))
@@ -146,7 +154,7 @@ class _Apply(torch.autograd.Function):
         ctx.update = None  # autograd lets go of saved tensors by itself, of this it does not
         g = _side_by_side(gradients, ctx.group.outs)
         inputs, h = saved[: ctx.inputs], saved[ctx.inputs]
-        gx, own = ctx.group.back(g, lambda: ctx.again(*inputs), h, update, ctx.needs_input_grad[0])
+        gx, own = ctx.group.back(g, lambda _: ctx.again(*inputs), h, update, ctx.needs_input_grad[0])
         return gx, None, None, *own
 
 

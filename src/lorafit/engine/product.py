@@ -186,7 +186,8 @@ SMOOTHING = 0.7  # the share of the difficulty that moves from x to W; 0.5 in th
 
 def _smoothing(W: Tensor, tops: Tensor) -> Tensor:
     """A factor for each column: tops^a / max|W|^(1-a), held away from zero where a column was never used."""
-    largest = W.abs().amax(0).float().clamp_min(1e-6)
+    sizes = torch.abs(W, out=workspace.block(W, *W.shape))  # in memory that was used before
+    largest = sizes.amax(0).float().clamp_min(1e-6)
     tops = tops.float().clamp_min(float(tops.max()) * 1e-4 + 1e-12)
     return tops**SMOOTHING / largest ** (1 - SMOOTHING)
 

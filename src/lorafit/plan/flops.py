@@ -72,19 +72,21 @@ def block_groups(spec: ModelSpec) -> tuple[Group, ...]:
     return tuple(Group(slot, tuple(shapes)) for slot, shapes in found.items() if shapes)
 
 
-def lora_step(spec: ModelSpec, r: int, tokens: int, predicted: int, pairs: int) -> Flop:
+def lora_step(spec: ModelSpec, r: int, tokens: int, predicted: int, pairs: int, ending: int | None = None) -> Flop:
     """A step of LoRA on all linear layers of the blocks, a frozen head, frozen embeddings.
 
     tokens: that go through the blocks. predicted: whose logits are computed. pairs: (query, key) pairs that attention
-    multiplies, summed over the rows. Where nothing below is trained no gradient is computed: the input of the lowest
-    layers has none.
+    multiplies, summed over the rows. ending: tokens that what follows the last attention is computed for, all by
+    default. Where nothing below is trained no gradient is computed: the input of the lowest layers has none.
     """
-    flop = Flop(0, 0, 0)
+    flop, groups = Flop(0, 0, 0), block_groups(spec)
     for layer in range(spec.layers):
-        for number, group in enumerate(block_groups(spec)):
+        for number, group in enumerate(groups):
             if group.name == "o":
                 flop += attention_flop(spec, pairs)
-            flop += _adapted(group, r, tokens, input_has_gradient=layer > 0 or number > 0)
+            ends = ending is not None and layer == spec.layers - 1 and group.name != "qkv"
+            count = ending if ends and ending is not None else tokens
+            flop += _adapted(group, r, count, input_has_gradient=layer > 0 or number > 0)
     head = head_flop(spec, predicted)
     return flop + Flop(head, head, 0)
 
@@ -106,9 +108,9 @@ def attention_flop(spec: ModelSpec, pairs: int) -> Flop:
 
 def full_step(spec: ModelSpec, tokens: int, predicted: int, pairs: int) -> Flop:
     """A step that trains all weights: every product has a gradient of its input and one of its weight."""
-    flop = Flop(0, 0, 0)
+    flop, groups = Flop(0, 0, 0), block_groups(spec)
     for _ in range(spec.layers):
-        for group in block_groups(spec):
+        for group in groups:
             dense = sum(2 * tokens * out * into for out, into in group.shapes)
             flop += Flop(dense, 2 * dense, 0)
         flop += attention_flop(spec, pairs)

@@ -87,7 +87,7 @@ def forecast(
         if estimate.fits(limit):
             break
     estimate, split = min(tried, key=lambda one: one[0].peak_bytes)
-    flop = step_flop(spec, r, shape)
+    flop = step_flop(spec, r, shape, ends_early=precision != "fp32")
     step_s = _seconds(spec, flop, precision, storage, split.recompute, rates)
     return Forecast(
         precision=precision,
@@ -101,10 +101,11 @@ def forecast(
     )
 
 
-def step_flop(spec: ModelSpec, r: int, shape: Shape) -> Flop:
-    """Of one step of LoRA on rows that share nothing."""
+def step_flop(spec: ModelSpec, r: int, shape: Shape, ends_early: bool = False) -> Flop:
+    """Of one step of LoRA on rows that share nothing. ends_early: as the engine does in 16 bits (docs/plan.md)."""
     predicted = round(shape.loss_share * shape.tokens)
-    return lora_step(spec, r, shape.tokens, predicted, causal_pairs([shape.length] * shape.batch))
+    pairs = causal_pairs([shape.length] * shape.batch)
+    return lora_step(spec, r, shape.tokens, predicted, pairs, predicted if ends_early else None)
 
 
 def full_flop(spec: ModelSpec, shape: Shape) -> Flop:

@@ -125,9 +125,12 @@ def _stored_bytes(spec: ModelSpec, storage: str, dtype: str) -> int:
     return linear + bytes_of(spec.parameters - layer_weights + decoded, dtype)
 
 
-def reserved_bytes(spec: ModelSpec, precision: str) -> int:
-    """What is sure to be needed beside the weights: the copies that int8 makes while they are there."""
-    return sum(a * b for a, b in block_weights(spec).values()) if precision == "int8" else 0
+def reserved_bytes(spec: ModelSpec, r: int, precision: str) -> int:
+    """What is sure to be needed beside the weights: while int8 is measured, its copies and the activations of that."""
+    if precision != "int8":
+        return 0
+    copies = sum(a * b for a, b in block_weights(spec).values())
+    return copies + round((1 + WORK) * activation_bytes(spec, r, "bf16", CALIBRATION_TOKENS, recompute=False))
 
 
 def activation_bytes(spec: ModelSpec, r: int, dtype: str, tokens: int, recompute: bool) -> int:

@@ -17,13 +17,13 @@ from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.pack import micro_batches, read_tokens, step_rows
 from lorafit.data.store import Encoded, lengths
 from lorafit.engine import workspace
-from lorafit.engine.batch import Packing
+from lorafit.engine.batch import Batch, Packing
 from lorafit.engine.engine import Engine, prepare
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
-from lorafit.plan.flops import lora_step
+from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.memory import Split, splits
 from lorafit.units import format_bytes, format_count
 
@@ -110,12 +110,18 @@ def expected_s(
     steps = _first_steps(rows, config)
     batches = [b for step in steps for b in micro_batches(rows, step, split.micro_tokens, _packing(config))]
     try:
-        flop = [lora_step(spec, config.r, b.computed_tokens, len(b.predicts), b.attended_pairs) for b in batches]
+        flop = [_operations(spec, config, precision, batch) for batch in batches]
     except ModelError:  # a kind of block whose operations are not known
         return None
     done = sum(one.total + (one.forward if split.recompute else 0) for one in flop)
     total = config.max_steps or -(-len(rows) // config.batch_size) * config.epochs
     return done / len(steps) * total / (known.flop_per_s[precision] * reached)
+
+
+def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Batch) -> Flop:
+    # In 16 bits the engine's last layer ends with the tokens that predict something (`Engine.ends_early`).
+    ending = None if precision == "fp32" else len(batch.predicting)
+    return lora_step(spec, config.r, batch.computed_tokens, len(batch.predicts), batch.attended_pairs, ending)
 
 
 def make_engine(

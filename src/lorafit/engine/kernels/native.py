@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
@@ -122,17 +122,33 @@ def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
 
 def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """See `plain.gated_backward`."""
+    if _is_silu(gate, kind):
+        return _silu_backward(gy, gate, up, None)
     gy, gate, up = _rows(gy), _rows(gate), _rows(up)
-    n, width = gate.shape
-    both = workspace.rows(gate, n, 2 * width)
-    given = (
-        *(gy.data_ptr(), gy.stride(0), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0)),
-        *(both.data_ptr(), n, width),
-    )
-    _silu("silu_gated_backward")(*given) if _is_silu(gate, kind) else _function("gated_backward", gate.dtype)(
-        *given, kind
-    )
+    both = workspace.rows(gate, len(gate), 2 * gate.shape[1])
+    _function("gated_backward", gate.dtype)(*_places(gy, gate, up), both.data_ptr(), *gate.shape, kind)
     return both
+
+
+def gated_again(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """See `plain.gated_again`."""
+    if not _is_silu(gate, kind):
+        return gated_backward(gy, gate, up, kind), gated(gate, up, kind)
+    y = workspace.rows(gate, *gate.shape)
+    return _silu_backward(gy, gate, up, y), y
+
+
+def _silu_backward(gy: Tensor, gate: Tensor, up: Tensor, y: Tensor | None) -> Tensor:
+    gy, gate, up = _rows(gy), _rows(gate), _rows(up)
+    both = workspace.rows(gate, len(gate), 2 * gate.shape[1])
+    outputs = both.data_ptr(), None if y is None else y.data_ptr()
+    _silu("silu_gated_backward")(*_places(gy, gate, up), *outputs, *gate.shape)
+    return both
+
+
+def _places(*tensors: Tensor) -> Iterator[int]:
+    """Of each the address and how far its rows are apart."""
+    return (number for x in tensors for number in (x.data_ptr(), x.stride(0)))
 
 
 def _is_silu(gate: Tensor, kind: int) -> bool:
@@ -145,7 +161,7 @@ def _silu(name: str) -> Callable[..., None]:
     loaded = library()
     assert loaded is not None, "ask available() first"
     function: Callable[..., None] = loaded[name]
-    arguments = (P, N, P, N, P, N, N) if name == "silu_gated" else (P, N, P, N, P, N, P, N, N)
+    arguments = (P, N, P, N, P, N, N) if name == "silu_gated" else (P, N, P, N, P, N, P, P, N, N)
     function.argtypes, function.restype = arguments, None  # type: ignore[attr-defined]  # ctypes' own
     return function
 

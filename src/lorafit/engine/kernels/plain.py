@@ -99,6 +99,11 @@ def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> Tensor:
     return torch.cat([g * up.float() * slope, g * y.detach()], -1).to(gate.dtype)
 
 
+def gated_again(gy: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """What `gated_backward` gives, and what `gated` gave: the factor A behind it needs that once more."""
+    return gated_backward(gy, gate, up, kind), gated(gate, up, kind)
+
+
 def _act(x: Tensor, kind: int) -> Tensor:
     return F.silu(x) if kind == SILU else F.gelu(x, approximate="tanh")
 
