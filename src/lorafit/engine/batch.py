@@ -93,7 +93,8 @@ class Batch:
     @property
     def predicting(self) -> Tensor:
         """(p,) int64: the flat positions that predict something, each once, in order."""
-        return torch.unique(self.predicts)
+        places: Tensor = torch.unique(self.predicts)  # type: ignore[no-untyped-call]
+        return places
 
     @property
     def computed_tokens(self) -> int:

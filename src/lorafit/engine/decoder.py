@@ -274,6 +274,7 @@ class _Gated:
         """What it gave. gy: the gradient of that, where it goes on."""
         if gy is None:
             return self.run.gated(self.gate, self.up, self.kind)  # type: ignore[no-any-return]
+        y: Tensor
         self.gradients, y = self.run.gated_again(gy, self.gate, self.up, self.kind)
         return y
 
