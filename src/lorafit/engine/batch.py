@@ -93,7 +93,7 @@ class Batch:
     @property
     def predicting(self) -> Tensor:
         """(p,) int64: the flat positions that predict something, each once, in order."""
-        places: Tensor = torch.unique(self.predicts)  # type: ignore[no-untyped-call]
+        places: Tensor = torch.unique(self.predicts)
         return places
 
     @property
