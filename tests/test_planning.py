@@ -14,7 +14,10 @@ from rich.console import Console
 
 from lorafit import rates
 from lorafit.config import PlanConfig
-from lorafit.errors import ConfigError
+from lorafit.data.batching import counted, step_rows
+from lorafit.data.example import Chat
+from lorafit.data.mask import encode_all
+from lorafit.errors import ConfigError, ModelError
 from lorafit.planning import plan
 from lorafit.units import format_bytes
 from tests import tiny
@@ -38,9 +41,11 @@ def planned(model: str, **settings: Any) -> tuple[dict[str, Any], str]:
     return found, heard.getvalue()
 
 
-def test_a_plan_needs_neither_torch_nor_transformers_nor_datasets() -> None:
+@pytest.mark.parametrize("with_data", [False, True])
+def test_a_plan_needs_neither_torch_nor_transformers_nor_datasets(with_data: bool, tmp_path: Path) -> None:
+    data = [str(tiny.write_chat(tmp_path / "rows.jsonl"))] if with_data else []
     code = (
-        "import sys; sys.argv = ['lorafit', 'plan', 'smollm2-135m', '--json']\n"
+        f"import sys; sys.argv = ['lorafit', 'plan', 'smollm2-135m', *{data}, '--json']\n"
         "from lorafit.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
@@ -86,6 +91,57 @@ def test_a_machine_that_was_not_measured_is_said_to_be_so(tmp_path: Path) -> Non
     assert all(run["step_s"] is None for run in found["runs"]) and found["advice"]
 
 
+def test_rows_that_are_looked_at_are_planned_as_training_computes_them(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    system = {"role": "system", "content": "Answer in one word, and say nothing that was not asked for."}
+    rows = [tiny.chat_row(f"What is {n}?", "Yes" * (1 + n % 3)) for n in range(40)]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": [system, *row["messages"]]} for row in rows])
+    rates.keep(2, RATES)
+    found, printed = planned(model, data=str(data), threads=2, batch_size=8, epochs=2)
+
+    encoded = encode_all(
+        [Chat(tuple([system, *row["messages"]]), "f:1") for row in rows], tiny.tokenizer(), seq_len=2048
+    )
+    assert found["data"]["rows"] == found["settings"]["rows"] == 40 and found["steps"] == 10
+    assert found["data"]["tokens_per_row"] == encoded.tokens / 40
+    assert found["data"]["loss_share"] == encoded.supervised_tokens / encoded.tokens
+    assert found["data"]["longest"] == encoded.longest
+    of_epoch = [one for step in range(5) for one in counted(encoded.encoded, step_rows(40, 8, 0, 0, step), 1024)]
+    # Steps of several epochs are looked at; each of them is nearly as large as another.
+    computed = sum(one.tokens for one in of_epoch) / 5
+    assert found["data"]["computed_tokens_per_step"] == pytest.approx(computed, rel=0.1)
+    assert found["data"]["read_tokens_per_step"] > 1.5 * found["data"]["computed_tokens_per_step"]
+    assert "computed, what rows share once" in printed and "in these rows" in printed
+    assert found["advice"] == f"lorafit train {model} {data} -o runs/first --precision int8 --batch-size 8 --epochs 2"
+
+
+def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    good = [tiny.chat_row("a", "b") for _ in range(5)]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [*good, {"messages": []}, *good])
+    found, printed = planned(model, data=str(data))
+    assert (found["data"]["rows"], found["data"]["unusable"]) == (11, 1)
+    assert "1 of these cannot be used; the first: rows.jsonl:6" in printed
+
+
+def test_a_tokenizer_that_only_transformers_reads_is_said_to_be_so(tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="is not read without loading the model"):
+        planned(str(model), data=str(tiny.write_chat(tmp_path / "rows.jsonl")))
+
+
+def test_a_gpu_is_planned_by_its_datasheet_and_said_to_be_so(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    found, printed = planned(model, gpu="L4", rows=100, watts=90.0, price=0.3)
+    runs = {run["precision"]: run for run in found["gpu"]["runs"]}
+    assert runs["bf16"]["step_s"] == pytest.approx(runs["bf16"]["flop"] / (121e12 * 0.4))
+    assert runs["bf16"]["cost"] is None and set(runs) == {"bf16", "fp32"}
+    assert "On one NVIDIA L4 by its datasheet" in printed and "Nothing of this was measured" in printed
+    with pytest.raises(ConfigError, match=r"Did you mean .*l40s"):
+        planned(model, gpu="l40")
+
+
 def test_less_memory_means_smaller_passes_then_recomputation_then_no_advice() -> None:
     peaks = planned("smollm2-135m", memory="64GiB")[0]["runs"][1]
     assert (peaks["micro_tokens"], peaks["recompute"], peaks["fits"]) == (1024, False, True)
@@ -120,7 +176,13 @@ def test_the_advice_names_a_storage_where_nothing_else_fits() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
-    [({"watts": 90.0}, "--watts is given without --rows"), ({"price": 0.3, "rows": 9}, "--price is given without")],
+    [
+        ({"watts": 90.0}, "--watts is given without --rows"),
+        ({"price": 0.3, "rows": 9}, "--price is given without"),
+        ({"format": "alpaca"}, "--format is given without DATA"),
+        ({"loss_on": "last"}, "--loss-on is given without DATA"),
+        ({"data": "rows.jsonl", "loss_share": 0.5}, "--loss-share is given beside DATA"),
+    ],
 )
 def test_what_would_be_left_out_of_the_answer_is_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):

@@ -166,11 +166,11 @@ def look_at_data(given: dict[str, Any], as_json: JSON = False) -> None:
 
 
 @app.command(rich_help_panel="Find, prove, train")
-@options_of(PlanConfig, ("model",))
+@options_of(PlanConfig, ("model", "data"))
 def plan(given: dict[str, Any], as_json: JSON = False) -> None:
-    """Size, memory, operations and time of training MODEL, before anything is loaded.
+    """Size, memory, operations and time of training MODEL on DATA, before anything is loaded.
 
-    lorafit plan smollm2-135m
+    lorafit plan smollm2-135m messages.jsonl
 
     lorafit plan ./llama-3.2-1b --seq-len 1024 --rows 5000 --epochs 2 --memory 8GiB
 

@@ -80,7 +80,7 @@ class LoRAConfig(Frozen):
     scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scaling; alpha/sqrt(r) is rsLoRA (Kalajdzievski 2023)."""
     init: str = "gaussian"
-    """How A starts: gaussian (standard deviation 1/r) or kaiming. B starts at 0."""
+    """How A starts: gaussian (standard deviation 1/r) or kaiming; B at 0. Over nf4 or int8: loftq, qera."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's input that is dropped while training."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -234,16 +234,26 @@ class PlanConfig(Frozen):
 
     model: str
     """A model as for train; a directory with its config.json alone will do."""
+    data: str | None = None
+    """Rows as for train: some of them are looked at. Without, all rows are taken to be of --seq-len tokens."""
+    format: str | None = None
+    """The format of DATA's rows, as for train."""
+    rename: Names = Field(default_factory=dict)
+    """DATA's columns under other names, as for train."""
+    template: str | None = None
+    """Another chat template, as for train."""
+    loss_on: Literal["replies", "last", "all"] = "replies"
+    """Which tokens of a conversation have a loss, as for train."""
     r: int = Field(16, ge=1)
     """Rank of the update."""
     batch_size: int = Field(16, ge=1)
     """Rows per optimizer step."""
-    seq_len: int = Field(512, ge=2)
-    """Tokens of a row."""
-    loss_share: float = Field(1.0, gt=0, le=1)
-    """Share of the tokens that have a loss."""
+    seq_len: int | None = Field(None, ge=2)
+    """Tokens of every row, 512 by default; with DATA of its longest, as for train."""
+    loss_share: float | None = Field(None, gt=0, le=1)
+    """Share of the tokens that have a loss, all by default; with DATA it is counted."""
     rows: int | None = Field(None, ge=1)
-    """Rows of an epoch, to predict how long the whole run takes."""
+    """Rows of an epoch, to predict how long the whole run takes; with DATA they are counted."""
     epochs: int = Field(1, ge=1)
     """How often each row is seen."""
     memory: str | None = None
@@ -252,6 +262,8 @@ class PlanConfig(Frozen):
     """Power of the machine while it trains, to predict the energy of the run."""
     price: float | None = Field(None, gt=0)
     """Price of a kWh, to predict its cost."""
+    gpu: str | None = None
+    """A GPU to compare with, by its datasheet, such as l4 or rtx-4090."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
     html: str | None = None

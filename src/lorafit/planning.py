@@ -1,11 +1,12 @@
-"""`lorafit plan` as one straight line: headers -> counts, sizes, memory, operations, time -> the command to type."""
+"""`lorafit plan` as one straight line: headers, some rows -> counts, sizes, memory, operations, time -> advice."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,32 +16,50 @@ from lorafit.config import PlanConfig, TrainConfig, parse_bytes
 from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
-from lorafit.plan import machine
+from lorafit.plan import gpus, machine
 from lorafit.plan.counts import by_part, trainable
-from lorafit.plan.forecast import (
-    ASSUMED_MFU,
-    PRECISIONS,
-    TYPES,
-    Forecast,
-    Shape,
-    fastest,
-    forecast,
-    full_flop,
-    step_flop,
-    ways,
-)
+from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, TYPES, Forecast, fastest, forecast, on_gpu, ways
+from lorafit.plan.gpus import gpu_of
+from lorafit.plan.memory import splits
 from lorafit.plan.show import page, print_plan
 from lorafit.plan.storage import sizes
+from lorafit.plan.work import MICRO_TOKENS, Pass, Shape, Steps, Work, full_flop, lora_flop
 from lorafit.rates import Rates
 
+if TYPE_CHECKING:
+    from lorafit.data.encode import Data
+    from lorafit.data.sample import Sample
+    from lorafit.data.store import Encoded
+
 # What of the settings is told beside the figures.
-SHOWN = {"r", "batch_size", "seq_len", "loss_share", "rows", "epochs", "watts", "price"}
+SHOWN = {"r", "batch_size", "epochs", "watts", "price"}
+# Tokens of a row where there are no rows to look at.
+SEQ_LEN = 512
+# How the rows of DATA are to be read: said without DATA, they would be left out of the answer.
+OF_DATA = ("format", "rename", "template", "loss_on")
+# Steps that are made of the rows that were looked at.
+STEPS = 24
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is trained on. count: rows of an epoch, None where it is not known. data: what was seen of DATA, or None.
+
+    seq_len, loss_share: tokens of a row, the mean of DATA's, and what of them has a loss.
+    """
+
+    work: Work
+    count: int | None
+    seq_len: int
+    loss_share: float
+    data: dict[str, Any] | None
 
 
 def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any]:
     """Predict what training a model takes. out: where it is printed, None for nowhere. Returns it as JSON.
 
-    Nothing is loaded but headers. Raises ModelError for a model that cannot be described, ConfigError.
+    Nothing is loaded but headers, and some rows. Raises ModelError for a model that cannot be described, DataError for
+    rows that cannot be used, ConfigError.
     """
     _check(config)
     spec = model_spec.describe(config.model)
@@ -51,9 +70,9 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
         calibrate(threads, log)
     rates = machine_rates.read(threads)
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes()
-    shape = Shape(config.batch_size, config.seq_len, config.loss_share)
-    runs = [forecast(spec, config.r, shape, name, limit, rates, storage) for name, storage in ways(spec)]
-    found = _as_json(config, spec, shape, rates, threads, limit, runs)
+    rows = _rows(config, spec)
+    runs = [forecast(spec, config.r, rows.work, name, limit, rates, storage) for name, storage in ways(spec)]
+    found = _as_json(config, spec, rows, rates, threads, limit, runs)
     if out is not None:
         print_plan(found, out)
     if config.html:
@@ -64,21 +83,103 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
 
 def _check(config: PlanConfig) -> None:
     """Raises ConfigError for what would be left out of the answer without a word."""
-    if config.watts and not config.rows:
-        raise ConfigError("--watts is given without --rows", "Energy is that of a whole run: say how many rows it has")
+    if config.watts and not config.rows and not config.data:
+        raise ConfigError(
+            "--watts is given without --rows or DATA", "Energy is that of a whole run: say how many rows it has"
+        )
     if config.price and not config.watts:
         raise ConfigError("--price is given without --watts", "Cost follows from energy: say what the machine draws")
+    unread = [
+        name
+        for name in OF_DATA
+        if getattr(config, name) != PlanConfig.model_fields[name].get_default(call_default_factory=True)
+    ]
+    if unread and not config.data:
+        raise ConfigError(f"--{unread[0].replace('_', '-')} is given without DATA", "Name the file that it is about")
+    if config.data and config.loss_share:
+        raise ConfigError("--loss-share is given beside DATA", "It is counted in DATA: leave it out")
+
+
+def _rows(config: PlanConfig, spec: ModelSpec) -> Rows:
+    if config.data is not None:
+        return _rows_of_data(config, config.data, spec)
+    seq_len, share = config.seq_len or SEQ_LEN, config.loss_share or 1.0
+    return Rows(Shape(config.batch_size, seq_len, share), config.rows, seq_len, share, None)
+
+
+def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
+    """Steps as some of the rows make them."""
+    some, data = _look(config, name, spec)
+    pieces, tokens = data.set.pieces, data.set.tokens
+    count = config.rows or (None if some.total is None else max(1, round(some.total * pieces / len(some.rows))))
+    by_micro = _passes(data.set.encoded, config.batch_size)
+    steps = by_micro[MICRO_TOKENS]
+    work = Steps(tokens / pieces * min(pieces, config.batch_size), by_micro)
+    loss_share = data.set.supervised_tokens / tokens
+    seen: dict[str, Any] = {
+        "name": name,
+        "format": data.format,
+        "rows": some.total,
+        "counted": some.counted,
+        "looked_at": len(some.rows),
+        "first_only": some.first_only,
+        "pieces": count,
+        "tokens_per_row": tokens / pieces,
+        "longest": data.set.longest,
+        "loss_share": loss_share,
+        "read_tokens_per_step": work.tokens,
+        "computed_tokens_per_step": sum(one.tokens for step in steps for one in step) / len(steps),
+        "unusable": data.bad_rows,
+        "first_unusable": data.bad[0] if data.bad else None,
+        "cut": data.set.cut_rows,
+    }
+    return Rows(work, count, round(tokens / pieces), loss_share, seen)
+
+
+def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]:
+    """Some rows, as they are and as the model reads them."""
+    # Only here: reading rows takes libraries that a plan without them does without.
+    from lorafit.data.encode import Reading, encode_rows
+    from lorafit.data.load import locate
+    from lorafit.data.sample import sample
+    from lorafit.data.template import use_template
+    from lorafit.model import light_tokenizer
+
+    tokenizer: Any = light_tokenizer.read(spec)
+    if config.template:
+        use_template(tokenizer, config.template)
+    some = sample(locate(name).train())
+    seq_len = config.seq_len or TrainConfig.model_fields["seq_len"].default
+    reading = Reading(config.format, config.rename, skip_bad=True, loss_on=config.loss_on, seq_len=seq_len)
+    return some, encode_rows(some.rows, tokenizer, reading)
+
+
+def _passes(encoded: Sequence[Encoded], batch_size: int) -> dict[int, list[list[Pass]]]:
+    """By the most tokens of a pass: those of some whole steps, in orders that a run could have."""
+    from lorafit.data.batching import counted, step_rows
+
+    rows = len(encoded)
+    steps = [
+        step
+        for epoch in range(STEPS)
+        for number in range(-(-rows // batch_size))
+        if len(step := step_rows(rows, batch_size, 0, epoch, number)) == min(rows, batch_size)
+    ][:STEPS]
+    sizes = {split.micro_tokens for split in splits(MICRO_TOKENS)}
+    return {size: [[Pass(*one) for one in counted(encoded, step, size)] for step in steps] for size in sizes}
 
 
 def _as_json(
-    config: PlanConfig, spec: ModelSpec, shape: Shape, rates: Rates, threads: int, limit: int, runs: list[Forecast]
+    config: PlanConfig, spec: ModelSpec, rows: Rows, rates: Rates, threads: int, limit: int, runs: list[Forecast]
 ) -> dict[str, Any]:
-    steps = _steps(config)
-    lora, full = step_flop(spec, config.r, shape), full_flop(spec, shape)
+    steps = None if rows.count is None else math.ceil(rows.count / config.batch_size) * config.epochs
+    lora, full = lora_flop(spec, config.r, rows.work, MICRO_TOKENS), full_flop(spec, rows.work, MICRO_TOKENS)
     best = fastest(runs)
+    told = {"rows": rows.count, "seq_len": rows.seq_len, "loss_share": rows.loss_share}
     return {
         "model": config.model,
-        "settings": config.model_dump(include=SHOWN),
+        "settings": config.model_dump(include=SHOWN) | told,
+        "data": rows.data,
         "architecture": spec.architecture,
         "parameters": spec.parameters,
         "parts": by_part(spec),
@@ -88,9 +189,9 @@ def _as_json(
         "sizes": [asdict(size) for size in sizes(spec)],
         "trainable": [asdict(one) for one in trainable(spec)],
         "flop_per_token": {
-            "forward": lora.forward / shape.tokens,
-            "lora": lora.total / shape.tokens,
-            "full": full.total / shape.tokens,
+            "forward": lora.forward / rows.work.tokens,
+            "lora": lora.total / rows.work.tokens,
+            "full": full.total / rows.work.tokens,
             "attention_share": lora.attention / lora.total,
         },
         "machine": {
@@ -103,12 +204,16 @@ def _as_json(
         "types": TYPES,
         "steps": steps,
         "runs": [_run(one, config, steps) for one in runs],
+        "gpu": _gpu(config, spec, rows, steps) if config.gpu else None,
         "advice": _command(config, best) if best else None,
     }
 
 
-def _steps(config: PlanConfig) -> int | None:
-    return None if config.rows is None else math.ceil(config.rows / config.batch_size) * config.epochs
+def _gpu(config: PlanConfig, spec: ModelSpec, rows: Rows, steps: int | None) -> dict[str, Any]:
+    gpu = gpu_of(config.gpu or "")
+    unpowered = config.model_copy(update={"watts": None, "price": None})  # those are this machine's
+    runs = [_run(one, unpowered, steps) for one in on_gpu(spec, config.r, rows.work, gpu)]
+    return asdict(gpu) | {"assumed_mfu": gpus.ASSUMED_MFU, "runs": runs}
 
 
 def _run(one: Forecast, config: PlanConfig, steps: int | None) -> dict[str, Any]:
@@ -133,19 +238,21 @@ def _run(one: Forecast, config: PlanConfig, steps: int | None) -> dict[str, Any]
 
 def _command(config: PlanConfig, best: Forecast) -> str:
     """What to type. Settings that are the default are left out."""
-    flags = {"--r": "r", "--batch-size": "batch_size", "--epochs": "epochs"}
-    flags |= {"--seq-len": "seq_len"} if config.seq_len > TrainConfig.model_fields["seq_len"].default else {}
+    usual = TrainConfig.model_fields["seq_len"].default
+    seq_len = config.seq_len if config.seq_len and (config.data or config.seq_len > usual) else usual
+    settings = config.model_dump(include={"r", "batch_size", "epochs", "format", "template", "loss_on"})
     given = [
-        f"{flag} {value}"
-        for flag, name in flags.items()
-        if (value := getattr(config, name)) != TrainConfig.model_fields[name].default
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in (settings | {"seq_len": seq_len}).items()
+        if value != TrainConfig.model_fields[name].default
     ]
+    given += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
     memory = [f"--memory {config.memory}"] if config.memory else []
     kept = [f"--base-storage {best.storage}"] if best.storage != "auto" else []
     parts = [
         "lorafit train",
         config.model,
-        "DATA -o runs/first",
+        f"{config.data or 'DATA'} -o runs/first",
         f"--precision {best.precision}",
         *kept,
         *given,

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lorafit.errors import CheckpointError, ConfigError, did_you_mean, listed
 from lorafit.export import card, peft
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora.tokens import make_room
+from lorafit.methods import rounding
 from lorafit.methods.method import Attached, Method
 from lorafit.methods.table import METHODS
 from lorafit.methods.tokens import attach_tokens
@@ -47,7 +49,7 @@ from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
-from lorafit.train.setup import expected_s, fit_to_memory, make_engine
+from lorafit.train.setup import expected_s, fit_to_memory, make_engine, over_first_rows
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
 from lorafit.units import format_seconds
@@ -74,6 +76,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
     source: where each setting came from, for the printed table. Raises LorafitError for whatever the user can mend.
     """
     method = _method(config)
+    rounding.check(config.init, config.base_storage, config.variant)
     run = RunDir(config.output)
     run.check_usable(start.resume)
     if run.finished:
@@ -106,6 +109,9 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             ids, pieces = [token.id for token in added], [token.pieces for token in added]
             attached = attach_tokens(loaded.model, ids, pieces, attached)
         print_attached(attached, console)
+        if config.init in rounding.INITS:
+            look = partial(over_first_rows, loaded.model, rows, config)
+            console.print(rounding.start(loaded.model, inputs.spec, config.init, look), highlight=False)
         split = Split(chosen["micro_tokens"], chosen["recompute"])
         engine = make_engine(loaded.model, rows, config, chosen["precision"], split, run.scratch, console)
         work = Work(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.example import Chat, Message
-from lorafit.data.mask import encode, encode_prompt
+from lorafit.data.mask import Marks, encode, encode_prompt
+from lorafit.data.template import render
 from lorafit.errors import DataError
+from lorafit.model import light_tokenizer
 
 Build = Callable[..., PreTrainedTokenizerFast]
 LONG = 1 << 20
@@ -203,6 +206,21 @@ GOLDEN = [
         ],
     ),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_transformers_the_same_is_written(
+    name: str, tokenizers: dict[str, PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    theirs = tokenizers[name]
+    theirs.save_pretrained(tmp_path)
+    own: Any = light_tokenizer.of_directory(tmp_path)
+    messages: list[Message] = [{"role": "user", "content": "Where\n is it?"}, {"role": "assistant", "content": "Here."}]
+    for count, prompt in ((2, False), (1, True)):
+        text = render(theirs, messages[:count], prompt)
+        assert render(own, messages[:count], prompt) == text
+        assert own(text).input_ids == theirs(text).input_ids
+    assert Marks.of(own) == Marks.of(theirs)
 
 
 @pytest.mark.parametrize(("name", "chat", "expected"), GOLDEN, ids=[name for name, _, _ in GOLDEN])

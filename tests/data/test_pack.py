@@ -10,7 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.pack import micro_batches, step_rows
+from lorafit.data.batching import counted, step_rows
+from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.batch import Batch, Packing
 
@@ -141,6 +142,9 @@ def test_packed_rows_see_and_predict_what_they_do_alone(
         data.append(Encoded(ids, supervised, 0, "f:1"))
     batches = micro_batches(data, range(len(data)), limit, Packing(share_prefix=share))
     assert predicted(data, batches) == expected_predictions(data)
+    assert counted(data, range(len(data)), limit, share) == [
+        (batch.computed_tokens, len(batch.predicts), len(batch.predicting), batch.attended_pairs) for batch in batches
+    ]
     assert sum(batch.rows for batch in batches) == len(data)
     assert sum(batch.real_tokens for batch in batches) == sum(len(row.input_ids) for row in data)
     for batch in batches:

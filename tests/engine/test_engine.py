@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
-from lorafit.data.pack import micro_batches, read_tokens
+from lorafit.data.batching import read_tokens
+from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine import engine as engine_module
 from lorafit.engine import groups as groups_module

@@ -141,6 +141,17 @@ def encode_source(
     return _data(tokens, records, facts)
 
 
+def encode_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Data:
+    """Rows that someone has read already, in memory. Raises DataError as `encode_source` does."""
+    writer = Writer()
+    encoder = _Encoder(tokenizer, reading, writer)
+    encoder.run(iter(rows), lambda count: None)
+    facts, records = encoder.facts(), encoder.records()
+    data = _data(writer.finish(facts), records, facts)
+    refuse_unsupervised(data.set, data.bad)
+    return data
+
+
 def _encode(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,

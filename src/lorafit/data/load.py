@@ -36,13 +36,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 class Source:
     """Rows that can be read again and again.
 
-    name: for sentences. digest: of their content. size: bytes on disk; both when they are asked for.
+    name: for sentences. digest: of their content. size: bytes on disk; both when they are asked for. files: that it is
+    read from, one after the other; none where it is no file.
     """
 
     name: str
     read: Callable[[], Iterator[Row]]
     digest: Callable[[], str]
     size: Callable[[], int]
+    files: tuple[Path, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """All rows, in order. Raises DataError: unreadable, empty, or a row that is no object."""
@@ -109,7 +111,8 @@ def _of_files(name: str, paths: list[Path]) -> Source:
         for path in paths:
             yield from _rows_of(path)
 
-    return Source(name, read, lambda: files.sha256_all(paths), lambda: sum(path.stat().st_size for path in paths))
+    size = sum(path.stat().st_size for path in paths)
+    return Source(name, read, lambda: files.sha256_all(paths), lambda: size, tuple(paths))
 
 
 def _suffix(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorafit.data.deadline import OutOfTime, deadline
 from lorafit.data.example import Chat, Completion, Message, Tool
 from lorafit.errors import ConfigError, DataError, ModelError, did_you_mean, listed
+from lorafit.model.light_tokenizer import LightTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,10 +77,11 @@ def marked_as_generated(
 ) -> list[tuple[int, int]] | None:
     """(first character, one past the last) of what the template puts between {% generation %} and {% endgeneration %}.
 
-    Of the text that `render` gives without a generation prompt; None where the template has no such tag.
+    Of the text that `render` gives without a generation prompt; None where the template has no such tag, and from a
+    tokenizer that a plan counts with.
     """
     template = tokenizer.chat_template
-    if not isinstance(template, str) or not GENERATION.search(template):
+    if not isinstance(template, str) or not GENERATION.search(template) or isinstance(tokenizer, LightTokenizer):
         return None
 
     def marked() -> list[tuple[int, int]]:
@@ -126,7 +128,7 @@ def _rendered(
     (copying them, looking for methods, giving reasoning its other names) takes longer than the template.
     """
     own = tokenizer.chat_template
-    compiled = _compiled(own) if isinstance(own, str) else None
+    compiled = _compiled(own) if isinstance(own, str) and not isinstance(tokenizer, LightTokenizer) else None
     if compiled is None or tools or any(message.keys() != PLAIN for message in messages):
         return str(
             tokenizer.apply_chat_template(

@@ -53,7 +53,8 @@ INITS: dict[Any, str] = {
     "eva": "kaiming",
     "orthogonal": "kaiming",
 }
-WRITTEN_INIT: dict[str, bool | str] = {"gaussian": "gaussian", "kaiming": True}
+# What starts from rounding is told as PEFT's default: under its own name PEFT would want to do it once more.
+WRITTEN_INIT: dict[str, bool | str] = {"gaussian": "gaussian", "kaiming": True, "loftq": True, "qera": True}
 
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "exclude_modules",

@@ -5,13 +5,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
+from lorafit.errors import ConfigError, did_you_mean, listed
 from lorafit.lora import inject
+from lorafit.lora.init import INITS
+from lorafit.methods import rounding
 from lorafit.methods.method import Attached, Method
 from lorafit.units import format_count
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> Attached:
     """Freeze the model and adapt what `config` names. Raises TargetError, RankError or ConfigError."""
+    known = (*INITS, *rounding.INITS)
+    if config.init not in known:
+        hint = did_you_mean(config.init, known) or "Choose one of them"
+        raise ConfigError(f"--init {config.init!r} is not known; there are {listed(known)}", hint)
     report = inject.attach(
         model,
         r=config.r,
@@ -19,7 +26,7 @@ def attach(model: nn.Module, config: LoRAConfig) -> Attached:
         targets=config.targets,
         variant=config.variant,
         rule=config.scaling_rule,
-        init=config.init,
+        init=config.init if config.init in INITS else "gaussian",  # until `rounding.start`
         dropout=config.dropout,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,

@@ -51,14 +51,18 @@ def build(header: Header) -> PreTrainedTokenizerFast | None:
 
     Raises ModelError if the file's vocabulary contradicts itself.
     """
+    built = backend_of(header)
+    return None if built is None else _wrap(header, *built)
+
+
+def backend_of(header: Header) -> tuple[Tokenizer, bool] | None:
+    """(the tokenizer proper, whether a text begins with bos where the file does not say); None as for `build`."""
     kind, pre = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and pre in SPLITS:
-        backend, add_bos = _build_explained(header, _byte_level), pre in ADD_BOS
-    elif kind == "llama" and header.architecture in ("llama", "gemma3"):
-        backend, add_bos = _build_explained(header, _sentencepiece), True
-    else:
-        return None
-    return _wrap(header, backend, add_bos)
+        return _build_explained(header, _byte_level), pre in ADD_BOS
+    if kind == "llama" and header.architecture in ("llama", "gemma3"):
+        return _build_explained(header, _sentencepiece), True
+    return None
 
 
 def settings(header: Header) -> dict[str, Any]:
@@ -70,12 +74,17 @@ def settings(header: Header) -> dict[str, Any]:
     return {name: value for name, value in stated.items() if value}
 
 
+def special_tokens(header: Header) -> dict[str, str]:
+    """The texts of special tokens under transformers' names; what the file does not state is left out."""
+    tokens = header.array("tokenizer.ggml.tokens")
+    ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED.items()}
+    return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and i < len(tokens)}
+
+
 def _wrap(header: Header, backend: Tokenizer, add_bos: bool) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    tokens = header.array("tokenizer.ggml.tokens")
-    ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED.items()}
-    named = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and i < len(tokens)}
+    named = special_tokens(header)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers is partly untyped
         tokenizer_object=backend,
         add_bos_token=header.metadata.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in named,

@@ -53,13 +53,14 @@ def block_weights(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 class Trainable:
     """How many parameters a method trains. file_bytes: of what is saved, None where that is a whole model.
 
-    impossible: why the model cannot be trained so, where that is so.
+    impossible: why the model cannot be trained so, where that is so. remark: what else is to be known.
     """
 
     method: str
     params: int
     file_bytes: int | None
     impossible: str | None = None
+    remark: str | None = None
 
 
 def lora_params(spec: ModelSpec, r: int) -> int:
@@ -77,9 +78,46 @@ VARIANT_PARAMS: dict[str, Callable[[ModelSpec, int], int]] = {"lora": lora_param
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+BOTTLENECK, PREFIX_TOKENS, CLASSES = 64, 20, 2
+
+
+def adapter_params(spec: ModelSpec, width: int, per_block: int) -> int:
+    """Bottlenecks behind sublayers: 2 d m + m + d each. Source: Houlsby et al. 2019, section 2.1: two a block.
+
+    Pfeiffer et al. 2021 (AdapterFusion) have one, behind the MLP.
+    """
+    return spec.layers * per_block * (2 * spec.hidden * width + width + spec.hidden)
+
+
+def prefix_params(spec: ModelSpec, tokens: int) -> int:
+    """Keys and values of so many tokens in every layer. Source: Li and Liang 2021, section 4.2."""
+    return spec.layers * 2 * tokens * spec.kv_heads * spec.head_dim
+
+
+def ia3_params(spec: ModelSpec) -> int:
+    """A factor for each key, value and intermediate activation. Source: Liu et al. 2022, (IA)3, section 3.3."""
+    return spec.layers * (2 * spec.kv_heads * spec.head_dim + spec.intermediate)
+
+
+def _others(spec: ModelSpec) -> list[Trainable]:
+    """Methods beside LoRA that are counted, to be compared; their files are the numbers alone."""
+    counts = {
+        f"head, {CLASSES} classes": CLASSES * (spec.hidden + 1),
+        f"adapter (Houlsby), width {BOTTLENECK}": adapter_params(spec, BOTTLENECK, per_block=2),
+        f"adapter (Pfeiffer), width {BOTTLENECK}": adapter_params(spec, BOTTLENECK, per_block=1),
+        f"prefix of {PREFIX_TOKENS} tokens": prefix_params(spec, PREFIX_TOKENS),
+        f"prompt of {PREFIX_TOKENS} tokens": PREFIX_TOKENS * spec.hidden,
+        "(IA)3": ia3_params(spec),
+    }
+    return [
+        Trainable(name, count, BYTES_FP32 * count, remark="to compare: not trained here yet")
+        for name, count in counts.items()
+    ]
+
+
 def trainable(spec: ModelSpec) -> list[Trainable]:
     """Every method that can be counted, with LoRA at each of RANKS."""
-    found = [Trainable("full", spec.parameters, None)]
+    found = [Trainable("full", spec.parameters, None), *_others(spec)]
     for variant in VARIANT_PARAMS:
         found += [_lora_row(spec, variant, r) for r in RANKS]
     return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorafit.model.spec import ModelSpec
-from lorafit.plan import memory
-from lorafit.plan.flops import Flop, causal_pairs, full_step, lora_step
+from lorafit.plan import gpus, memory
+from lorafit.plan.flops import Flop
+from lorafit.plan.gpus import Gpu
 from lorafit.plan.memory import MemoryEstimate, Split
 from lorafit.plan.storage import BLOCK_TYPES
-from lorafit.rates import Rates, way
+from lorafit.plan.work import Work, largest, lora_flop
+from lorafit.rates import Rates, run_key, way
 
 PRECISIONS = ("int8", "bf16", "fp32")
 # What is in which type.
@@ -23,26 +25,6 @@ TYPES = {
 ASSUMED_MFU = {"fp32": 0.40, "bf16": 0.50, "int8": 0.35}
 DECODING = 0.9
 J_PER_KWH = 3.6e6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The rows of a run. batch: of an optimizer step. length: tokens of each. loss_share: of tokens with a loss."""
-
-    batch: int
-    length: int
-    loss_share: float = 1.0
-    micro_tokens: int = 1024
-
-    @property
-    def tokens(self) -> int:
-        """Of one step."""
-        return self.batch * self.length
-
-    def micro(self, at_most: int) -> int:
-        """Tokens of the largest forward pass that stays below at_most; a row is never cut."""
-        rows = max(1, min(self.tokens, at_most) // self.length)
-        return min(rows, self.batch) * self.length
 
 
 @dataclass(frozen=True)
@@ -74,20 +56,25 @@ def ways(spec: ModelSpec) -> list[tuple[str, str]]:
     return [(precision, "auto") for precision in PRECISIONS] + [("bf16", storage) for storage in stored]
 
 
+def on_gpu(spec: ModelSpec, r: int, work: Work, gpu: Gpu) -> list[Forecast]:
+    """The same runs on a GPU, by its datasheet alone. Memory is that of this engine, which is no measurement either."""
+    rates = Rates(gpu.flop_per_s, {run_key(name, spec.hidden): gpus.ASSUMED_MFU for name in gpu.flop_per_s})
+    return [forecast(spec, r, work, name, gpu.memory_bytes, rates) for name in gpu.flop_per_s]
+
+
 def forecast(
-    spec: ModelSpec, r: int, shape: Shape, precision: str, limit: int, rates: Rates, storage: str = "auto"
+    spec: ModelSpec, r: int, work: Work, precision: str, limit: int, rates: Rates, storage: str = "auto"
 ) -> Forecast:
     """The fastest way to run in this precision that fits into `limit` bytes, or, where none does, what needs least."""
     tried = []
-    for split in memory.splits(shape.micro_tokens):
-        tokens = shape.micro(split.micro_tokens)
-        predicted = max(1, round(shape.loss_share * tokens))
+    for split in memory.splits(work.micro_tokens):
+        tokens, predicted = largest(work, split.micro_tokens)
         estimate = memory.estimate(spec, r, precision, tokens, predicted, split.recompute, storage)
         tried.append((estimate, split))
         if estimate.fits(limit):
             break
     estimate, split = min(tried, key=lambda one: one[0].peak_bytes)
-    flop = step_flop(spec, r, shape, ends_early=precision != "fp32")
+    flop = lora_flop(spec, r, work, split.micro_tokens, ends_early=precision != "fp32")
     step_s = _seconds(spec, flop, precision, storage, split.recompute, rates)
     return Forecast(
         precision=precision,
@@ -97,21 +84,8 @@ def forecast(
         fits=estimate.fits(limit),
         flop=flop,
         step_s=step_s,
-        tokens_per_s=shape.tokens / step_s if step_s else None,
+        tokens_per_s=work.tokens / step_s if step_s else None,
     )
-
-
-def step_flop(spec: ModelSpec, r: int, shape: Shape, ends_early: bool = False) -> Flop:
-    """Of one step of LoRA on rows that share nothing. ends_early: as the engine does in 16 bits (docs/plan.md)."""
-    predicted = round(shape.loss_share * shape.tokens)
-    pairs = causal_pairs([shape.length] * shape.batch)
-    return lora_step(spec, r, shape.tokens, predicted, pairs, predicted if ends_early else None)
-
-
-def full_flop(spec: ModelSpec, shape: Shape) -> Flop:
-    """The same with all weights trained."""
-    predicted = round(shape.loss_share * shape.tokens)
-    return full_step(spec, shape.tokens, predicted, causal_pairs([shape.length] * shape.batch))
 
 
 def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recompute: bool, rates: Rates) -> float | None:

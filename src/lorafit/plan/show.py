@@ -47,7 +47,10 @@ def advice(found: Found) -> str:
 
 def sections(found: Found) -> list[Section]:
     """All tables, in their order."""
-    makers = (_parts, _sizes, _trainable, _operations, _runs)
+    makers = (
+        *(_parts, _sizes, _trainable, *((_data,) if found["data"] else ()), _operations, _runs),
+        *((_gpu,) if found["gpu"] else ()),
+    )
     return [make(found) for make in makers]
 
 
@@ -76,14 +79,45 @@ def _trainable(found: Found) -> Section:
         return (one["method"], format_count(one["params"]), format_share(one["params"], found["parameters"]), file)
 
     columns = ("method", "parameters", "share", "adapter file")
-    remarks = [one["impossible"] or "" for one in found["trainable"]]
+    remarks = [one["impossible"] or one["remark"] or "" for one in found["trainable"]]
     return Section("What would be trained", columns, [row(one) for one in found["trainable"]], remarks)
+
+
+def _data(found: Found) -> Section:
+    data, batch = found["data"], found["settings"]["batch_size"]
+    total = "unknown" if data["rows"] is None else ("" if data["counted"] else "about ") + format_count(data["rows"])
+    rows = [
+        ("rows", total),
+        *([("pieces of them", format_count(data["pieces"]))] if data["pieces"] not in (None, data["rows"]) else []),
+        ("tokens a row, the mean", f"{data['tokens_per_row']:,.0f}"),
+        ("tokens of the longest", format_count(data["longest"])),
+        ("of them with a loss", f"{data['loss_share']:.1%}"),
+        (f"tokens of {batch} rows", f"{data['read_tokens_per_step']:,.0f}"),
+        ("computed, what rows share once", f"{data['computed_tokens_per_step']:,.0f}"),
+    ]
+    return Section(f"{data['name']} ({data['format']})", ("", ""), rows, notes=_data_notes(data))
+
+
+def _data_notes(data: Found) -> list[str]:
+    notes = []
+    if data["first_only"]:
+        notes.append(
+            f"Of its first {format_count(data['looked_at'])} rows: the rest may be otherwise; --rows says how many"
+        )
+    elif data["looked_at"] != data["rows"]:
+        notes.append(f"Of {format_count(data['looked_at'])} rows that lie evenly in it")
+    if data["unusable"]:
+        notes.append(f"{format_count(data['unusable'])} of these cannot be used; the first: {data['first_unusable']}")
+    if data["cut"]:
+        notes.append(f"{format_count(data['cut'])} of these are cut at --seq-len")
+    return notes
 
 
 def _operations(found: Found) -> Section:
     flop, at, machine = found["flop_per_token"], found["settings"], found["machine"]
+    where = "these rows" if found["data"] else f"rows of {format_count(at['seq_len'])}"
     note = (
-        f"Operations a token, in rows of {format_count(at['seq_len'])}: forward {format_flop(flop['forward'])}, "
+        f"Operations a token, in {where}: forward {format_flop(flop['forward'])}, "
         f"LoRA of rank {at['r']} {format_flop(flop['lora'])} (full fine-tuning {format_flop(flop['full'])}); "
         f"attention is {flop['attention_share']:.1%} of it"
     )
@@ -100,6 +134,23 @@ def _operations(found: Found) -> Section:
 
 def _runs(found: Found) -> Section:
     at = found["settings"]
+    length = "" if found["data"] else f" of {format_count(at['seq_len'])} tokens"
+    shape = f"{at['batch_size']} rows{length} a step, rank {at['r']}"
+    title = f"Training with {shape}, in {format_bytes(found['machine']['memory_bytes'])}"
+    notes = [f"{name}: {types}" for name, types in found["types"].items()]
+    return _table_of(found, title, found["runs"], notes)
+
+
+def _gpu(found: Found) -> Section:
+    gpu = found["gpu"]
+    title = f"On one {gpu['name']} by its datasheet, with {format_bytes(gpu['memory_bytes'])}"
+    rates = ", ".join(f"{format_flop(rate)}/s in {name}" for name, rate in gpu["flop_per_s"].items())
+    note = f"Nothing of this was measured: {rates}, of which {gpu['assumed_mfu']:.0%} is assumed to be reached"
+    return _table_of(found, title, gpu["runs"], [note])
+
+
+def _table_of(found: Found, title: str, runs: list[Found], notes: list[str]) -> Section:
+    at = found["settings"]
     cells: dict[str, Callable[[Found], str]] = {
         "precision": way_of,
         "peak memory": lambda run: format_bytes(run["peak_bytes"]),
@@ -112,14 +163,8 @@ def _runs(found: Found) -> Section:
         cells["kWh"] = lambda run: _or_dash(run["energy_kwh"], lambda value: f"{value:.3f}")
     if at["price"]:
         cells["cost"] = lambda run: _or_dash(run["cost"], lambda value: f"{value:.3f}")
-    shape = f"{at['batch_size']} rows of {format_count(at['seq_len'])} tokens a step, rank {at['r']}"
-    return Section(
-        f"Training with {shape}, in {format_bytes(found['machine']['memory_bytes'])}",
-        tuple(cells),
-        [tuple(cell(run) for cell in cells.values()) for run in found["runs"]],
-        [_remark(run) for run in found["runs"]],
-        [f"{name}: {types}" for name, types in found["types"].items()],
-    )
+    rows = [tuple(cell(run) for cell in cells.values()) for run in runs]
+    return Section(title, tuple(cells), rows, [_remark(run) for run in runs], notes)
 
 
 def way_of(run: Found) -> str:

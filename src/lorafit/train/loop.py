@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.config import TrainConfig
-from lorafit.data.pack import micro_batches, step_rows
+from lorafit.data.batching import step_rows
+from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine

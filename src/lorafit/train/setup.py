@@ -9,26 +9,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from torch import nn
 
 from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.pack import micro_batches, read_tokens, step_rows
+from lorafit.data.batching import Counted, counted, read_tokens, step_rows
+from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths
 from lorafit.engine import workspace
-from lorafit.engine.batch import Batch, Packing
-from lorafit.engine.engine import Engine, prepare
+from lorafit.engine.engine import Engine, plain, prepare
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
 from lorafit.plan.flops import Flop, lora_step
-from lorafit.plan.memory import Split, splits
+from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
 from lorafit.units import format_bytes, format_count
 
 # Steps that are looked at to find the largest micro-batch.
 STEPS_SAMPLED = 32
+# Of the first step's rows, where what layers are given is measured before training.
+BATCHES_LOOKED_AT = 8
 
 
 def fit_to_memory(
@@ -81,9 +84,8 @@ def _does_not_fit(
 def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
-    packing = _packing(config)
-    batches = [batch for step in steps for batch in micro_batches(rows, step, micro_tokens, packing)]
-    return max(b.computed_tokens for b in batches), max(len(b.predicts) for b in batches)
+    batches = _batches(rows, config, steps, micro_tokens)
+    return max(batch.tokens for batch in batches), max(batch.predicted for batch in batches)
 
 
 def _first_steps(rows: Sequence[Encoded], config: TrainConfig) -> list[list[int]]:
@@ -92,8 +94,9 @@ def _first_steps(rows: Sequence[Encoded], config: TrainConfig) -> list[list[int]
     return [step_rows(len(rows), config.batch_size, config.order_seed, 0, step) for step in range(count)]
 
 
-def _packing(config: TrainConfig) -> Packing:
-    return Packing(padded=False, share_prefix=config.dropout == 0)
+def _batches(rows: Sequence[Encoded], config: TrainConfig, steps: list[list[int]], micro_tokens: int) -> list[Counted]:
+    share_prefix = config.dropout == 0
+    return [batch for step in steps for batch in counted(rows, step, micro_tokens, share_prefix)]
 
 
 def expected_s(
@@ -108,7 +111,7 @@ def expected_s(
     if reached is None or config.layers is not None or config.targets != "all-linear":
         return None
     steps = _first_steps(rows, config)
-    batches = [b for step in steps for b in micro_batches(rows, step, split.micro_tokens, _packing(config))]
+    batches = _batches(rows, config, steps, split.micro_tokens)
     try:
         flop = [_operations(spec, config, precision, batch) for batch in batches]
     except ModelError:  # a kind of block whose operations are not known
@@ -118,10 +121,19 @@ def expected_s(
     return done / len(steps) * total / (known.flop_per_s[precision] * reached)
 
 
-def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Batch) -> Flop:
+def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
+    """Take a model that is not made faster yet over the rows of the first step, without gradients."""
+    engine = plain(model)
+    first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
+    with torch.no_grad():
+        for batch in micro_batches(rows, first, LEAST_MICRO_TOKENS, engine.packing)[:BATCHES_LOOKED_AT]:
+            engine.loss(batch)
+
+
+def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Counted) -> Flop:
     # In 16 bits the engine's last layer ends with the tokens that predict something (`Engine.ends_early`).
-    ending = None if precision == "fp32" else len(batch.predicting)
-    return lora_step(spec, config.r, batch.computed_tokens, len(batch.predicts), batch.attended_pairs, ending)
+    ending = None if precision == "fp32" else batch.predicting
+    return lora_step(spec, config.r, batch.tokens, batch.predicted, batch.pairs, ending)
 
 
 def make_engine(
