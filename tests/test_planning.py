@@ -27,7 +27,7 @@ LLAMA_70B = {
     "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
     "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
-RATES = rates.Rates({"fp32": 4e11, "bf16": 8e11, "int8": 16e11}, {"bf16/64": 0.5, "bf16/4096": 0.7})
+RATES = rates.Rates({"fp32": 4e11, "bf16": 8e11, "int8": 16e11}, {"bf16/64": 4e11, "bf16/4096": 5.6e11})
 
 
 @pytest.fixture(autouse=True)
@@ -197,8 +197,9 @@ def test_the_advice_gives_a_length_that_training_would_cut(tmp_path: Path) -> No
 
 def test_the_share_that_training_reaches_is_that_of_the_model_nearest_in_width() -> None:
     assert RATES.mfu_of("bf16", 100) == 0.5
-    assert RATES.mfu_of("bf16", 2048) == 0.7
-    assert RATES.mfu_of("int8", 2048) is None
+    assert RATES.mfu_of("bf16", 2048) == pytest.approx(0.7)
+    assert RATES.reached_by("bf16", 2048) == 5.6e11
+    assert RATES.mfu_of("int8", 2048) is RATES.reached_by("int8", 2048) is None
 
 
 def test_the_page_holds_all_that_is_printed_and_a_bar_for_every_part_of_memory(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     if config.calibrate:
         from lorafit.train.calibrate import calibrate  # needs torch
 
-        calibrate(threads, log)
+        calibrate(threads, spec, log)
     rates = machine_rates.read(threads)
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes()
     rows = _rows(config, spec)

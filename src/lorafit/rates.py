@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in the user's cache: how fast products are, and what share training reaches.
+"""What was measured on this machine, kept in the user's cache: how fast products are, and how fast training is.
 
 Kept for this processor, torch and number of threads. Nothing here imports torch, so that a plan can read it.
 """
@@ -19,25 +19,30 @@ from lorafit import files
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured. flop_per_s: of products, by precision. mfu: the share that training reached, by `run_key`."""
+    """What was measured. flop_per_s: of products, by precision. reached: FLOP/s of training, by `run_key`."""
 
     flop_per_s: Mapping[str, float] = field(default_factory=dict)
-    mfu: Mapping[str, float] = field(default_factory=dict)
+    reached: Mapping[str, float] = field(default_factory=dict)
 
-    def mfu_of(self, way: str, width: int) -> float | None:
-        """Of the model that was trained in this way and is nearest in width; None where there was none."""
-        widths = [int(key.partition("/")[2]) for key in self.mfu if key.startswith(f"{way}/")]
+    def reached_by(self, way: str, width: int) -> float | None:
+        """FLOP/s of the model that was trained in this way and is nearest in width; None where there was none."""
+        widths = [int(key.partition("/")[2]) for key in self.reached if key.startswith(f"{way}/")]
         nearest = min(widths, key=lambda known: abs(math.log(known / width)), default=None)
-        return None if nearest is None else self.mfu[run_key(way, nearest)]
+        return None if nearest is None else self.reached[run_key(way, nearest)]
+
+    def mfu_of(self, precision: str, width: int) -> float | None:
+        """The share of the rate of products that training reached, where both are known."""
+        reached, rate = self.reached_by(precision, width), self.flop_per_s.get(precision)
+        return reached / rate if reached and rate else None
 
 
 def way(precision: str, storage: str) -> str:
-    """What the share that training reaches is kept under, beside the width: decoding weights takes time too."""
+    """What the speed of training is kept under, beside the width: decoding weights takes time too."""
     return precision if storage == "auto" else f"{precision}, {storage}"
 
 
 def run_key(way: str, width: int) -> str:
-    """What the share that training reaches depends on most. width: of the model's hidden states."""
+    """What the speed of training depends on most. width: of the model's hidden states."""
     return f"{way}/{width}"
 
 
@@ -46,14 +51,14 @@ def read(threads: int) -> Rates:
     known = _file().get(_key(threads))
     if not isinstance(known, dict):
         return Rates()
-    return Rates(_numbers(known.get("flop_per_s")), _numbers(known.get("mfu")))
+    return Rates(_numbers(known.get("flop_per_s")), _numbers(known.get("reached")))
 
 
 def keep(threads: int, rates: Rates) -> None:
     """Remember what was measured; what is known of other precisions stays."""
     before = read(threads)
-    both = {"flop_per_s": {**before.flop_per_s, **rates.flop_per_s}, "mfu": {**before.mfu, **rates.mfu}}
-    if both != {"flop_per_s": before.flop_per_s, "mfu": before.mfu}:
+    both = {"flop_per_s": {**before.flop_per_s, **rates.flop_per_s}, "reached": {**before.reached, **rates.reached}}
+    if both != {"flop_per_s": before.flop_per_s, "reached": before.reached}:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, {**_file(), _key(threads): both})

@@ -391,14 +391,14 @@ def _mfu(progress: Progress, precision_name: str) -> float | None:
 
 
 def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec, config: TrainConfig) -> None:
-    """For plans to come: what share of the machine's rate this run reached.
+    """For plans to come: how many operations a second this run reached.
 
     Of a few steps, or of a part of the layers, it would say little.
     """
     is_whole = config.layers is None and config.targets == "all-linear"
-    if is_whole and result["steps"] >= STEPS_THAT_TELL and result["mfu"] and spec.hidden:
+    if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
         key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
-        rates.keep(result["threads"], rates.Rates(mfu={key: result["mfu"]}))
+        rates.keep(result["threads"], rates.Rates(reached={key: result["flop"] / result["train_s"]}))
 
 
 def _lasting(name: str) -> str:

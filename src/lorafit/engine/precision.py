@@ -44,11 +44,13 @@ def choose(precision: str, storage: str = "auto") -> str:
     return best
 
 
-def flop_per_s() -> dict[str, float]:
-    """Floating-point operations a second in a product of 512 x 576 with 576 x 1536, by precision.
+def flop_per_s(again: bool = False) -> dict[str, float]:
+    """Floating-point operations a second in a product of 512 x 576 with 576 x 1536, by precision: the best ever seen.
 
-    Measured once a process, in about 20 ms.
+    Measured once a process, in about 20 ms, and again where that is asked for: a core that idled is slow at first.
     """
+    if again:
+        _best_rates.cache_clear()
     return _best_rates(torch.get_num_threads())
 
 

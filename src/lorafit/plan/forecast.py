@@ -58,7 +58,8 @@ def ways(spec: ModelSpec) -> list[tuple[str, str]]:
 
 def on_gpu(spec: ModelSpec, r: int, work: Work, gpu: Gpu) -> list[Forecast]:
     """The same runs on a GPU, by its datasheet alone. Memory is that of this engine, which is no measurement either."""
-    rates = Rates(gpu.flop_per_s, {run_key(name, spec.hidden): gpus.ASSUMED_MFU for name in gpu.flop_per_s})
+    reached = {run_key(name, spec.hidden): gpus.ASSUMED_MFU * rate for name, rate in gpu.flop_per_s.items()}
+    rates = Rates(gpu.flop_per_s, reached)
     return [forecast(spec, r, work, name, gpu.memory_bytes, rates) for name in gpu.flop_per_s]
 
 
@@ -89,19 +90,17 @@ def forecast(
 
 
 def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recompute: bool, rates: Rates) -> float | None:
-    rate = rates.flop_per_s.get(precision)
-    if not rate:
-        return None
+    speed = _speed(spec, precision, storage, rates)
     done = flop.total + (flop.forward if recompute else 0)
-    return done / (rate * _reached(spec, precision, storage, rates))
+    return done / speed if speed else None
 
 
-def _reached(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float:
-    """The share of the machine's rate that training reaches: measured, else what weights in 16 bits reach."""
-    own = rates.mfu_of(way(precision, storage), spec.hidden)
+def _speed(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float:
+    """FLOP/s of training: measured, else that of weights in 16 bits, else an assumed share of the rate of products."""
+    own = rates.reached_by(way(precision, storage), spec.hidden)
     if own:
         return own
-    plain = rates.mfu_of(precision, spec.hidden) or ASSUMED_MFU[precision]
+    plain = rates.reached_by(precision, spec.hidden) or ASSUMED_MFU[precision] * rates.flop_per_s.get(precision, 0.0)
     return plain * (1 if storage == "auto" else DECODING)
 
 

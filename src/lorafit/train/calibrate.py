@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,31 +24,44 @@ from lorafit.engine import precision
 from lorafit.engine.engine import prepare
 from lorafit.engine.tally import TALLY
 from lorafit.methods import lora
+from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
 from lorafit.train.optim import adamw
 
 STEPS = 5
 ROWS, LENGTH, MICRO_TOKENS = 8, 256, 1024
+# A few layers of the model, with as large a part of its vocabulary: what they cost is in the same proportions.
+LAYERS = 6
+# A model whose few layers are larger is stood in for by a small one.
+MOST_PARAMETERS = 200_000_000
 VOCAB, WIDTH = 16384, 768
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of some steps. first_s: the first, apart. step_s: the others. flop: of one. mfu: of the others' median."""
+    """Of some steps. first_s: the first, apart. step_s: the others. flop: of one. flop_per_s: of the others' median.
+
+    mfu: the share of the rate of products that this is.
+    """
 
     first_s: float
     step_s: tuple[float, ...]
     flop: int
+    flop_per_s: float
     mfu: float
 
 
-def calibrate(threads: int, console: Console) -> None:
-    """Measure products and training in every precision, about half a minute, and keep what was found."""
+def calibrate(threads: int, spec: ModelSpec, console: Console) -> None:
+    """Measure products, and training of a part of this model in every precision; keep what was found.
+
+    Takes about half a minute.
+    """
     torch.set_num_threads(threads)
-    precision.flop_per_s()
     for name in ("fp32", "bf16", "int8"):
-        speed = measure(_small_llama(precision.DTYPES[name]), name, random_rows(ROWS, LENGTH, VOCAB), r=16)
-        rates.keep(threads, rates.Rates(mfu={rates.run_key(name, WIDTH): speed.mfu}))
+        model, width = _part_of(spec, precision.DTYPES[name])
+        vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        speed = measure(model, name, random_rows(ROWS, LENGTH, vocabulary), r=16)
+        rates.keep(threads, rates.Rates(reached={rates.run_key(name, width): speed.flop_per_s}))
         console.print(f"{name}: training reaches {speed.mfu:.0%} of what products reach", highlight=False)
 
 
@@ -73,8 +87,8 @@ def measure(model: nn.Module, name: str, rows: Sequence[Encoded], r: int, steps:
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
     flop = (TALLY.flop - before) // steps
-    mfu = flop / statistics.median(seconds[1:]) / precision.flop_per_s()[name]
-    return Speed(seconds[0], tuple(seconds[1:]), flop, mfu)
+    speed = flop / statistics.median(seconds[1:])
+    return Speed(seconds[0], tuple(seconds[1:]), flop, speed, speed / precision.flop_per_s(again=True)[name])
 
 
 def random_rows(count: int, length: int, vocab: int) -> list[Encoded]:
@@ -85,6 +99,28 @@ def random_rows(count: int, length: int, vocab: int) -> list[Encoded]:
         Encoded(random.integers(0, vocab, length).astype(np.int32), supervised, 0, f"random:{number}")
         for number in range(count)
     ]
+
+
+def _part_of(spec: ModelSpec, dtype: torch.dtype) -> tuple[nn.Module, int]:
+    """(a random model built as this one, with fewer layers and tokens; its width)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers = min(LAYERS, spec.layers)
+    share = layers / max(1, spec.layers)
+    if not 0 < spec.parameters * share <= MOST_PARAMETERS:
+        return _small_llama(dtype), WIDTH
+    try:
+        config = AutoConfig.for_model(**dict(spec.config))
+        text = config.get_text_config()
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        text.num_hidden_layers, text.vocab_size = layers, max(1024, round(spec.vocab * share))
+        text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+        build: Any = AutoModelForCausalLM.from_config  # transformers' Auto classes are untyped
+        model: nn.Module = build(config, attn_implementation="eager")
+    except (ValueError, KeyError, TypeError, AttributeError):  # what transformers cannot build from its config
+        return _small_llama(dtype), WIDTH
+    return model.to(dtype).eval(), spec.hidden
 
 
 def _small_llama(dtype: torch.dtype) -> nn.Module:

@@ -107,7 +107,7 @@ def expected_s(
     None where no run in this precision was timed here before, or where only a part of the model is trained.
     """
     known = rates.read(threads)
-    reached = known.mfu_of(rates.way(precision, config.base_storage), spec.hidden)
+    reached = known.reached_by(rates.way(precision, config.base_storage), spec.hidden)
     if reached is None or config.layers is not None or config.targets != "all-linear":
         return None
     steps = _first_steps(rows, config)
@@ -118,7 +118,7 @@ def expected_s(
         return None
     done = sum(one.total + (one.forward if split.recompute else 0) for one in flop)
     total = config.max_steps or -(-len(rows) // config.batch_size) * config.epochs
-    return done / len(steps) * total / (known.flop_per_s[precision] * reached)
+    return done / len(steps) * total / reached
 
 
 def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
