@@ -200,6 +200,8 @@ class EvalConfig(RowsConfig):
     """How many rows are shown: prompt, expected, got."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base."""
+    base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
+    """Evaluate with frozen weights that stay in fewer bits, as for train. Default: as the run was trained."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False

@@ -20,7 +20,7 @@ from lorafit.plan import gpus, machine
 from lorafit.plan.counts import by_part, trainable
 from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, TYPES, Forecast, fastest, forecast, on_gpu, ways
 from lorafit.plan.gpus import gpu_of
-from lorafit.plan.memory import splits
+from lorafit.plan.memory import data_bytes, splits
 from lorafit.plan.show import page, print_plan
 from lorafit.plan.storage import sizes
 from lorafit.plan.work import MICRO_TOKENS, Pass, Shape, Steps, Work, full_flop, lora_flop
@@ -39,6 +39,8 @@ SEQ_LEN = 512
 OF_DATA = ("format", "rename", "template", "loss_on")
 # Steps that are made of the rows that were looked at.
 STEPS = 24
+# Tokens in memory; those of files above 8 MB are on disk.
+TOKEN_BYTES, MOST_IN_MEMORY = 4, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Rows:
     seq_len: int
     loss_share: float
     data: dict[str, Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory: tokens of many are kept on disk and mapped."""
+        count = self.count or 0
+        tokens = count * self.seq_len
+        return data_bytes(count, TOKEN_BYTES * tokens if tokens <= MOST_IN_MEMORY else 0)
 
 
 def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any]:
@@ -71,7 +80,9 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     rates = machine_rates.read(threads)
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes()
     rows = _rows(config, spec)
-    runs = [forecast(spec, config.r, rows.work, name, limit, rates, storage) for name, storage in ways(spec)]
+    runs = [
+        forecast(spec, config.r, rows.work, name, limit, rates, storage, rows.nbytes) for name, storage in ways(spec)
+    ]
     found = _as_json(config, spec, rows, rates, threads, limit, runs)
     if out is not None:
         print_plan(found, out)

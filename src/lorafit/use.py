@@ -77,14 +77,21 @@ class _Found:
 
 
 def open_target(
-    target: str, adapter: str | None, scale: float, precision_name: str, trust_remote_code: bool, console: Console
+    target: str,
+    adapter: str | None,
+    scale: float,
+    precision_name: str,
+    trust_remote_code: bool,
+    console: Console,
+    storage: str = "auto",
 ) -> Opened:
     """Load a run, a model, or a model and an adapter, and set the scale. Says on `console` what it opened.
 
     target: a run directory, a model as for training, or an adapter directory that names its base. adapter: a directory
     in PEFT's format, for a model alone. precision_name: `auto` takes what a run was trained in, so that its figures can
-    be compared; for anything else it measures.
-    Raises ConfigError for a scale that is not finite or scales nothing, RunDirError for an unfinished run, AdapterError
+    be compared; for anything else it measures. storage: where it is not `auto`, frozen weights stay so in memory. The
+    base of a run is rounded as in training in any case, and `auto` decodes it at once: the same numbers, faster.
+    Raises ConfigError for a scale that is not finite or scales nothing, or another storage than the run's, RunDirError for an unfinished run, AdapterError
     for an adapter that does not belong to the model, ModelError.
     """
     if not math.isfinite(scale):
@@ -95,12 +102,19 @@ def open_target(
             f"--scale {scale:g} scales an adapter, and {target} is a model without one",
             "Give a run directory, or an adapter with --adapter DIR",
         )
+    if storage != "auto" and found.model_sha256 is not None and storage != found.storage:
+        raise ConfigError(
+            f"{target} was trained on a base stored as {found.storage}, and --base-storage {storage} is given",
+            "Leave it out: the adapter belongs to the base it was trained on",
+        )
     with _naming_the_way(target, found):
         spec = model_spec.read(found.base)
     _check_same_model(target, found, spec)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
-    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, found.storage, decoded=True)
+    kept = found.storage if storage == "auto" else storage
+    decoded = storage == "auto"
+    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded)
     loaded.model.requires_grad_(False)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
@@ -109,6 +123,7 @@ def open_target(
         tokenizer = _tokenizer(found.adapter, loaded)
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
     rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
+    rounded += "" if decoded else f", weights kept as {storage}"
     console.print(f"opened {what} in {chosen}{rounded}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return Opened(
         model=loaded.model,
@@ -211,7 +226,13 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     rows = islice(locate(config.data).unseen().rows(), config.rows)
     examples = read_examples(rows, config.format, config.rename)
     opened = open_target(
-        config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
+        config.target,
+        config.adapter,
+        config.scale,
+        config.precision,
+        config.trust_remote_code,
+        console,
+        config.base_storage,
     )
     if config.template:
         use_template(opened.tokenizer, config.template)
@@ -229,6 +250,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     )
     what = {"target": config.target, "base": opened.base, "data": config.data, "adapter": config.adapter}
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
+    how["base_storage"] = config.base_storage
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
     return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}

@@ -228,3 +228,10 @@ def test_a_run_on_a_quantized_base_is_opened_on_that_base(
     expected = model_load.load(model_spec.read(str(path)), torch.float32, storage=storage).model
     ids = torch.arange(24).view(2, 12)
     assert torch.equal(expected(ids).logits, opened.model(ids).logits)
+    kept = open_target(str(tmp_path / "run"), None, 0.0, "auto", False, console, storage)
+    assert f"weights kept as {storage}" in heard.getvalue()
+    assert any(isinstance(module, QuantizedLinear) for module in kept.model.modules())
+    assert torch.equal(expected(ids).logits, kept.model(ids).logits)
+    other = "int8" if storage == "nf4" else "nf4"
+    with pytest.raises(ConfigError, match=f"was trained on a base stored as {storage}"):
+        open_target(str(tmp_path / "run"), None, 0.0, "auto", False, console, other)

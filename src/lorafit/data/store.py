@@ -6,9 +6,11 @@ A cell is a token id with its mask in the highest bit. What is known of each row
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, overload
@@ -101,10 +103,37 @@ class Tokens(Sequence[Encoded]):
         lengths = np.diff(self._all["end"], prepend=0)
         return lengths if self._chosen is None else lengths[self._chosen]
 
+    @property
+    def resident_bytes(self) -> int:
+        """What of this has to be in memory: mapped files have not."""
+        arrays = self._cells, self._all, self._origins
+        return sum(0 if isinstance(array, np.memmap) else array.nbytes for array in arrays)
+
+    def let_go(self) -> None:
+        """Hand back the pages of mapped files that were read; they stay in the system's cache, and come again."""
+        for array in (self._cells, self._all, self._origins):
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None:
+                with suppress(OSError, AttributeError):
+                    mapped.madvise(mmap.MADV_DONTNEED)
+
     def part(self, chosen: NDArray[np.bool_]) -> Tokens:
         """The rows that are chosen, in their order. chosen: (rows,)."""
         numbers = np.flatnonzero(chosen)
         return Tokens(self._cells, self._all, self._origins, numbers if self._chosen is None else self._chosen[numbers])
+
+
+def resident_bytes(rows: Sequence[Encoded]) -> int:
+    """What of the rows has to be in memory."""
+    if isinstance(rows, Tokens):
+        return rows.resident_bytes
+    return sum(row.input_ids.nbytes + row.supervised.nbytes for row in rows)
+
+
+def let_go(rows: Sequence[Encoded]) -> None:
+    """Hand back what was read of mapped files."""
+    if isinstance(rows, Tokens):
+        rows.let_go()
 
 
 def lengths(rows: Sequence[Encoded]) -> NDArray[np.int64]:

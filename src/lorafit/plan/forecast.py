@@ -20,10 +20,10 @@ TYPES = {
     "bf16": "frozen weights, products and activations in bf16; adapter, optimizer, norms and loss in fp32",
     "fp32": "everything in fp32",
 }
-# Where no run has told yet what share of the machine's rate training reaches, and what is left of it where weights
-# are decoded for each product.
+# Where no run has told yet what share of the machine's rate training reaches, and what is left of that where weights
+# are decoded for each product (SmolLM2-135M, micro-batches of 500 to 1,024 tokens).
 ASSUMED_MFU = {"fp32": 0.40, "bf16": 0.50, "int8": 0.35}
-DECODING = 0.9
+DECODING = {"keep": 0.95, "nf4": 0.9, "int8": 0.95}
 J_PER_KWH = 3.6e6
 
 
@@ -64,13 +64,23 @@ def on_gpu(spec: ModelSpec, r: int, work: Work, gpu: Gpu) -> list[Forecast]:
 
 
 def forecast(
-    spec: ModelSpec, r: int, work: Work, precision: str, limit: int, rates: Rates, storage: str = "auto"
+    spec: ModelSpec,
+    r: int,
+    work: Work,
+    precision: str,
+    limit: int,
+    rates: Rates,
+    storage: str = "auto",
+    data: int = 0,
 ) -> Forecast:
-    """The fastest way to run in this precision that fits into `limit` bytes, or, where none does, what needs least."""
+    """The fastest way to run in this precision that fits into `limit` bytes, or, where none does, what needs least.
+
+    data: bytes of the rows.
+    """
     tried = []
     for split in memory.splits(work.micro_tokens):
         tokens, predicted = largest(work, split.micro_tokens)
-        estimate = memory.estimate(spec, r, precision, tokens, predicted, split.recompute, storage)
+        estimate = memory.estimate(spec, r, precision, tokens, predicted, split.recompute, storage, data)
         tried.append((estimate, split))
         if estimate.fits(limit):
             break
@@ -90,18 +100,18 @@ def forecast(
 
 
 def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recompute: bool, rates: Rates) -> float | None:
-    speed = _speed(spec, precision, storage, rates)
+    assumed = ASSUMED_MFU[precision] * rates.flop_per_s.get(precision, 0.0)
+    speed = measured_speed(spec, precision, storage, rates) or assumed * DECODING.get(storage, 1.0)
     done = flop.total + (flop.forward if recompute else 0)
     return done / speed if speed else None
 
 
-def _speed(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float:
-    """FLOP/s of training: measured, else that of weights in 16 bits, else an assumed share of the rate of products."""
-    own = rates.reached_by(way(precision, storage), spec.hidden)
+def measured_speed(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float | None:
+    """FLOP/s that training reached so, or, in fewer bits, what follows from that of weights in 16; None where neither."""
+    own, plain = (rates.reached_by(name, spec.hidden) for name in (way(precision, storage), precision))
     if own:
         return own
-    plain = rates.reached_by(precision, spec.hidden) or ASSUMED_MFU[precision] * rates.flop_per_s.get(precision, 0.0)
-    return plain * (1 if storage == "auto" else DECODING)
+    return plain * DECODING.get(storage, 1.0) if plain else None
 
 
 def fastest(forecasts: list[Forecast]) -> Forecast | None:

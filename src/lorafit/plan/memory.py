@@ -27,6 +27,8 @@ LOGIT_ROWS = 256
 DECODED_TOKENS = 8192
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
+# What is known of each row beside its tokens, and its order in an epoch: measured.
+ROW_BYTES = 200
 # What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
 WORK = 0.13
 KERNEL_BYTES = 30 * MIB
@@ -81,11 +83,12 @@ def estimate(
     supervised: int,
     recompute: bool,
     storage: str = "auto",
+    data: int = 0,
 ) -> MemoryEstimate:
     """The peak of training with `tokens` in the largest micro-batch, `supervised` of them in the loss.
 
     precision: fp32, bf16 or int8. recompute: whether layers keep their input alone. storage: that of frozen weights:
-    auto as they are computed with, keep as in the GGUF file, nf4, int8.
+    auto as they are computed with, keep as in the GGUF file, nf4, int8. data: bytes of the rows, see `data_bytes`.
     """
     dtype = "fp32" if precision == "fp32" else "bf16"
     layer_weights = sum(a * b for a, b in block_weights(spec).values())
@@ -106,9 +109,15 @@ def estimate(
             "adapter": ADAPTER_COPIES * adapter,
             "activations": activations,
             "logits": bytes_of(min(supervised, LOGIT_ROWS) * spec.vocab, dtype),
+            "data": data,
             "workspace": round(WORK * activations) + KERNEL_BYTES,
         }
     )
+
+
+def data_bytes(rows: int, resident: int) -> int:
+    """What training rows take in memory: what is known of each, their order, and what of their tokens is not mapped."""
+    return rows * ROW_BYTES + resident
 
 
 def _stored_bytes(spec: ModelSpec, storage: str, dtype: str) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorafit.config import TrainConfig
 from lorafit.data.batching import step_rows
 from lorafit.data.pack import micro_batches
-from lorafit.data.store import Encoded
+from lorafit.data.store import Encoded, let_go
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine
 from lorafit.engine.tally import TALLY
@@ -108,7 +108,8 @@ class _Loop:
         return time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
 
     def save(self) -> None:
-        adapter = {name: value.clone() for name, value in self.work.method.state(self.work.model).items()}
+        # The tensors themselves, not copies: nothing changes them until they are written.
+        adapter = dict(self.work.method.state(self.work.model))
         moments = optimizer_state(self.optimizer, list(self.parameters))
         self._save(Checkpoint(self.progress, self.work.identity, adapter, moments, self.best))
         self._saved_at = time.monotonic()
@@ -133,6 +134,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
         _count_bad_step(loop, row_ids, loss, grad_norm, report)
     loop.optimizer.zero_grad(set_to_none=True)
     work.engine.after_step()
+    let_go(work.rows)
 
     step_s = time.perf_counter() - started
     progress.step += 1

@@ -71,10 +71,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as named tensors, in the order of its parameters."""
+    """AdamW's moments and step counts as named tensors, in the order of its parameters; its own, not copies."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        f"{name}.{key}": value.detach().clone()
+        f"{name}.{key}": value.detach()
         for name, parameter in zip(names, parameters, strict=True)
         for key, value in optimizer.state[parameter].items()
     }

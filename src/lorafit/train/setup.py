@@ -17,7 +17,7 @@ from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.batching import Counted, counted, read_tokens, step_rows
 from lorafit.data.pack import micro_batches
-from lorafit.data.store import Encoded, lengths
+from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
 from lorafit.engine.engine import Engine, plain, prepare
 from lorafit.engine.layers import Features, untouched_layers
@@ -25,6 +25,7 @@ from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
 from lorafit.plan.flops import Flop, lora_step
+from lorafit.plan.forecast import measured_speed
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
 from lorafit.units import format_bytes, format_count
 
@@ -51,7 +52,10 @@ def fit_to_memory(
 
     def predicted(split: Split) -> memory.MemoryEstimate:
         tokens, supervised = _largest(rows, config, split.micro_tokens)
-        return memory.estimate(spec, config.r, precision, tokens, supervised, split.recompute, config.base_storage)
+        held = memory.data_bytes(len(rows), resident_bytes(rows))
+        return memory.estimate(
+            spec, config.r, precision, tokens, supervised, split.recompute, config.base_storage, held
+        )
 
     tried = []
     for split in [begun] if begun else splits(config.micro_tokens):
@@ -107,7 +111,7 @@ def expected_s(
     None where no run in this precision was timed here before, or where only a part of the model is trained.
     """
     known = rates.read(threads)
-    reached = known.reached_by(rates.way(precision, config.base_storage), spec.hidden)
+    reached = measured_speed(spec, precision, config.base_storage, known)
     if reached is None or config.layers is not None or config.targets != "all-linear":
         return None
     steps = _first_steps(rows, config)
