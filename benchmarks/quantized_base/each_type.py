@@ -4,9 +4,9 @@
     python benchmarks/quantized_base/each_type.py table        (puts the results into docs/quantized.md)
 
 The same weights in every type: SmolLM2-135M's file is decoded and quantized once more into each of GGUF's types that
-the package gguf writes (its K types are not among them), and by `--base-storage` into nf4 and int8 from DIR, which
-benchmarks/train_speed/run.py prepare makes. Loss on 160 rows of banking77/chat12_test.jsonl under DATA, untuned and after
-an epoch over 320 rows of its training file; nats a token on TEXT, untuned, which says more of the model itself.
+the package gguf writes (its K types are not among them), and by `--base-storage` into nf4 and int8 from DIR, which is
+made by `benchmarks/train_speed/run.py prepare`. Loss on 160 rows of banking77/chat12_test.jsonl under DATA, untuned and
+after an epoch over 320 rows of its training file; nats a token on TEXT, untuned, which says more of the model itself.
 """
 
 from __future__ import annotations

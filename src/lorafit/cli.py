@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -20,11 +20,14 @@ from rich.console import Console
 from lorafit import __version__
 from lorafit.config import (
     ChatConfig,
+    CombineConfig,
     DataConfig,
     EvalConfig,
     Frozen,
     MergeConfig,
     PlanConfig,
+    ScaleConfig,
+    ShrinkConfig,
     TrainConfig,
     build,
     read_toml,
@@ -86,8 +89,10 @@ def _parameter(config: type[Frozen], name: str, positional: bool) -> inspect.Par
     field = config.model_fields[name]
     help_text = field.description or ""
     if positional:
-        kind: Any = typer.Argument(metavar=name.upper(), help=help_text, show_default=False)
-        return _keyword(name, Annotated[str | None, kind])
+        several = get_origin(field.annotation) is list
+        metavar = f"{name.upper()}..." if several else name.upper()
+        kind: Any = typer.Argument(metavar=metavar, help=help_text, show_default=False)
+        return _keyword(name, Annotated[list[str] | None if several else str | None, kind])
     if field.annotation is bool:
         flag = name.replace("_", "-")
         both = f"--{flag}/--no-{flag}" if field.default else f"--{flag}"
@@ -237,6 +242,62 @@ def merge(given: dict[str, Any], as_json: JSON = False) -> None:
     from lorafit import use
 
     result = use.merge(resolved, _log())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Use")
+@options_of(ScaleConfig, ("run",))
+def scale(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Loss on the task, and on what should not be forgotten, from scale 0 (the base) to 2; marks the best trade.
+
+    lorafit scale runs/first --task test.jsonl --keep book.txt -o scales
+
+    lorafit scale runs/first --task test.jsonl -o scales --scales 0,0.5,1,1.5
+    """
+    resolved, _ = build(ScaleConfig, {}, given)
+
+    from lorafit import adapters
+
+    result = adapters.scale(resolved, _log(), None if as_json else Console())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Ship")
+@options_of(CombineConfig, ("adapters",))
+def combine(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Add up adapters of one base model, each with a weight, and write the sum as one adapter.
+
+    lorafit combine runs/law runs/tone --weights 0.7,0.3 -o both
+
+    lorafit combine runs/law runs/tone --how svd --r 16 -o both
+
+    lorafit combine runs/law --weights -1 -o without-law        (the update taken away)
+    """
+    resolved, _ = build(CombineConfig, {}, given)
+
+    from lorafit import adapters
+
+    result = adapters.combine(resolved, _log())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Ship")
+@options_of(ShrinkConfig, ("run",))
+def shrink(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Bring an adapter to a lower rank, as near to what it was as that rank can be, and say what is lost.
+
+    lorafit shrink runs/first --r 4 -o small
+
+    lorafit shrink runs/first --r 4 -o small --data test.jsonl        (with the loss before and after)
+    """
+    resolved, _ = build(ShrinkConfig, {}, given)
+
+    from lorafit import adapters
+
+    result = adapters.shrink(resolved, _log())
     if as_json:
         _print_json(result)
 

@@ -43,6 +43,7 @@ PatternInts = Annotated[dict[str, int], BeforeValidator(_comma_pairs)]
 PatternFloats = Annotated[dict[str, float], BeforeValidator(_comma_pairs)]
 Names = Annotated[dict[str, str], BeforeValidator(_comma_pairs)]
 Texts = Annotated[list[str], BeforeValidator(_comma_texts)]
+Numbers = Annotated[list[float], BeforeValidator(_comma_texts)]
 
 
 class Frozen(BaseModel):
@@ -310,6 +311,67 @@ class MergeConfig(Frozen):
     """Multiplies the update before it is added."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the merged weights: the sum is taken in fp32 and cast once."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class CombineConfig(Frozen):
+    """One sum of adapters."""
+
+    adapters: list[str] = Field(min_length=1)
+    """Run directories, or adapter directories in PEFT's format, of one base model."""
+    output: str
+    """The adapter directory to write."""
+    weights: Numbers | None = None
+    """What each counts: 0.7,0.3; a negative one is taken away. Default: all the same, of a sum of 1."""
+    how: Literal["cat", "svd", "linear", "ties", "dare", "magnitude-prune"] = "cat"
+    """cat is the exact sum, of a rank that is the sum of ranks; svd the nearest of rank --r; others add up factors."""
+    density: float = Field(1.0, gt=0, le=1)
+    """Share of the numbers that ties, dare and magnitude-prune keep."""
+    r: int | None = Field(None, ge=1)
+    """Rank of the result, for svd. Default: the largest of theirs."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds what dare drops."""
+
+
+class ShrinkConfig(Frozen):
+    """One adapter of a lower rank."""
+
+    run: str
+    """A run directory, or an adapter directory in PEFT's format."""
+    output: str
+    """The adapter directory to write."""
+    r: int = Field(ge=1)
+    """The rank to bring it to; layers of a lower one stay as they are."""
+    data: str | None = None
+    """Rows, as for eval, on which the loss is measured before and after."""
+    rows: int | None = Field(None, ge=1)
+    """Only the first N of them."""
+
+
+class ScaleConfig(Frozen):
+    """One look at the scale of an update."""
+
+    run: str
+    """A run directory, or an adapter directory in PEFT's format that names its base."""
+    task: str
+    """Rows of what was learned, as for eval."""
+    keep: str | None = None
+    """Rows or text of what should not be forgotten."""
+    output: str
+    """The directory to write: scale.json and scale.svg."""
+    scales: Numbers = Field(default_factory=lambda: [number / 4 for number in range(9)], min_length=1)
+    """The scales to try. Default: 0 to 2 in steps of 0.25."""
+    forgetting: float = Field(1.0, ge=0)
+    """What a nat of loss on what is kept counts, against one on the task."""
+    rows: int | None = Field(200, ge=1)
+    """Only the first N rows of each."""
+    seq_len: int = Field(2048, ge=2)
+    """Longest row in tokens."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen base."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -6,22 +6,25 @@ target -> base model + adapter -> rows -> measures; -> a conversation; -> a plai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from lorafit.config import ChatConfig, EvalConfig, MergeConfig
+from lorafit.config import ChatConfig, EvalConfig, MergeConfig, ScaleConfig
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
+from lorafit.data.mask import encode_all
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
@@ -91,8 +94,8 @@ def open_target(
     in PEFT's format, for a model alone. precision_name: `auto` takes what a run was trained in, so that its figures can
     be compared; for anything else it measures. storage: where it is not `auto`, frozen weights stay so in memory. The
     base of a run is rounded as in training in any case, and `auto` decodes it at once: the same numbers, faster.
-    Raises ConfigError for a scale that is not finite or scales nothing, or another storage than the run's, RunDirError for an unfinished run, AdapterError
-    for an adapter that does not belong to the model, ModelError.
+    Raises ConfigError for a scale that is not finite or scales nothing, or another storage than the run's, RunDirError
+    for an unfinished run, AdapterError for an adapter that does not belong to the model, ModelError.
     """
     if not math.isfinite(scale):
         raise ConfigError(f"--scale must be a finite number, got {scale}", "0 is the base model, 1 the tuned one")
@@ -254,6 +257,30 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
     return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}
+
+
+def losses_over_scales(config: ScaleConfig, sources: Mapping[str, str], console: Console) -> dict[str, list[float]]:
+    """Of each source the mean loss a token at each scale, from one load. Raises LorafitError."""
+    torch.set_num_threads(config.threads or machine.physical_cores())
+    opened = open_target(config.run, None, 1.0, config.precision, config.trust_remote_code, console)
+    if not opened.has_adapter:
+        raise ConfigError(f"{config.run} is a model without an adapter", "Give a run directory")
+    sets = {}
+    for name, source in sources.items():
+        rows = islice(locate(source).unseen().rows(), config.rows)
+        sets[name] = encode_all(read_examples(rows), opened.tokenizer, config.seq_len)
+        console.print(f"{name}: {sets[name].summary}", highlight=False)
+    engine = prepare(opened.model, share_prefix=True)
+    losses: dict[str, list[float]] = {name: [] for name in sets}
+    total = sum(one.pieces for one in sets.values()) * len(config.scales)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar, torch.no_grad():
+        task = bar.add_task("losses", total=total)
+        for at in config.scales:
+            set_scale(opened.model, at)
+            for name, one in sets.items():
+                done = partial(bar.advance, task)
+                losses[name].append(infer_evaluate.mean_loss(engine, one, config.seq_len, done))
+    return losses
 
 
 MEANINGS = {

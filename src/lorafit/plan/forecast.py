@@ -107,7 +107,7 @@ def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recomput
 
 
 def measured_speed(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float | None:
-    """FLOP/s that training reached so, or, in fewer bits, what follows from that of weights in 16; None where neither."""
+    """FLOP/s that training reached so, or, in fewer bits, what follows from that of weights in 16; None: unknown."""
     own, plain = (rates.reached_by(name, spec.hidden) for name in (way(precision, storage), precision))
     if own:
         return own

@@ -16,10 +16,13 @@ from lorafit.plan.storage import model_bytes
 from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
-RUNTIME_BYTES = 480 * MIB
-# fp32: value, gradient, two moments and, at the first step, the values before it. Outside a step there is no gradient,
-# and a checkpoint copies what it writes.
-ADAPTER_COPIES = 5
+RUNTIME_BYTES = 450 * MIB
+# In float32: value, gradient, two moments and, at the first step, the values before it. A checkpoint holds as many
+# bytes of what it writes. In 16 bits the activations' memory is kept for the next step beside all of them; in fp32 it
+# lies on the heap and is given to gradients: measured.
+ADAPTER_COPIES = {"fp32": 3.5, "bf16": 5.0}
+# In 16 bits the factors are packed as well, both ways round, their rank filled up to so many.
+RANK_STEP, PACKED_BYTES = 16, 4
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
@@ -30,7 +33,7 @@ CALIBRATION_TOKENS = 128
 # What is known of each row beside its tokens, and its order in an epoch: measured.
 ROW_BYTES = 200
 # What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
-WORK = 0.13
+WORK = {"fp32": 0.26, "bf16": 0.13}
 KERNEL_BYTES = 30 * MIB
 # What is predicted must stay below this share of the limit: the prediction is a few percent off.
 MARGIN = 0.95
@@ -96,23 +99,30 @@ def estimate(
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
     if storage != "auto":
         weights = _stored_bytes(spec, storage, dtype)
-    adapter = bytes_of(lora_params(spec, r), "fp32")
+    adapter = _adapter_bytes(spec, r, dtype)
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
         few = activation_bytes(spec, r, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
-        before = layer_weights + 2 * adapter + round((1 + WORK) * few)
-        weights += max(0, before - ADAPTER_COPIES * adapter - round((1 + WORK) * activations))
+        made = bytes_of(2 * lora_params(spec, r), "fp32")
+        before = layer_weights + made + round((1 + WORK[dtype]) * few)
+        weights += max(0, before - adapter - round((1 + WORK[dtype]) * activations))
     return MemoryEstimate(
         {
             "runtime": RUNTIME_BYTES,
             "weights": weights,
-            "adapter": ADAPTER_COPIES * adapter,
+            "adapter": adapter,
             "activations": activations,
             "logits": bytes_of(min(supervised, LOGIT_ROWS) * spec.vocab, dtype),
             "data": data,
-            "workspace": round(WORK * activations) + KERNEL_BYTES,
+            "workspace": round(WORK[dtype] * activations) + KERNEL_BYTES,
         }
     )
+
+
+def _adapter_bytes(spec: ModelSpec, r: int, dtype: str) -> int:
+    """Its numbers with all that belongs to them while it is trained."""
+    copies = round(ADAPTER_COPIES[dtype] * bytes_of(lora_params(spec, r), "fp32"))
+    return copies if dtype == "fp32" else copies + PACKED_BYTES * lora_params(spec, -(-r // RANK_STEP) * RANK_STEP)
 
 
 def data_bytes(rows: int, resident: int) -> int:
@@ -139,7 +149,7 @@ def reserved_bytes(spec: ModelSpec, r: int, precision: str) -> int:
     if precision != "int8":
         return 0
     copies = sum(a * b for a, b in block_weights(spec).values())
-    return copies + round((1 + WORK) * activation_bytes(spec, r, "bf16", CALIBRATION_TOKENS, recompute=False))
+    return copies + round((1 + WORK["bf16"]) * activation_bytes(spec, r, "bf16", CALIBRATION_TOKENS, recompute=False))
 
 
 def activation_bytes(spec: ModelSpec, r: int, dtype: str, tokens: int, recompute: bool) -> int:

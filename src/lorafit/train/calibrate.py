@@ -29,7 +29,8 @@ from lorafit.plan import memory
 from lorafit.train.optim import adamw
 
 STEPS = 5
-ROWS, LENGTH, MICRO_TOKENS = 8, 256, 1024
+# Two passes of 768 tokens: between the smallest and the largest that there usually are.
+ROWS, LENGTH, MICRO_TOKENS = 6, 256, 1024
 # A few layers of the model, with as large a part of its vocabulary: what they cost is in the same proportions.
 LAYERS = 6
 # A model whose few layers are larger is stood in for by a small one.

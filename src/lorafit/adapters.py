@@ -1,0 +1,116 @@
+"""Commands over finished adapters: `combine`, `shrink` and `scale`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorafit import files
+from lorafit.chart import Mark, Panel, chart
+from lorafit.config import CombineConfig, EvalConfig, ScaleConfig, ShrinkConfig
+from lorafit.export import arithmetic
+from lorafit.rundir import RunDir
+from lorafit.units import format_count
+
+
+def combine(config: CombineConfig, console: Console) -> dict[str, Any]:
+    """Write a sum of adapters. Returns the JSON object. Raises LorafitError for whatever the user can mend."""
+    directories = [_adapter(name) for name in config.adapters]
+    weights = config.weights or [1 / len(directories)] * len(directories)
+    found = arithmetic.combine(
+        directories, weights, config.how, config.density, config.r, config.seed, Path(config.output)
+    )
+    ranks = ", ".join(map(str, found["ranks"]))
+    terms = " + ".join(f"{weight:g} x {name}" for name, weight in zip(config.adapters, weights, strict=True))
+    console.print(f"{config.how}: {terms}", highlight=False, markup=False)
+    console.print(
+        f"wrote {config.output}: rank {ranks} on {format_count(found['modules'])} layers, "
+        f"{format_count(found['in_all'])} of which every adapter changes",
+        highlight=False,
+        markup=False,
+    )
+    _say_next(config.output, console)
+    return found | {"adapters": config.adapters, "weights": list(weights)}
+
+
+def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
+    """Write an adapter of a lower rank. Returns the JSON object. Raises LorafitError for whatever the user can mend."""
+    directory = _adapter(config.run)
+    found = arithmetic.shrink(directory, config.r, Path(config.output))
+    ranks = ", ".join(map(str, found["ranks_before"]))
+    console.print(
+        f"wrote {config.output}: rank {ranks} cut to {config.r} by SVD, which loses {found['lost']:.1%} of the "
+        "update's norm",
+        highlight=False,
+        markup=False,
+    )
+    if config.data:
+        losses = [_loss(config, str(path), console) for path in (directory, Path(config.output))]
+        found |= {"loss_before": losses[0], "loss_after": losses[1]}
+        console.print(f"loss on {config.data}: {losses[0]:.4f} before, {losses[1]:.4f} after", highlight=False)
+    _say_next(config.output, console)
+    return found
+
+
+def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, Any]:
+    """Losses over the scale, from one load. Returns the JSON object. Raises LorafitError for what the user can mend."""
+    from lorafit.use import losses_over_scales  # needs transformers
+
+    named = {"task": config.task} | ({"keep": config.keep} if config.keep else {})
+    losses = losses_over_scales(config, named, log)
+    points = [
+        {"scale": at, **{name: losses[name][number] for name in named}} for number, at in enumerate(config.scales)
+    ]
+    best = min(points, key=lambda point: point["task"] + config.forgetting * point.get("keep", 0.0))
+    found = {"run": config.run, **named, "forgetting": config.forgetting, "points": points, "best": best["scale"]}
+    directory = Path(config.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write_json(directory / "scale.json", found)
+    titles = {"task": f"loss on {config.task}", "keep": f"loss on {config.keep}, which is to be kept"}
+    at = config.scales
+    panels = [Panel(f"{titles[name]}, nats a token", at, losses[name], _of_base(at, losses[name])) for name in named]
+    mark = Mark(best["scale"], f"best trade: {best['scale']:g}" if config.keep else f"least loss: {best['scale']:g}")
+    files.write_atomic(directory / "scale.svg", chart(panels, "scale of the update", mark))
+    if out is not None:
+        _print_scales(found, list(named), out)
+    log.print(f"wrote {directory / 'scale.json'} and {directory / 'scale.svg'}", highlight=False, markup=False)
+    return found
+
+
+def _of_base(scales: Sequence[float], losses: Sequence[float]) -> tuple[float, str] | None:
+    return next(((loss, "base") for at, loss in zip(scales, losses, strict=True) if at == 0), None)
+
+
+def _print_scales(found: dict[str, Any], names: list[str], out: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("scale", *names, ""):
+        table.add_column(column, justify="right")
+    for point in found["points"]:
+        remark = "the best" if point["scale"] == found["best"] else ""
+        table.add_row(f"{point['scale']:g}", *(f"{point[name]:.4f}" for name in names), remark)
+    out.print(table)
+    out.print(f"Next:\n  lorafit chat {found['run']} --scale {found['best']:g}", highlight=False, markup=False)
+
+
+def _adapter(name: str) -> Path:
+    """The adapter of a run, or the directory itself."""
+    run = RunDir(name)
+    return run.adapter if run.exists else Path(name)
+
+
+def _loss(config: ShrinkConfig, target: str, console: Console) -> float:
+    from lorafit.use import evaluate  # needs transformers
+
+    settings = {"target": target, "data": config.data, "rows": config.rows, "generate": False, "samples": 0}
+    settings["precision"] = "fp32"  # so that what differs is the adapter
+    loss = evaluate(EvalConfig.model_validate(settings), console)["loss"]
+    return float(loss) if loss is not None else math.inf
+
+
+def _say_next(output: str, console: Console) -> None:
+    console.print(f"Next:\n  lorafit eval {output} TEST.jsonl\n  lorafit chat {output}", highlight=False, markup=False)
