@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafit import use
+from lorafit import ship, use
 from lorafit.config import ChatConfig, EvalConfig, MergeConfig, TrainConfig
 from lorafit.errors import AdapterError, ConfigError, ModelError, RunDirError
 from lorafit.run import Start, train
@@ -258,7 +258,7 @@ def test_every_setting_of_chat_matters(made: Path) -> None:
 
 def merged(run: Path, output: Path, **settings: Any) -> tuple[dict[str, Any], str]:
     console = quiet()
-    result = use.merge(MergeConfig(run=str(run), output=str(output), **settings), console)
+    result = ship.merge(MergeConfig(run=str(run), output=str(output), **settings), console)
     return result, console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO
 
 

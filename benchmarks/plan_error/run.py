@@ -137,7 +137,8 @@ def table(given: argparse.Namespace) -> None:
     for run in runs:
         cells.setdefault(tuple(run[key] for key in KEYS), []).append(run)
     lines = [
-        "| model | way | rows x tokens | rank | runs | peak, GB | predicted / measured | a step, s | predicted / measured |",
+        "| model | way | rows x tokens | rank | runs | peak, GB | predicted / measured | a step, s "
+        "| predicted / measured |",
         "|---|---|---|---|---|---|---|---|---|",
         *map(told, cells.values()),
     ]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from lorafit import files
 from lorafit.chart import Mark, Panel, chart
 from lorafit.config import CombineConfig, EvalConfig, ScaleConfig, ShrinkConfig
+from lorafit.errors import ConfigError
 from lorafit.export import arithmetic
+from lorafit.plan import machine
 from lorafit.rundir import RunDir
 from lorafit.units import format_count
 
@@ -59,10 +64,8 @@ def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
 
 def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, Any]:
     """Losses over the scale, from one load. Returns the JSON object. Raises LorafitError for what the user can mend."""
-    from lorafit.use import losses_over_scales  # needs transformers
-
     named = {"task": config.task} | ({"keep": config.keep} if config.keep else {})
-    losses = losses_over_scales(config, named, log)
+    losses = _losses(config, named, log)
     points = [
         {"scale": at, **{name: losses[name][number] for name in named}} for number, at in enumerate(config.scales)
     ]
@@ -80,6 +83,41 @@ def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, A
         _print_scales(found, list(named), out)
     log.print(f"wrote {directory / 'scale.json'} and {directory / 'scale.svg'}", highlight=False, markup=False)
     return found
+
+
+def _losses(config: ScaleConfig, sources: Mapping[str, str], console: Console) -> dict[str, list[float]]:
+    """Of each source the mean loss a token at each scale, from one load. Raises LorafitError."""
+    # Only here: the other commands need no model.
+    import torch
+
+    from lorafit.data.formats import read_examples
+    from lorafit.data.load import locate
+    from lorafit.data.mask import encode_all
+    from lorafit.engine.engine import prepare
+    from lorafit.infer.evaluate import mean_loss
+    from lorafit.lora.inject import set_scale
+    from lorafit.use import open_target
+
+    torch.set_num_threads(config.threads or machine.physical_cores())
+    opened = open_target(config.run, None, 1.0, config.precision, config.trust_remote_code, console)
+    if not opened.has_adapter:
+        raise ConfigError(f"{config.run} is a model without an adapter", "Give a run directory")
+    sets = {}
+    for name, source in sources.items():
+        rows = islice(locate(source).unseen().rows(), config.rows)
+        sets[name] = encode_all(read_examples(rows), opened.tokenizer, config.seq_len)
+        console.print(f"{name}: {sets[name].summary}", highlight=False)
+    engine = prepare(opened.model, share_prefix=True)
+    losses: dict[str, list[float]] = {name: [] for name in sets}
+    total = sum(one.pieces for one in sets.values()) * len(config.scales)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar, torch.no_grad():
+        task = bar.add_task("losses", total=total)
+        for at in config.scales:
+            set_scale(opened.model, at)
+            for name, one in sets.items():
+                done = partial(bar.advance, task)
+                losses[name].append(mean_loss(engine, one, config.seq_len, done))
+    return losses
 
 
 def _of_base(scales: Sequence[float], losses: Sequence[float]) -> tuple[float, str] | None:

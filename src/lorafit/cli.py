@@ -23,6 +23,7 @@ from lorafit.config import (
     CombineConfig,
     DataConfig,
     EvalConfig,
+    ExportConfig,
     Frozen,
     MergeConfig,
     PlanConfig,
@@ -239,9 +240,9 @@ def merge(given: dict[str, Any], as_json: JSON = False) -> None:
     """
     resolved, _ = build(MergeConfig, {}, given)
 
-    from lorafit import use
+    from lorafit import ship
 
-    result = use.merge(resolved, _log())
+    result = ship.merge(resolved, _log())
     if as_json:
         _print_json(result)
 
@@ -298,6 +299,24 @@ def shrink(given: dict[str, Any], as_json: JSON = False) -> None:
     from lorafit import adapters
 
     result = adapters.shrink(resolved, _log())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Ship")
+@options_of(ExportConfig, ("run",))
+def export(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Write a GGUF file for llama.cpp: the merged model in one of its types, or the adapter alone.
+
+    lorafit export runs/first -o tuned.gguf --type q8_0
+
+    lorafit export runs/first -o adapter.gguf --what adapter
+    """
+    resolved, _ = build(ExportConfig, {}, given)
+
+    from lorafit import ship
+
+    result = ship.export(resolved, _log())
     if as_json:
         _print_json(result)
 

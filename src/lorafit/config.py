@@ -309,8 +309,27 @@ class MergeConfig(Frozen):
     """The directory to write: a plain Hugging Face model."""
     scale: float = 1.0
     """Multiplies the update before it is added."""
+    into: Literal["trained", "full"] = "trained"
+    """Of a run on nf4 or int8: into the base as it was rounded in training, or into the model as it was before."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the merged weights: the sum is taken in fp32 and cast once."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class ExportConfig(Frozen):
+    """One GGUF file."""
+
+    run: str
+    """A run directory, or an adapter directory in PEFT's format that names its base."""
+    output: str
+    """The .gguf file to write."""
+    what: Literal["model", "adapter"] = "model"
+    """The merged model, or the adapter alone, to be laid over the base's own GGUF file."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
+    """Type of a model's matrices."""
+    scale: float = 1.0
+    """Multiplies the update before it is added to a model."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -92,6 +92,23 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         fsync_dir(path.parent)
 
 
+def write_file_atomic(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a file beside `path`, fsync it, then rename it to `path`. Raises RunDirError."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        try:
+            fill(Path(name))
+            fsync_file(Path(name))
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        fsync_dir(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Floats that are not finite are refused. Raises RunDirError."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,35 +1,31 @@
-"""`eval`, `chat` and `merge`, each as one straight line.
+"""`eval` and `chat`, each as one straight line.
 
-target -> base model + adapter -> rows -> measures; -> a conversation; -> a plain model.
+target -> base model + adapter -> rows -> measures; -> a conversation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from lorafit.config import ChatConfig, EvalConfig, MergeConfig, ScaleConfig
+from lorafit.config import ChatConfig, EvalConfig
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
-from lorafit.data.mask import encode_all
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
 from lorafit.errors import AdapterError, ConfigError, ModelError
-from lorafit.export import merge as export_merge
 from lorafit.export import peft
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
@@ -68,7 +64,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a target means, before anything large is read. What only a run knows is None elsewhere."""
 
     base: str
@@ -87,19 +83,23 @@ def open_target(
     trust_remote_code: bool,
     console: Console,
     storage: str = "auto",
+    full: bool = False,
 ) -> Opened:
     """Load a run, a model, or a model and an adapter, and set the scale. Says on `console` what it opened.
 
     target: a run directory, a model as for training, or an adapter directory that names its base. adapter: a directory
     in PEFT's format, for a model alone. precision_name: `auto` takes what a run was trained in, so that its figures can
     be compared; for anything else it measures. storage: where it is not `auto`, frozen weights stay so in memory. The
-    base of a run is rounded as in training in any case, and `auto` decodes it at once: the same numbers, faster.
+    base of a run is rounded as in training in any case, and `auto` decodes it at once: the same numbers, faster. full:
+    but not even that; the base is as it was before training rounded it.
     Raises ConfigError for a scale that is not finite or scales nothing, or another storage than the run's, RunDirError
     for an unfinished run, AdapterError for an adapter that does not belong to the model, ModelError.
     """
     if not math.isfinite(scale):
         raise ConfigError(f"--scale must be a finite number, got {scale}", "0 is the base model, 1 the tuned one")
-    found = _find(target, adapter)
+    found = find(target, adapter)
+    if full:
+        found = replace(found, storage="auto")
     if found.adapter is None and scale != 1:
         raise ConfigError(
             f"--scale {scale:g} scales an adapter, and {target} is a model without one",
@@ -139,7 +139,7 @@ def open_target(
     )
 
 
-def _find(target: str, adapter: str | None) -> _Found:
+def find(target: str, adapter: str | None) -> Found:
     """What `target` is. Raises ConfigError if it has an adapter of its own and another one is given."""
     run, path = RunDir(target), Path(target)
     is_adapter = (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").is_file()
@@ -149,10 +149,10 @@ def _find(target: str, adapter: str | None) -> _Found:
                 f"{target} has an adapter already, and --adapter {adapter} is a second one",
                 "Give a model as the target, or leave --adapter out",
             )
-        return _Found(target, Path(adapter))
+        return Found(target, Path(adapter))
     if run.exists:
         result = run.read_result()
-        return _Found(
+        return Found(
             base=result["model"],
             adapter=run.adapter,
             system=result.get("system"),
@@ -160,7 +160,7 @@ def _find(target: str, adapter: str | None) -> _Found:
             storage=result.get("base_storage", "auto"),
             model_sha256=result.get("model_sha256"),
         )
-    return _Found(_base_of(path), path) if is_adapter else _Found(target, None)
+    return Found(_base_of(path), path) if is_adapter else Found(target, None)
 
 
 def _base_of(adapter: Path) -> str:
@@ -173,7 +173,7 @@ def _base_of(adapter: Path) -> str:
 
 
 @contextmanager
-def _naming_the_way(target: str, found: _Found) -> Iterator[None]:
+def _naming_the_way(target: str, found: Found) -> Iterator[None]:
     """A base model that the user did not type himself is named as such where it cannot be found. Raises ModelError."""
     try:
         yield
@@ -186,7 +186,7 @@ def _naming_the_way(target: str, found: _Found) -> Iterator[None]:
         ) from error
 
 
-def _check_same_model(target: str, found: _Found, spec: model_spec.ModelSpec) -> None:
+def _check_same_model(target: str, found: Found, spec: model_spec.ModelSpec) -> None:
     """The base must hold the bytes that the run was trained on. Raises AdapterError."""
     if found.model_sha256 is not None and model_spec.sha256(spec) != found.model_sha256:
         raise AdapterError(
@@ -259,30 +259,6 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}
 
 
-def losses_over_scales(config: ScaleConfig, sources: Mapping[str, str], console: Console) -> dict[str, list[float]]:
-    """Of each source the mean loss a token at each scale, from one load. Raises LorafitError."""
-    torch.set_num_threads(config.threads or machine.physical_cores())
-    opened = open_target(config.run, None, 1.0, config.precision, config.trust_remote_code, console)
-    if not opened.has_adapter:
-        raise ConfigError(f"{config.run} is a model without an adapter", "Give a run directory")
-    sets = {}
-    for name, source in sources.items():
-        rows = islice(locate(source).unseen().rows(), config.rows)
-        sets[name] = encode_all(read_examples(rows), opened.tokenizer, config.seq_len)
-        console.print(f"{name}: {sets[name].summary}", highlight=False)
-    engine = prepare(opened.model, share_prefix=True)
-    losses: dict[str, list[float]] = {name: [] for name in sets}
-    total = sum(one.pieces for one in sets.values()) * len(config.scales)
-    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar, torch.no_grad():
-        task = bar.add_task("losses", total=total)
-        for at in config.scales:
-            set_scale(opened.model, at)
-            for name, one in sets.items():
-                done = partial(bar.advance, task)
-                losses[name].append(infer_evaluate.mean_loss(engine, one, config.seq_len, done))
-    return losses
-
-
 MEANINGS = {
     "loss": "nats per token with a loss",
     "perplexity": "e^loss",
@@ -349,43 +325,3 @@ def chat(config: ChatConfig, console: Console, stdin: TextIO, stdout: TextIO) ->
         seed=config.seed,
     )
     infer_chat.chat(session, stdin, stdout, console)
-
-
-# --- merge ----------------------------------------------------------------------------------------------------------
-
-
-def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
-    """Add a run's update to its base and write a plain model. Returns what was written and how exactly.
-
-    difference: how far merging moved the logits, relative to their norm; tolerance: what rounding explains.
-    cast_difference: how far the cast to `dtype` moved them. Raises LorafitError for whatever the user can mend.
-    """
-    torch.set_num_threads(machine.physical_cores())
-    output = Path(config.output)
-    export_merge.check_output(output)
-    opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console)
-    if not opened.has_adapter:
-        raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
-    merged = export_merge.merge_into_base(opened.model, opened.tokenizer)
-    cast = export_merge.save_merged(opened.model, opened.tokenizer, output, precision.DTYPES[config.dtype])
-    moved = f", and by {cast.difference:.1e} in the cast to {config.dtype}" if cast.difference else ""
-    console.print(
-        f"merged {config.run} at scale {config.scale:g}: logits moved by {merged.difference:.1e} of their norm "
-        f"(rounding explains {merged.tolerance:.1e}){moved}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(f"wrote {output}. Next:", highlight=False, markup=False, soft_wrap=True)
-    for command in (f"lorafit eval {output} TEST.jsonl", f"lorafit chat {output}"):
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
-    return {
-        "run": config.run,
-        "base": opened.base,
-        "output": config.output,
-        "scale": config.scale,
-        "dtype": config.dtype,
-        "difference": merged.difference,
-        "tolerance": merged.tolerance,
-        "cast_difference": cast.difference,
-    }

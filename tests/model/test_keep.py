@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lorafit.config import LoRAConfig, TrainConfig
+from lorafit.config import LoRAConfig, MergeConfig, TrainConfig
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, plain, prepare
@@ -28,6 +28,7 @@ from lorafit.model import spec as model_spec
 from lorafit.model.keep import ENCODERS
 from lorafit.quant.modules import QuantizedEmbedding, QuantizedLinear
 from lorafit.run import Start, train
+from lorafit.ship import merge
 from lorafit.use import open_target
 from tests import tiny
 
@@ -235,3 +236,18 @@ def test_a_run_on_a_quantized_base_is_opened_on_that_base(
     other = "int8" if storage == "nf4" else "nf4"
     with pytest.raises(ConfigError, match=f"was trained on a base stored as {storage}"):
         open_target(str(tmp_path / "run"), None, 0.0, "auto", False, console, other)
+    rounded = [merge(MergeConfig(run=str(tmp_path / "run"), output=str(tmp_path / into), into=into), console)
+               for into in ("trained", "full")]  # fmt: skip
+    assert rounded[0]["rounding_difference"] is None and rounded[1]["rounding_difference"] > 1e-4
+    full = model_load.load(model_spec.read(str(path)), torch.float32).model
+    merged = {
+        into: model_load.load(model_spec.read(str(tmp_path / into)), torch.float32).model
+        for into in ("trained", "full")
+    }
+    for name, module in full.named_modules():
+        if type(module) is nn.Linear and name != "lm_head":
+            update = merged["full"].get_submodule(name).weight - module.weight
+            kept = expected.get_submodule(name).weight
+            torch.testing.assert_close(
+                merged["trained"].get_submodule(name).weight - kept, update, rtol=1e-3, atol=1e-6
+            )

@@ -96,6 +96,16 @@ def check_output(directory: Path) -> None:
         raise RunDirError(f"{directory} {what}", "Choose another directory with -o")
 
 
+def probe_logits(model: nn.Module, tokenizer: Any | None) -> Tensor:
+    """Of the fixed rows that merging is held against: (rows, tokens, vocabulary)."""
+    return _logits(model, _probes(model, tokenizer))
+
+
+def logits_moved(before: Tensor, model: nn.Module, tokenizer: Any | None) -> float:
+    """How far the model's logits are from those, as `ProbeDifference.difference`."""
+    return _difference(before, probe_logits(model, tokenizer))
+
+
 def tolerance(model: nn.Module) -> float:
     """The relative difference of two logits that are equal but for rounding: 2 (eps32 sqrt(k L) + eps sqrt(L)).
 

@@ -1,4 +1,4 @@
-"""llama.cpp's tensor names under the names that transformers gives the same parameters. No torch.
+"""llama.cpp's tensor names under the names that transformers gives the same parameters, and back. No torch.
 
 Source: gguf's tensor_mapping.py and llama.cpp's conversion/*.py.
 """
@@ -27,6 +27,7 @@ GEMMA3_IN_BLOCK = IN_BLOCK | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 NOT_PARAMETERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)\.(weight|bias)")
 BLOCK = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 
 
@@ -38,3 +39,15 @@ def hf_name(architecture: str, name: str) -> str | None:
         return f"model.layers.{layer}.{in_block[part]}.{kind}" if part in in_block else None
     part, _, kind = name.rpartition(".")
     return f"{OUTSIDE[part]}.{kind}" if part in OUTSIDE else None
+
+
+def gguf_name(architecture: str, name: str) -> str | None:
+    """The same the other way round."""
+    in_block = GEMMA3_IN_BLOCK if architecture == "gemma3" else IN_BLOCK
+    if match := LAYER.fullmatch(name):
+        layer, part, kind = match.groups()
+        own = next((ours for ours, theirs in in_block.items() if theirs == part), None)
+        return f"blk.{layer}.{own}.{kind}" if own else None
+    part, _, kind = name.rpartition(".")
+    own = next((ours for ours, theirs in OUTSIDE.items() if theirs == part), None)
+    return f"{own}.{kind}" if own else None

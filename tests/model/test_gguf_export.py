@@ -1,0 +1,118 @@
+"""GGUF files that are written, read back by the package gguf and by our own loader."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lorafit.config import ExportConfig, LoRAConfig
+from lorafit.errors import AdapterError, ConfigError, ModelError
+from lorafit.export import gguf as export_gguf
+from lorafit.export import peft
+from lorafit.export.merge import merge_into_base
+from lorafit.lora.inject import lora_layers
+from lorafit.methods import lora
+from lorafit.model import load as model_load
+from lorafit.model import spec as model_spec
+from lorafit.model.gguf_names import gguf_name, hf_name
+from lorafit.ship import export
+from tests import tiny
+
+SETTINGS: dict[str, Any] = {"r": 3, "alpha": 7.0, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5.0}}
+
+
+def adapted(path: Path, **more: Any) -> tuple[nn.Module, model_spec.ModelSpec]:
+    spec = model_spec.read(str(path))
+    model = model_load.load(spec, torch.float32).model
+    lora.attach(model, LoRAConfig(**{**SETTINGS, **more}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora.METHOD.trainable(model).values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model, spec
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_names_come_back(name: str, gguf_of: Callable[..., Path]) -> None:
+    read = gguf.GGUFReader(gguf_of(name, "F32"))
+    for tensor in read.tensors:
+        theirs = hf_name(name, tensor.name)
+        assert theirs is not None and gguf_name(name, theirs) == tensor.name
+    assert gguf_name(name, "model.layers.0.other.weight") is gguf_name(name, "other.weight") is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_an_adapter_holds_the_updates_in_the_order_of_the_file(
+    name: str, gguf_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The base in F32 with alpha / r B A added, tensor by tensor as llama.cpp does, is the merged model."""
+    base = gguf_of(name, "F32")
+    model, spec = adapted(base)
+    count = export_gguf.write_adapter(model, spec, tmp_path / "adapter.gguf")
+    written = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert written.fields["general.type"].contents() == "adapter"
+    assert written.fields["adapter.type"].contents() == "lora"
+    alpha = written.fields["adapter.lora.alpha"].contents()
+    factors = {tensor.name: tensor.data for tensor in written.tensors}
+    assert len(factors) == 2 * count == 2 * len(lora_layers(model))
+    merge_into_base(model, None)
+    merged = tmp_path / "merged.gguf"
+    export_gguf.write_like(model.state_dict(), spec, merged, "f32")
+    after = {tensor.name: tensor.data for tensor in gguf.GGUFReader(merged).tensors}
+    for tensor in gguf.GGUFReader(base).tensors:
+        expected = tensor.data.astype(np.float64)
+        if f"{tensor.name}.lora_a" in factors:
+            A, B = factors[f"{tensor.name}.lora_a"], factors[f"{tensor.name}.lora_b"]
+            expected = expected + alpha / len(A) * (B.astype(np.float64) @ A)
+        np.testing.assert_allclose(after[tensor.name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", export_gguf.TYPES)
+def test_a_merged_model_is_read_back_within_its_type(kind: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    model, spec = adapted(gguf_of("llama", "F32"))
+    merge_into_base(model, None)
+    counts = export_gguf.write_like(model.state_dict(), spec, tmp_path / "merged.gguf", kind)
+    assert set(counts) <= {"F32", kind.upper(), "Q8_0"} and sum(counts.values()) == len(
+        gguf.GGUFReader(spec.path).tensors
+    )
+    loaded = model_load.load(model_spec.read(str(tmp_path / "merged.gguf")), torch.float32)
+    worst = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8}.get(kind)
+    for name, value in loaded.model.state_dict().items():
+        exact = model.state_dict()[name]
+        if worst is not None:
+            assert ((value - exact).abs() <= worst * exact.abs() + 2**-24).all(), name
+        else:  # a block of 32 in q bits: half a step of its range, and the scale's own rounding
+            bits = int(kind[1])
+            blocks = (exact.numel() and exact.abs().max()) / (2 ** (bits - 1) - 1)
+            assert float((value - exact).abs().max()) <= 1.1 * float(blocks) + 1e-6, name
+    before = model_load.load(spec, torch.float32).tokenizer
+    assert loaded.tokenizer("What is it?").input_ids == before("What is it?").input_ids
+    assert loaded.tokenizer.chat_template == before.chat_template
+
+
+def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    model, spec = adapted(gguf_of("llama", "F32"), variant="dora")
+    with pytest.raises(AdapterError, match="is of variant dora"):
+        export_gguf.write_adapter(model, spec, tmp_path / "adapter.gguf")
+    plain, hf = adapted(tiny.write_model(tmp_path / "model"))
+    with pytest.raises(ModelError, match="is no GGUF file, whose header"):
+        export_gguf.write_like(plain.state_dict(), hf, tmp_path / "merged.gguf", "f32")
+    peft.save(plain, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(tmp_path / "model"), tokenizer=None)
+    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "what": "adapter"}
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match="--scale is given with --what adapter"):
+        export(ExportConfig(**settings, scale=0.5), console)
+    with pytest.raises(ConfigError, match="is a directory"):
+        export(ExportConfig(**settings | {"output": str(tmp_path)}), console)
+    found = export(ExportConfig(**settings), console)
+    assert found["layers"] == 14 and (tmp_path / "out.gguf").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
