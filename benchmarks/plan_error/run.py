@@ -1,11 +1,13 @@
 """Predictions against measurements: peak memory and time of runs over batch, length, rank, precision and storage.
 
     python benchmarks/plan_error/run.py measure --out results/NAME.json [--model llama-0.4b] [--repeats 3]
+    python benchmarks/plan_error/run.py predict results/NAME.json ...
     python benchmarks/plan_error/run.py table            (puts all results into docs/plan.md)
 
 Every cell is `lorafit train` in a fresh process, on rows of random text of one length that share nothing, all tokens
-with a loss. The peak is VmHWM, the median of the repeats. Time is that of the steps after the first, which may compile;
-predicted by what `lorafit plan --calibrate` found on this machine before the grid began, in a cache of its own.
+with a loss. The peak is VmHWM, the median of the repeats. Time is that of the steps after the first.
+`predict` asks `lorafit plan`, calibrated on this machine in a cache of its own, for every cell of results, and puts what
+it says beside what was measured: predictions are those of the code at hand.
 """
 
 from __future__ import annotations
@@ -41,8 +43,7 @@ def measure(given: argparse.Namespace) -> None:
         scratch = Path(directory)
         os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
         model = given.model if given.model == "smollm2-135m" else str(write_llama(scratch / given.model))
-        subprocess.run([sys.executable, "-m", "lorafit", "plan", model, "--calibrate", "--json"], check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
+        planned(model, "--calibrate")
         cells = itertools.product(range(given.repeats), WAYS[given.model], BATCHES, LENGTHS, RANKS)
         for repeat, (precision, storage), batch, length, r in cells:
             cell = {"model": given.model, "precision": precision, "storage": storage, "batch": batch}
@@ -54,13 +55,45 @@ def measure(given: argparse.Namespace) -> None:
             print(told(found["runs"][-1:]), flush=True)
 
 
-def one(model: str, cell: Result, scratch: Path) -> Result:
-    data, run = scratch / "text.jsonl", scratch / "run"
+def write_rows(cell: Result, data: Path) -> None:
+    """Random words, enough for a step."""
     words = random.Random(0)
     text = " ".join(
         "".join(words.choices("etaoinshrdlu", k=words.randint(2, 9))) for _ in range(24 * cell["batch"] * 128)
     )
     data.write_text(json.dumps({"text": text[: 6 * cell["batch"] * cell["length"]]}))
+
+
+def predict(given: argparse.Namespace) -> None:
+    """Put the plan's predictions into results, in the place of those of another time."""
+    for file in given.results:
+        found = json.loads(file.read_text())
+        with tempfile.TemporaryDirectory(dir=given.scratch, prefix="plan_error.") as directory:
+            scratch, name = Path(directory), found["runs"][0]["model"]
+            os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
+            model = name if name == "smollm2-135m" else str(write_llama(scratch / name))
+            planned(model, "--calibrate")
+            for run in found["runs"]:
+                write_rows(run, scratch / "text.jsonl")
+                flags = ["--batch-size", run["batch"], "--seq-len", run["length"], "--r", run["r"]]
+                plan = planned(model, str(scratch / "text.jsonl"), *map(str, flags))
+                ways = {(one["precision"], one["base_storage"]): one for one in plan["runs"]}
+                own = ways[run["precision"], run["storage"]]
+                run |= {"predicted_peak_bytes": own["peak_bytes"], "predicted_step_s": own["step_s"]}
+        found["predicted"] = revision()
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def planned(model: str, *more: str) -> Result:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafit", "plan", model, *more, "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def one(model: str, cell: Result, scratch: Path) -> Result:
+    data, run = scratch / "text.jsonl", scratch / "run"
+    write_rows(cell, data)
     command = [sys.executable, "-m", "lorafit", "train", model, str(data), "-o", str(run), "--json", "--no-shuffle"]
     command += ["--precision", cell["precision"], "--base-storage", cell["storage"], "--r", str(cell["r"])]
     command += ["--batch-size", str(cell["batch"]), "--seq-len", str(cell["length"]), "--max-steps", str(STEPS)]
@@ -163,6 +196,10 @@ def main() -> None:
     action.add_argument("--repeats", type=int, default=3)
     action.add_argument("--scratch", type=Path)
     action.set_defaults(run=measure)
+    action = actions.add_parser("predict")
+    action.add_argument("results", type=Path, nargs="+")
+    action.add_argument("--scratch", type=Path)
+    action.set_defaults(run=predict)
     action = actions.add_parser("table")
     action.set_defaults(run=table)
     given = parser.parse_args()

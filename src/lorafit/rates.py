@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from lorafit import files
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured. flop_per_s: of products, by precision. reached: FLOP/s of training, by `run_key`."""
+    """What was measured. flop_per_s: of products, by precision. reached: FLOP/s of training, by `run_key`.
+
+    number_s: seconds a step for each number that is trained, whatever the rows: clipping and the optimizer.
+    """
 
     flop_per_s: Mapping[str, float] = field(default_factory=dict)
     reached: Mapping[str, float] = field(default_factory=dict)
+    number_s: float = 0.0
 
     def reached_by(self, way: str, width: int) -> float | None:
         """FLOP/s of the model that was trained in this way and is nearest in width; None where there was none."""
@@ -51,14 +55,19 @@ def read(threads: int) -> Rates:
     known = _file().get(_key(threads))
     if not isinstance(known, dict):
         return Rates()
-    return Rates(_numbers(known.get("flop_per_s")), _numbers(known.get("reached")))
+    number_s = _numbers({"number_s": known.get("number_s")}).get("number_s", 0.0)
+    return Rates(_numbers(known.get("flop_per_s")), _numbers(known.get("reached")), number_s)
 
 
 def keep(threads: int, rates: Rates) -> None:
     """Remember what was measured; what is known of other precisions stays."""
     before = read(threads)
-    both = {"flop_per_s": {**before.flop_per_s, **rates.flop_per_s}, "reached": {**before.reached, **rates.reached}}
-    if both != {"flop_per_s": before.flop_per_s, "reached": before.reached}:
+    both: dict[str, Any] = {
+        "flop_per_s": {**before.flop_per_s, **rates.flop_per_s},
+        "reached": {**before.reached, **rates.reached},
+        "number_s": rates.number_s or before.number_s,
+    }
+    if both != asdict(before):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, {**_file(), _key(threads): both})

@@ -398,7 +398,9 @@ def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec, config: 
     is_whole = config.layers is None and config.targets == "all-linear"
     if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
         key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
-        rates.keep(result["threads"], rates.Rates(reached={key: result["flop"] / result["train_s"]}))
+        updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]
+        passes_s = max(result["train_s"] - updates_s, result["train_s"] / 2)
+        rates.keep(result["threads"], rates.Rates(reached={key: result["flop"] / passes_s}))
 
 
 def _lasting(name: str) -> str:

@@ -95,7 +95,7 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     else:
         merged = export_merge.merge_into_base(opened.model, opened.tokenizer)
         found |= {"type": config.type, "scale": config.scale, "difference": merged.difference}
-        found["tensors"] = export_gguf.write_like(opened.model.state_dict(), opened.spec, output, config.type)
+        found["tensors"] = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, output, config.type)
         command = f"llama-cli -m {output}"
     size = format_bytes(output.stat().st_size)
     console.print(f"wrote {output} ({size}). Next:\n  {command}", highlight=False, markup=False, soft_wrap=True)

@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from lorafit.config import ExportConfig, LoRAConfig
 from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import gguf as export_gguf
 from lorafit.export import peft
 from lorafit.export.merge import merge_into_base
-from lorafit.lora.inject import lora_layers
+from lorafit.lora.inject import detach, lora_layers
 from lorafit.methods import lora
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.model.gguf_names import gguf_name, hf_name
+from lorafit.model.gguf_tokenizer import SPACE
 from lorafit.ship import export
 from tests import tiny
 
@@ -99,13 +102,55 @@ def test_a_merged_model_is_read_back_within_its_type(kind: str, gguf_of: Callabl
     assert loaded.tokenizer.chat_template == before.chat_template
 
 
+FROM_HF = ["llama", "llama_untied_biased", "llama_wide_heads", "llama_rope3", "llama_linear", "qwen2", "qwen2_yarn",
+           "qwen3", "gemma3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROM_HF)
+def test_a_hugging_face_model_is_read_back_the_same(name: str, hf_of: Callable[[str], Path], tmp_path: Path) -> None:
+    path = hf_of(name)
+    tiny.tokenizer().save_pretrained(path)
+    spec = model_spec.read(str(path))
+    theirs = model_load.load(spec, torch.float32)
+    export_gguf.write_model(theirs.model, theirs.tokenizer, spec, tmp_path / "out.gguf", "f32")
+    ours = model_load.load(model_spec.read(str(tmp_path / "out.gguf")), torch.float32)
+    ids = torch.arange(2, 42).view(2, 20)
+    torch.testing.assert_close(ours.model(ids).logits, theirs.model(ids).logits, rtol=1e-5, atol=1e-5)
+    for text in ("What is 3 + 4?", "<|im_start|>user\nhé 図書館<|im_end|>"):
+        assert ours.tokenizer(text).input_ids == theirs.tokenizer(text).input_ids
+    assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
+    assert ours.tokenizer.eos_token == theirs.tokenizer.eos_token
+
+
+def test_a_tokenizer_with_byte_fallback_comes_back(hf_of: Callable[[str], Path], tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, "h", "e", "l", "o"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), (SPACE, "hello"), (SPACE, "h")]
+    pieces += [left + right for left, right in merges]
+    backend = Tokenizer(
+        models.BPE({piece: n for n, piece in enumerate(pieces)}, merges, fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens([AddedToken(text, special=True) for text in ("<unk>", "<s>", "</s>")])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    path = hf_of("llama")
+    theirs.save_pretrained(path)
+    spec = model_spec.read(str(path))
+    model = model_load.load(spec, torch.float32).model
+    model.resize_token_embeddings(len(pieces) + 3, mean_resizing=False)
+    export_gguf.write_model(model, theirs, spec, tmp_path / "out.gguf", "f32")
+    ours = model_load.load(model_spec.read(str(tmp_path / "out.gguf")), torch.float32).tokenizer
+    for text in ("hello hello", "hell, ho ", "  héllo\n", "</s>hello"):
+        assert ours(text, add_special_tokens=False).input_ids == theirs(text, add_special_tokens=False).input_ids
+    assert ours.decode(ours("hello héllo", add_special_tokens=False).input_ids) == "hello héllo"
+
+
 def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     model, spec = adapted(gguf_of("llama", "F32"), variant="dora")
     with pytest.raises(AdapterError, match="is of variant dora"):
         export_gguf.write_adapter(model, spec, tmp_path / "adapter.gguf")
-    plain, hf = adapted(tiny.write_model(tmp_path / "model"))
-    with pytest.raises(ModelError, match="is no GGUF file, whose header"):
-        export_gguf.write_like(plain.state_dict(), hf, tmp_path / "merged.gguf", "f32")
+    plain, _ = adapted(tiny.write_model(tmp_path / "model"))
     peft.save(plain, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(tmp_path / "model"), tokenizer=None)
     settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "what": "adapter"}
     console = Console(file=io.StringIO())
@@ -113,6 +158,12 @@ def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], t
         export(ExportConfig(**settings, scale=0.5), console)
     with pytest.raises(ConfigError, match="is a directory"):
         export(ExportConfig(**settings | {"output": str(tmp_path)}), console)
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ModelError, match=r"a way to cut texts \(Whitespace\) that is not written"):
+        detach(plain)
+        hf = model_spec.read(str(tmp_path / "model"))
+        export_gguf.write_model(plain, tokenizer, hf, tmp_path / "merged.gguf", "f32")
     found = export(ExportConfig(**settings), console)
     assert found["layers"] == 14 and (tmp_path / "out.gguf").is_file()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

@@ -76,6 +76,21 @@ def differences(ours: Tensor, theirs: list[dict[int, float]]) -> Tensor:
     return torch.stack([(ours[n - 1, token] - value).abs() for n, top in by_length for token, value in top.items()])
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_rope3", "qwen2", "qwen3", "gemma3"])
+def test_a_hugging_face_model_gives_our_numbers_there(
+    name: str, hf_of: Callable[[str], Path], gguf_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = hf_of(name)
+    model_load.load_tokenizer(model_spec.read(str(gguf_of("llama", "F32")))).save_pretrained(path)
+    spec = model_spec.read(str(path))
+    loaded = model_load.load(spec, torch.float32)
+    export_gguf.write_model(loaded.model, loaded.tokenizer, spec, tmp_path / "out.gguf", "f32")
+    ids = torch.randint(20, 250, (LAST,), generator=torch.Generator().manual_seed(2)).tolist()
+    ours = by_us(loaded.model, ids)
+    (found,) = by_llama_cpp(tmp_path / "out.gguf", None, [1.0], ids)
+    assert float(differences(ours, found).max()) < spec.layers * ROUNDING * float(ours.abs().max())
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_llama_cpp_gives_our_numbers(name: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     base = gguf_of(name, "F32")

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lorafit import files
 from lorafit.errors import AdapterError, ModelError, listed
+from lorafit.export.gguf_header import write_header
 from lorafit.lora.inject import lora_layers
 from lorafit.lora.layer import LoRALayer
+from lorafit.model import gguf_header
 from lorafit.model.gguf_names import NOT_PARAMETERS, gguf_name, hf_name
 from lorafit.model.spec import ModelSpec
 
@@ -118,13 +120,7 @@ def write_like(state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: s
     import gguf
 
     architecture_of(spec)
-    if spec.kind != "gguf":
-        raise ModelError(
-            f"{spec.name} is no GGUF file, whose header a merged model takes over",
-            "Export --what adapter, or merge it and convert the result with llama.cpp",
-        )
     read = gguf.GGUFReader(spec.path)
-    _check_vocabulary(read, state)
     architecture = str(read.fields["general.architecture"].contents())
     counts: dict[str, int] = {}
 
@@ -132,27 +128,67 @@ def write_like(state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: s
         writer = gguf.GGUFWriter(file, architecture)
         _copy_fields(read, writer, kind)
         for tensor in read.tensors:
-            values, own = _values(tensor, state, spec, architecture), _type_of(tensor.name, tensor.shape, kind)
-            wanted = gguf.GGMLQuantizationType[own]
-            counts[own] = counts.get(own, 0) + 1
-            if own == "F32":
-                writer.add_tensor(tensor.name, values.astype(np.float32))
-            else:
-                writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+            _add(writer, tensor.name, _values(tensor, state, spec, architecture), kind, counts)
         _finish(writer)
 
     files.write_file_atomic(path, fill)
     return counts
 
 
-def _check_vocabulary(read: Any, state: Mapping[str, Tensor]) -> None:
-    """Raise ModelError where the model knows tokens that the file's tokenizer does not."""
-    known, rows = len(read.fields["tokenizer.ggml.tokens"].data), len(state["model.embed_tokens.weight"])
-    if known != rows:
-        raise ModelError(
-            f"the model has {rows:,} tokens and the tokenizer of its GGUF file {known:,}",
-            "Merge it into a plain model: added tokens are not written to a GGUF header here",
-        )
+def write_model(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> dict[str, int]:
+    """A plain transformers model with its tokenizer. kind: one of TYPES. Returns how many tensors have each type.
+
+    Of a GGUF file that knows all tokens of the model the header is taken over as it is. Raises ModelError for what such
+    a file cannot state.
+    """
+    import gguf
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if spec.kind == "gguf" and spec.vocab == rows and len(tokenizer) <= rows and not _new_tokens(spec, tokenizer):
+        return write_like(model.state_dict(), spec, path, kind)
+    architecture, config = architecture_of(spec), model.config.get_text_config()
+    counts: dict[str, int] = {}
+
+    def fill(file: Path) -> None:
+        writer = gguf.GGUFWriter(file, architecture)
+        writer.add_name(Path(spec.name).name)
+        writer.add_file_type(_file_type(kind))
+        for name, more in write_header(writer, config, architecture, tokenizer).items():
+            writer.add_tensor(name, more)
+        for name, value in model.state_dict().items():
+            own = gguf_name(architecture, name)
+            if own == OUTER[1] and spec.tied:
+                continue
+            if own is None:
+                raise ModelError(
+                    f"{spec.name} has {name}, which has no name in a GGUF file", "Merge into a plain model"
+                )
+            _add(writer, own, _converted(own, value, spec, architecture), kind, counts)
+        _finish(writer)
+
+    files.write_file_atomic(path, fill)
+    return counts
+
+
+def _new_tokens(spec: ModelSpec, tokenizer: Any) -> bool:
+    """Whether the tokenizer knows a token that its GGUF file does not name so."""
+    known = gguf_header.read_header(spec.path).array("tokenizer.ggml.tokens")
+    return any(
+        number >= len(known) or known[number] != t.content for number, t in tokenizer.added_tokens_decoder.items()
+    )
+
+
+def _add(writer: Any, name: str, values: np.ndarray[Any, Any], kind: str, counts: dict[str, int]) -> None:
+    """One tensor in the type that it is to have, counted."""
+    import gguf
+
+    own = _type_of(name, values.shape[::-1], kind)
+    counts[own] = counts.get(own, 0) + 1
+    if own == "F32":
+        writer.add_tensor(name, values.astype(np.float32))
+    else:
+        wanted = gguf.GGMLQuantizationType[own]
+        writer.add_tensor(name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
 
 
 def _values(tensor: Any, state: Mapping[str, Tensor], spec: ModelSpec, architecture: str) -> np.ndarray[Any, Any]:
@@ -165,10 +201,16 @@ def _values(tensor: Any, state: Mapping[str, Tensor], spec: ModelSpec, architect
     name = hf_name(architecture, tensor.name)
     if name is None or name not in state:
         raise ModelError(f"{spec.path} has {tensor.name}, and the model has no {name}", "Merge into a plain model")
-    value = state[name].detach().float().cpu()
-    if architecture == "gemma3" and tensor.name.endswith("norm.weight"):
+    return _converted(tensor.name, state[name], spec, architecture)
+
+
+def _converted(name: str, value: Tensor, spec: ModelSpec, architecture: str) -> np.ndarray[Any, Any]:
+    """A parameter as llama.cpp wants it under this name, in float32."""
+    value = value.detach().float().cpu()
+    if architecture == "gemma3" and name.endswith("norm.weight"):
         value = value + 1
-    return change(architecture, tensor.name, spec.heads, spec.kv_heads)(value).contiguous().numpy()
+    changed: np.ndarray[Any, Any] = change(architecture, name, spec.heads, spec.kv_heads)(value).contiguous().numpy()
+    return changed
 
 
 def _type_of(name: str, shape: Any, kind: str) -> str:
@@ -182,15 +224,18 @@ def _type_of(name: str, shape: Any, kind: str) -> str:
 
 
 def _copy_fields(read: Any, writer: Any, kind: str) -> None:
-    import gguf
-
     for name, field in read.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
         inner = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    names = {"f32": "ALL_F32"}
-    writer.add_file_type(gguf.LlamaFileType[names.get(kind, f"MOSTLY_{kind.upper()}")])
+    writer.add_file_type(_file_type(kind))
+
+
+def _file_type(kind: str) -> Any:
+    import gguf
+
+    return gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
 
 
 def _finish(writer: Any) -> None:

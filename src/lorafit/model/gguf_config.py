@@ -170,7 +170,7 @@ def _llama3_rope(header: Header, theta: float) -> dict[str, Any]:
         raise ModelError(f"{header.path}: {ROPE_FREQS} is stored as {info.type}, not F32", "Convert it again")
     stored = np.fromfile(header.path, "<f4", info.shape[0], offset=info.offset)
     rope = {"rope_type": "llama3", "factor": _shortest(float(stored.max())), **LLAMA3_ROPE}
-    if not np.allclose(stored, _llama3_divisors(theta, 2 * len(stored), rope), rtol=1e-4):
+    if not np.allclose(stored, llama3_divisors(theta, 2 * len(stored), rope), rtol=1e-4):
         raise ModelError(
             f"{header.path} scales its rotary positions in a way that is not Llama 3's",
             "Use the safetensors version of the model",
@@ -178,7 +178,7 @@ def _llama3_rope(header: Header, theta: float) -> dict[str, Any]:
     return rope
 
 
-def _llama3_divisors(theta: float, head_dim: int, rope: dict[str, Any]) -> np.ndarray[Any, Any]:
+def llama3_divisors(theta: float, head_dim: int, rope: dict[str, Any]) -> np.ndarray[Any, Any]:
     """(head_dim / 2,): what each rotary frequency is divided by. Source: Llama 3.1's reference `apply_scaling`."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / (2 * math.pi) * theta ** (-np.arange(0, head_dim, 2) / head_dim)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lorafit import slabs
 from lorafit.errors import listed
 from lorafit.quant.bits import BLOCK, to_int8, to_nf4
 from lorafit.quant.blocks import Blocks
@@ -73,6 +74,18 @@ def quantized_tensors(
                 else:
                     rest[name] = W.to(dtype)
     return stored, rest, errors
+
+
+def slab_tensors(files: Sequence[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of safetensors files, in slabs, floats in `dtype`; a file's pages are let go once it is read."""
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is no dict
+                values = opened.get_tensor(name)
+                kind = dtype if values.is_floating_point() else values.dtype
+                found[name] = slabs.empty(tuple(values.shape), kind).copy_(values)
+    return found
 
 
 def _change(W: torch.Tensor, stored: Stored) -> float:

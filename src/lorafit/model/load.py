@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lorafit.errors import ModelError, listed
 from lorafit.model import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
-from lorafit.model.keep import Kept, linear_weights, placeholder, put_stored, quantized_tensors
+from lorafit.model.keep import Kept, linear_weights, placeholder, put_stored, quantized_tensors, slab_tensors
 from lorafit.model.spec import ModelSpec
 from lorafit.quant.codecs import CODECS
 from lorafit.quant.stored import Stored
@@ -32,6 +32,7 @@ GENERATING = ("ForCausalLM", "LMHeadModel")  # how the classes of causal languag
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, StrictDataclassError)
 MAX_REASON = 300  # characters of a foreign error message
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_keys` raises, with the names
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 UNSET_LENGTH = 10**20  # transformers' model_max_length is 1e30 where nobody set it
 
 
@@ -122,14 +123,27 @@ def _load_hf(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool, stora
         _refuse_other_tasks(spec, config)
     if storage != "auto":
         return _load_quantized(spec, config, dtype, trust_remote_code, storage, decoded)
-    model, info = _explained(
-        spec, "weights",
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            spec.path, config=config, dtype=dtype, use_safetensors=True, **REPORTED, **options
-        ),
-    )  # fmt: skip
+    model, info = _explained(spec, "weights", lambda: _plain_hf(spec, config, dtype, options))
     _check_keys(spec, info)
     return Loaded(model, _hf_tokenizer(spec, trust_remote_code), spec)
+
+
+def _plain_hf(spec: ModelSpec, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """(model, what transformers says of its keys), its weights in slabs.
+
+    As transformers reads them, weights in their own type stay mapped: what is made from them then stands beside all
+    pages of the file, and nothing takes the place of a weight that is released. Only for what it would convert first
+    (a mixture of experts), or build by code of the model's own, it reads the files itself.
+    """
+    own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text = config.get_text_config()
+    if own is None or any(getattr(text, name, None) for name in EXPERTS):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            spec.path, config=config, dtype=dtype, use_safetensors=True, **REPORTED, **options
+        )
+    SLABS.reserve(spec.parameters * dtype.itemsize)
+    files = [file for file in spec.files if file.suffix == ".safetensors"]
+    return _from_tensors(own, config, {}, slab_tensors(files, dtype), dtype)
 
 
 def _load_quantized(

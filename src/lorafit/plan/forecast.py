@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import gpus, memory
+from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop
 from lorafit.plan.gpus import Gpu
 from lorafit.plan.memory import MemoryEstimate, Split
@@ -86,7 +87,7 @@ def forecast(
             break
     estimate, split = min(tried, key=lambda one: one[0].peak_bytes)
     flop = lora_flop(spec, r, work, split.micro_tokens, ends_early=precision != "fp32")
-    step_s = _seconds(spec, flop, precision, storage, split.recompute, rates)
+    step_s = _seconds(spec, flop, r, precision, storage, split.recompute, rates)
     return Forecast(
         precision=precision,
         storage=storage,
@@ -99,11 +100,13 @@ def forecast(
     )
 
 
-def _seconds(spec: ModelSpec, flop: Flop, precision: str, storage: str, recompute: bool, rates: Rates) -> float | None:
+def _seconds(
+    spec: ModelSpec, flop: Flop, r: int, precision: str, storage: str, recompute: bool, rates: Rates
+) -> float | None:
     assumed = ASSUMED_MFU[precision] * rates.flop_per_s.get(precision, 0.0)
     speed = measured_speed(spec, precision, storage, rates) or assumed * DECODING.get(storage, 1.0)
     done = flop.total + (flop.forward if recompute else 0)
-    return done / speed if speed else None
+    return done / speed + rates.number_s * lora_params(spec, r) if speed else None
 
 
 def measured_speed(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float | None:

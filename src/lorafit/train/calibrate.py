@@ -32,7 +32,8 @@ STEPS = 5
 # Two passes of 768 tokens: between the smallest and the largest that there usually are.
 ROWS, LENGTH, MICRO_TOKENS = 6, 256, 1024
 # A few layers of the model, with as large a part of its vocabulary: what they cost is in the same proportions.
-LAYERS = 6
+# Twelve do not stay in the caches, as the whole model does not.
+LAYERS = 12
 # A model whose few layers are larger is stood in for by a small one.
 MOST_PARAMETERS = 200_000_000
 VOCAB, WIDTH = 16384, 768
@@ -42,7 +43,7 @@ VOCAB, WIDTH = 16384, 768
 class Speed:
     """Of some steps. first_s: the first, apart. step_s: the others. flop: of one. flop_per_s: of the others' median.
 
-    mfu: the share of the rate of products that this is.
+    mfu: the share of the rate of products that this is. number_s: see `rates.Rates`; it is not in flop_per_s.
     """
 
     first_s: float
@@ -50,6 +51,7 @@ class Speed:
     flop: int
     flop_per_s: float
     mfu: float
+    number_s: float
 
 
 def calibrate(threads: int, spec: ModelSpec, console: Console) -> None:
@@ -62,7 +64,8 @@ def calibrate(threads: int, spec: ModelSpec, console: Console) -> None:
         model, width = _part_of(spec, precision.DTYPES[name])
         vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         speed = measure(model, name, random_rows(ROWS, LENGTH, vocabulary), r=16)
-        rates.keep(threads, rates.Rates(reached={rates.run_key(name, width): speed.flop_per_s}))
+        reached = {rates.run_key(name, width): speed.flop_per_s}
+        rates.keep(threads, rates.Rates(reached=reached, number_s=speed.number_s))
         console.print(f"{name}: training reaches {speed.mfu:.0%} of what products reach", highlight=False)
 
 
@@ -77,19 +80,23 @@ def measure(model: nn.Module, name: str, rows: Sequence[Encoded], r: int, steps:
     parameters = list(lora.METHOD.trainable(model).values())
     optimizer = adamw(parameters, 2e-4, (0.9, 0.999), 0.0)
     supervised = sum(int(row.supervised.sum()) for row in rows)
-    seconds: list[float] = []
+    seconds, updates = list[float](), list[float]()
     before = TALLY.flop
     for _ in range(steps):
         started = time.perf_counter()
         for batch in micro_batches(rows, numbers, MICRO_TOKENS, engine.packing):
             (engine.training_loss(batch) / supervised).backward()  # type: ignore[no-untyped-call]
+        passed = time.perf_counter()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
+        updates.append(time.perf_counter() - passed)
     flop = (TALLY.flop - before) // steps
-    speed = flop / statistics.median(seconds[1:])
-    return Speed(seconds[0], tuple(seconds[1:]), flop, speed, speed / precision.flop_per_s(again=True)[name])
+    update = statistics.median(updates[1:])
+    speed = flop / (statistics.median(seconds[1:]) - update)
+    mfu = speed / precision.flop_per_s(again=True)[name]
+    return Speed(seconds[0], tuple(seconds[1:]), flop, speed, mfu, update / sum(p.numel() for p in parameters))
 
 
 def random_rows(count: int, length: int, vocab: int) -> list[Encoded]:

@@ -24,6 +24,7 @@ from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory
+from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.forecast import measured_speed
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
@@ -122,7 +123,7 @@ def expected_s(
         return None
     done = sum(one.total + (one.forward if split.recompute else 0) for one in flop)
     total = config.max_steps or -(-len(rows) // config.batch_size) * config.epochs
-    return done / len(steps) * total / reached
+    return (done / len(steps) / reached + known.number_s * lora_params(spec, config.r)) * total
 
 
 def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
