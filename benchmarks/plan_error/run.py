@@ -6,8 +6,8 @@
 
 Every cell is `lorafit train` in a fresh process, on rows of random text of one length that share nothing, all tokens
 with a loss. The peak is VmHWM, the median of the repeats. Time is that of the steps after the first.
-`predict` asks `lorafit plan`, calibrated on this machine in a cache of its own, for every cell of results, and puts what
-it says beside what was measured: predictions are those of the code at hand.
+`predict` asks `lorafit plan`, calibrated on this machine in a cache of its own, for every cell of results, and puts
+what it says beside what was measured: predictions are those of the code at hand.
 """
 
 from __future__ import annotations
