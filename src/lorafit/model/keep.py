@@ -77,14 +77,20 @@ def quantized_tensors(
 
 
 def slab_tensors(files: Sequence[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of safetensors files, in slabs, floats in `dtype`; a file's pages are let go once it is read."""
+    """All tensors of safetensors files, in slabs, floats in `dtype`.
+
+    A file is mapped anew for each: pages that were read leave the process with the mapping, and not only at its end.
+    """
     found: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # it is no dict
+            names = list(opened.keys())
+        for name in names:
+            with safe_open(file, framework="pt") as opened:
                 values = opened.get_tensor(name)
                 kind = dtype if values.is_floating_point() else values.dtype
                 found[name] = slabs.empty(tuple(values.shape), kind).copy_(values)
+            del values
     return found
 
 
