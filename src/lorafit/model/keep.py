@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,36 +62,37 @@ def quantized_tensors(
     stored: dict[str, Stored] = {}
     rest: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # it is no dict
-                W = opened.get_tensor(name)
-                if name in linear and W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0):
-                    stored[name] = ENCODERS[storage](W)
-                    errors[name] = _change(W, stored[name])
-                    if decoded:
-                        rest[name] = stored.pop(name).decode(dtype)
-                else:
-                    rest[name] = W.to(dtype)
+    for name, W in _each_tensor(files):
+        if name in linear and W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0):
+            stored[name] = ENCODERS[storage](W)
+            errors[name] = _change(W, stored[name])
+            if decoded:
+                rest[name] = stored.pop(name).decode(dtype)
+        else:
+            rest[name] = W.to(dtype, copy=True)
     return stored, rest, errors
 
 
 def slab_tensors(files: Sequence[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of safetensors files, in slabs, floats in `dtype`.
+    """All tensors of safetensors files, in slabs, floats in `dtype`."""
+    found: dict[str, torch.Tensor] = {}
+    for name, values in _each_tensor(files):
+        kind = dtype if values.is_floating_point() else values.dtype
+        found[name] = slabs.empty(tuple(values.shape), kind).copy_(values)
+    return found
+
+
+def _each_tensor(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of safetensors files; a tensor is to be copied before the next one is asked for.
 
     A file is mapped anew for each: pages that were read leave the process with the mapping, and not only at its end.
     """
-    found: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
         for name in names:
             with safe_open(file, framework="pt") as opened:
-                values = opened.get_tensor(name)
-                kind = dtype if values.is_floating_point() else values.dtype
-                found[name] = slabs.empty(tuple(values.shape), kind).copy_(values)
-            del values
-    return found
+                yield name, opened.get_tensor(name)
 
 
 def _change(W: torch.Tensor, stored: Stored) -> float:
