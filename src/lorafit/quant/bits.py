@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorafit import slabs
 from lorafit.quant.stored import Stored
 
 BLOCK, GROUP = 64, 256
@@ -121,6 +122,8 @@ def to_int8(W: Tensor) -> Int8:
     wide = W.float()
     tops = wide.abs().amax(dim=1)
     q = torch.round(wide * torch.where(tops > 0, 127 / tops, 0.0)[:, None]).to(torch.int8)
+    if W.device.type == "cpu":  # what lasts, between what is made on the way, would leave the heap full of holes
+        q = slabs.empty(tuple(W.shape), torch.int8).copy_(q)
     return Int8(q, W.shape[1], tops)
 
 
