@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import DOCUMENT, RESULTS, machine, revision, spread, trained
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from quantized_base.run import DOCUMENT, RESULTS, machine, revision, spread, trained
 
 MODEL = "smollm2-135m"
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
