@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from lorafit import adapters
-from lorafit.config import CombineConfig, EvalConfig, ScaleConfig, ShrinkConfig, TrainConfig
-from lorafit.errors import ConfigError
+from lorafit.config import CombineConfig, EvalConfig, ExportConfig, ScaleConfig, ShrinkConfig, TrainConfig
+from lorafit.errors import ConfigError, RunDirError
 from lorafit.run import Start, train
+from lorafit.ship import export
 from lorafit.use import evaluate
 from tests import tiny
 
@@ -46,18 +47,21 @@ def test_runs_are_added_up_and_the_sum_is_used_as_an_adapter(runs: Path, tmp_pat
     found = adapters.combine(CombineConfig(adapters=[str(runs / "a"), str(runs / "b")], output=str(both)), quiet())
     assert found["weights"] == [0.5, 0.5] and found["ranks"] == [6]
     assert loss(both, runs / "a.jsonl") != loss(runs / "a", runs / "a.jsonl")
-    one = adapters.combine(CombineConfig(adapters=[str(runs / "a")], weights=[1.0], output=str(both)), quiet())
+    one = adapters.combine(
+        CombineConfig(adapters=[str(runs / "a")], weights=[1.0], output=str(tmp_path / "one")), quiet()
+    )
     assert one["ranks"] == [3]
-    assert loss(both, runs / "a.jsonl") == pytest.approx(loss(runs / "a", runs / "a.jsonl"), rel=1e-5)
-    adapters.combine(CombineConfig(adapters=[str(runs / "a")], weights=[0.5], output=str(both)), quiet())
-    assert loss(both, runs / "a.jsonl") == pytest.approx(loss(runs / "a", runs / "a.jsonl", scale=0.5), rel=1e-5)
+    assert loss(tmp_path / "one", runs / "a.jsonl") == pytest.approx(loss(runs / "a", runs / "a.jsonl"), rel=1e-5)
+    half = tmp_path / "half"
+    adapters.combine(CombineConfig(adapters=[str(runs / "a")], weights=[0.5], output=str(half)), quiet())
+    assert loss(half, runs / "a.jsonl") == pytest.approx(loss(runs / "a", runs / "a.jsonl", scale=0.5), rel=1e-5)
 
 
 def test_a_lower_rank_costs_loss_and_the_full_one_nothing(runs: Path, tmp_path: Path) -> None:
-    config = {"run": str(runs / "a"), "output": str(tmp_path / "small"), "data": str(runs / "a.jsonl")}
-    found = adapters.shrink(ShrinkConfig(**config, r=1), quiet())
+    config = {"run": str(runs / "a"), "data": str(runs / "a.jsonl")}
+    found = adapters.shrink(ShrinkConfig(**config, r=1, output=str(tmp_path / "small")), quiet())
     assert found["lost"] > 0 and found["loss_after"] != found["loss_before"]
-    found = adapters.shrink(ShrinkConfig(**config, r=3), quiet())
+    found = adapters.shrink(ShrinkConfig(**config, r=3, output=str(tmp_path / "same")), quiet())
     assert found["loss_after"] == pytest.approx(found["loss_before"], rel=1e-5)
 
 
@@ -84,3 +88,20 @@ def test_every_scale_has_the_loss_that_eval_gives_and_the_best_is_marked(runs: P
     assert set(alone["points"][0]) == {"scale", "task"} and alone["best"] == 1.0
     with pytest.raises(ConfigError, match="is a model without an adapter"):
         adapters.scale(ScaleConfig(**settings | {"run": str(runs / "model")}), quiet(), None)
+
+
+def test_what_stands_at_the_output_is_never_replaced(runs: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in (runs / "a").iterdir())
+    settings = {"output": str(runs / "a")}
+    with pytest.raises(RunDirError, match="already holds files"):
+        adapters.combine(CombineConfig(adapters=[str(runs / "b")], **settings), quiet())
+    with pytest.raises(RunDirError, match="already holds files"):
+        adapters.shrink(ShrinkConfig(run=str(runs / "b"), r=1, **settings), quiet())
+    assert sorted(path.name for path in (runs / "a").iterdir()) == before
+    (tmp_path / "model.gguf").write_text("a model")
+    with pytest.raises(ConfigError, match="exists already"):
+        export(ExportConfig(run=str(runs / "a"), output=str(tmp_path / "model.gguf")), quiet())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError):
+        place = {"task": str(runs / "a.jsonl"), "output": str(tmp_path / "file"), "scales": [0]}
+        adapters.scale(ScaleConfig(run=str(runs / "a"), **place), quiet(), None)

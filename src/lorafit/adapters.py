@@ -18,6 +18,7 @@ from lorafit.chart import Mark, Panel, chart
 from lorafit.config import CombineConfig, EvalConfig, ScaleConfig, ShrinkConfig
 from lorafit.errors import ConfigError
 from lorafit.export import arithmetic
+from lorafit.export.merge import check_output
 from lorafit.plan import machine
 from lorafit.rundir import RunDir
 from lorafit.units import format_count
@@ -27,6 +28,7 @@ def combine(config: CombineConfig, console: Console) -> dict[str, Any]:
     """Write a sum of adapters. Returns the JSON object. Raises LorafitError for whatever the user can mend."""
     directories = [_adapter(name) for name in config.adapters]
     weights = config.weights or [1 / len(directories)] * len(directories)
+    check_output(Path(config.output))
     found = arithmetic.combine(
         directories, weights, config.how, config.density, config.r, config.seed, Path(config.output)
     )
@@ -46,6 +48,7 @@ def combine(config: CombineConfig, console: Console) -> dict[str, Any]:
 def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
     """Write an adapter of a lower rank. Returns the JSON object. Raises LorafitError for whatever the user can mend."""
     directory = _adapter(config.run)
+    check_output(Path(config.output))
     found = arithmetic.shrink(directory, config.r, Path(config.output))
     ranks = ", ".join(map(str, found["ranks_before"]))
     console.print(
@@ -72,7 +75,6 @@ def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, A
     best = min(points, key=lambda point: point["task"] + config.forgetting * point.get("keep", 0.0))
     found = {"run": config.run, **named, "forgetting": config.forgetting, "points": points, "best": best["scale"]}
     directory = Path(config.output)
-    directory.mkdir(parents=True, exist_ok=True)
     files.write_json(directory / "scale.json", found)
     titles = {"task": f"loss on {config.task}", "keep": f"loss on {config.keep}, which is to be kept"}
     at = config.scales

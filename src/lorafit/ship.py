@@ -85,6 +85,8 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
         raise ConfigError("--scale is given with --what adapter", "llama.cpp takes the scale where the adapter is used")
     if output.is_dir():
         raise ConfigError(f"{output} is a directory", "Give the name of a file, such as tuned.gguf")
+    if output.exists():
+        raise ConfigError(f"{output} exists already", "Remove it, or choose another name with -o")
     opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console)
     if not opened.has_adapter:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
