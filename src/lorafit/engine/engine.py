@@ -238,7 +238,8 @@ def _fuse_layers(engine: Engine, probe: Probe) -> None:
 
 
 def _ends_by_token(engine: Engine, probe: Probe) -> bool:
-    (like, *_), _ = probe.layer_calls[decoder_layers(engine.model)[1][-1]]
+    arguments, named = probe.layer_calls[decoder_layers(engine.model)[1][-1]]
+    like = arguments[0] if arguments else named["hidden_states"]
     with engine._in_force(probe.packed.layout, None):
         return ends_by_token(
             engine.model, loss.head_of(engine.model), lambda: loss.run(engine.model, probe.packed), like

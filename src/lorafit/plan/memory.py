@@ -30,7 +30,7 @@ LOGIT_ROWS = 256
 DECODED_TOKENS = 8192
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
-# What is known of each row beside its tokens, and its order in an epoch: measured.
+# What is known of each row beside its tokens, and its order in an epoch: added up from the arrays, not measured.
 ROW_BYTES = 200
 # What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
 WORK = {"fp32": 0.26, "bf16": 0.13}
