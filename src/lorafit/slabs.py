@@ -155,13 +155,33 @@ def _fill(memory: mmap.mmap) -> None:
                 return
 
 
+def trim_heap() -> None:
+    """Let the system have what is free on the C library's heap, where that library can do so (glibc).
+
+    It keeps what weights leave between others, where it never fits again; and tensors of a few megabytes that come and
+    go make it grow, as what is cut off to align them is not joined again (its bug 30723).
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 SLABS = Slabs()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised on the CPU, contiguous, in a slab; small ones on the heap."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, smallest: int = SMALLEST_MAPPED) -> torch.Tensor:
+    """Uninitialised on the CPU, contiguous, in a slab; those of fewer bytes than `smallest` on the heap."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < SMALLEST_MAPPED:
+    if size < smallest:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(SLABS.take(size), dtype=dtype, count=count).view(shape)
+
+
+def kept(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy that lasts, of what is made between large tensors that come and go: in a slab, however small it is.
+
+    On the heap it would stand in the place where the next of those tensors could lie.
+    """
+    if values.device.type != "cpu" or not values.numel():
+        return values.to(dtype or values.dtype, copy=True)
+    return empty(tuple(values.shape), dtype or values.dtype, smallest=0).copy_(values)

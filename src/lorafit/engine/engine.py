@@ -32,7 +32,7 @@ from lorafit.engine.layers import (
 from lorafit.engine.patch import Patches, patch_gated_mlps, patch_norms, patch_rotary
 from lorafit.engine.probe import Probe
 from lorafit.errors import ModelError
-from lorafit.slabs import SLABS
+from lorafit.slabs import SLABS, trim_heap
 
 ATTRIBUTE = "_lorafit_engine"
 MOVED = ("input_ids", "position_ids", "attention_mask", "predicts", "targets", "weights")
@@ -207,7 +207,7 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
     if reason is None:
         with _without_dropout(model):
             _fuse_layers(engine, probe)
-    workspace.return_free_memory()
+    trim_heap()
     engine.prepare_s = time.perf_counter() - started
     return engine
 

@@ -6,11 +6,9 @@ to it when the last tensor on it is gone.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from collections import defaultdict
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -116,11 +114,5 @@ def release() -> None:
     if _pool.is_idle:
         _pool = _Pool()
     _scratch.found.clear()
-    return_free_memory()
+    slabs.trim_heap()
     SLABS.release()
-
-
-def return_free_memory() -> None:
-    """Hand the heap's free memory back: glibc keeps what weights leave between others, and it never fits again."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

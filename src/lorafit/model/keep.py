@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from lorafit import slabs
-from lorafit.errors import listed
-from lorafit.quant.bits import BLOCK, to_int8, to_nf4
+from lorafit.errors import ModelError, listed
+from lorafit.model.safetensors_header import read_header
+from lorafit.quant.bits import BLOCK, row_parts, to_int8, to_nf4
 from lorafit.quant.blocks import Blocks
 from lorafit.quant.modules import QuantizedEmbedding, QuantizedLinear
 from lorafit.quant.stored import Stored
 from lorafit.units import format_bytes
 
 ENCODERS = {"nf4": to_nf4, "int8": to_int8}
+# As a safetensors file names them.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass
@@ -66,10 +75,11 @@ def quantized_tensors(
         if name in linear and W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0):
             stored[name] = ENCODERS[storage](W)
             errors[name] = _change(W, stored[name])
+            slabs.trim_heap()
             if decoded:
                 rest[name] = stored.pop(name).decode(dtype)
         else:
-            rest[name] = W.to(dtype, copy=True)
+            rest[name] = slabs.kept(W, dtype)
     return stored, rest, errors
 
 
@@ -78,26 +88,33 @@ def slab_tensors(files: Sequence[Path], dtype: torch.dtype) -> dict[str, torch.T
     found: dict[str, torch.Tensor] = {}
     for name, values in _each_tensor(files):
         kind = dtype if values.is_floating_point() else values.dtype
-        found[name] = slabs.empty(tuple(values.shape), kind).copy_(values)
+        found[name] = slabs.kept(values, kind)
     return found
 
 
 def _each_tensor(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of safetensors files; a tensor is to be copied before the next one is asked for.
 
-    A file is mapped anew for each: pages that were read leave the process with the mapping, and not only at its end.
+    Each is mapped by itself: its pages leave the process with it, and it takes no place on the heap, where what is
+    kept of it would come to lie in front of the next one.
     """
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-        for name in names:
-            with safe_open(file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+        for name, entry in read_header(file).items():
+            if entry.dtype not in DTYPES:
+                raise ModelError(f"{name} in {file} is {entry.dtype}, which cannot be read here", "Convert it to BF16")
+            if not entry.nbytes:
+                yield name, torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                continue
+            raw = np.memmap(file, np.uint8, "c", entry.offset, (entry.nbytes,))
+            yield name, torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _change(W: torch.Tensor, stored: Stored) -> float:
-    size = float(W.float().norm())
-    return float((stored.decode(torch.float32) - W).norm()) / size if size else 0.0
+    size = change = 0.0
+    for rows in row_parts(W):
+        size += float(W[rows].float().norm()) ** 2
+        change += float(stored.part(rows).values().sub_(W[rows]).norm()) ** 2
+    return math.sqrt(change / size) if size else 0.0
 
 
 def linear_weights(model_class: Any, config: Any) -> set[str]:

@@ -23,11 +23,12 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: dtype as the file names it (`BF16`), shape, and its size in bytes."""
+    """One tensor: dtype as the file names it (`BF16`), shape, its size in bytes, and where in the file it begins."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -42,7 +43,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise _damaged(path, f"it has {size:,} bytes, and its header should have {length:,}")
             file.seek(8)
             table = json.loads(file.read(length))
-        entries = {name: _entry(path, name, value, size - 8 - length) for name, value in _tensors(path, table)}
+        entries = {name: _entry(path, name, value, 8 + length, size) for name, value in _tensors(path, table)}
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", "Check the path and its permissions") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -56,8 +57,9 @@ def _tensors(path: Path, table: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in table.items() if name != "__metadata__"]
 
 
-def _entry(path: Path, name: str, value: Any, data_bytes: int) -> Entry:
+def _entry(path: Path, name: str, value: Any, data_start: int, file_bytes: int) -> Entry:
     start, end = value["data_offsets"]
+    data_bytes = file_bytes - data_start
     shape = tuple(int(size) for size in value["shape"])
     if end > data_bytes:
         raise ModelError(
@@ -66,7 +68,7 @@ def _entry(path: Path, name: str, value: Any, data_bytes: int) -> Entry:
         )
     if start > end or prod(shape) * DTYPE_BITS[value["dtype"]] != (end - start) * 8:
         raise _damaged(path, f"{name} of shape {shape} and dtype {value['dtype']} does not take {end - start:,} bytes")
-    return Entry(value["dtype"], shape, end - start)
+    return Entry(value["dtype"], shape, end - start, data_start + start)
 
 
 def _damaged(path: Path, why: str) -> ModelError:

@@ -9,14 +9,14 @@ own (Dettmers et al. 2023, QLoRA, section 3). int8: a scale for each row (Dettme
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorafit import slabs
-from lorafit.quant.stored import Stored
+from lorafit.quant.stored import NUMBERS_AT_ONCE, Stored
 
 BLOCK, GROUP = 64, 256
 # Source: QLoRA, appendix E.
@@ -107,24 +107,46 @@ class Int8(Stored):
 
 def to_nf4(W: Tensor) -> Nf4:
     """W: (rows, width), width a multiple of 64, any floating type."""
-    blocks = W.float().reshape(-1, BLOCK)
-    tops = blocks.abs().amax(dim=1)
-    q = _nearest(blocks * (1 / tops.clamp(min=1e-38))[:, None], torch.tensor(NF4, device=W.device))
-    packed = (q[:, ::2] << 4) | q[:, 1::2]
-    offset = tops.mean()
-    scales, groups = _in_8_bits(tops - offset)
     rows, width = W.shape
-    return Nf4(packed.view(rows, -1), width, scales.view(rows, -1), groups, offset)
+    packed = _lasting((rows, width // 2), torch.uint8, W)
+    tops = _lasting((rows, width // BLOCK), torch.float32, W)
+    code = torch.tensor(NF4, device=W.device)
+    for part in row_parts(W):
+        blocks = W[part].float().view(-1, BLOCK)
+        own = blocks.abs().amax(dim=1)
+        q = _nearest(blocks * (1 / own.clamp(min=1e-38))[:, None], code)
+        packed[part] = ((q[:, ::2] << 4) | q[:, 1::2]).view(-1, width // 2)
+        tops[part] = own.view(-1, width // BLOCK)
+    offset = tops.mean()
+    scales, groups = _in_8_bits(tops.flatten() - offset)
+    return Nf4(packed, width, slabs.kept(scales.view(rows, -1)), slabs.kept(groups), slabs.kept(offset))
 
 
 def to_int8(W: Tensor) -> Int8:
     """W: (rows, width), any floating type."""
-    wide = W.float()
-    tops = wide.abs().amax(dim=1)
-    q = torch.round(wide * torch.where(tops > 0, 127 / tops, 0.0)[:, None]).to(torch.int8)
-    if W.device.type == "cpu":  # what lasts, between what is made on the way, would leave the heap full of holes
-        q = slabs.empty(tuple(W.shape), torch.int8).copy_(q)
+    q, tops = _lasting(tuple(W.shape), torch.int8, W), _lasting(W.shape[:1], torch.float32, W)
+    for part in row_parts(W):
+        wide = W[part].float()
+        tops[part] = own = wide.abs().amax(dim=1)
+        q[part] = torch.round(wide * torch.where(own > 0, 127 / own, 0.0)[:, None]).to(torch.int8)
     return Int8(q, W.shape[1], tops)
+
+
+def row_parts(W: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, a few at a time: what is made of them on the way stays small.
+
+    Large tensors that come and go between those that last leave the heap full of holes.
+    """
+    rows, width = W.shape
+    step = max(1, NUMBERS_AT_ONCE // width)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def _lasting(shape: tuple[int, ...], dtype: torch.dtype, beside: Tensor) -> Tensor:
+    """Uninitialised memory beside a tensor, in a slab where that is the CPU's."""
+    if beside.device.type == "cpu":
+        return slabs.empty(shape, dtype, smallest=0)
+    return torch.empty(shape, dtype=dtype, device=beside.device)
 
 
 def _in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
