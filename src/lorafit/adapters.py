@@ -97,7 +97,7 @@ def _losses(config: ScaleConfig, sources: Mapping[str, str], console: Console) -
     from lorafit.data.mask import encode_all
     from lorafit.engine.engine import prepare
     from lorafit.infer.evaluate import mean_loss
-    from lorafit.lora.inject import set_scale
+    from lorafit.methods import table
     from lorafit.use import open_target
 
     torch.set_num_threads(config.threads or machine.physical_cores())
@@ -115,7 +115,7 @@ def _losses(config: ScaleConfig, sources: Mapping[str, str], console: Console) -
     with Progress(transient=True, console=console, disable=not console.is_terminal) as bar, torch.no_grad():
         task = bar.add_task("losses", total=total)
         for at in config.scales:
-            set_scale(opened.model, at)
+            table.of(opened.model).set_scale(opened.model, at)
             for name, one in sets.items():
                 done = partial(bar.advance, task)
                 losses[name].append(mean_loss(engine, one, config.seq_len, done))

@@ -96,6 +96,59 @@ class LoRAConfig(Frozen):
         return values
 
 
+# What --method takes, each with its variants, the first one by default.
+METHOD_VARIANTS = {
+    "lora": ("lora", "dora"),
+    "adapter": ("pfeiffer", "houlsby", "parallel", "compacter"),
+    "prefix": ("p-tuning-v2", "reparametrised"),
+    "prompt": ("prompt",),
+    "ia3": ("ia3",),
+    "bitfit": ("bitfit",),
+    "full": ("full",),
+}
+# The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
+RATES = {
+    "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
+}  # fmt: skip
+
+
+class MethodConfig(LoRAConfig):
+    """What is trained, by whichever method."""
+
+    method: str = "lora"
+    """What is trained: lora, adapter, prefix, prompt, ia3, bitfit, full."""
+    variant: str = "lora"
+    """The form of it. lora: lora, dora. adapter: pfeiffer, houlsby, parallel, compacter. prefix: p-tuning-v2,
+    reparametrised. Default: the first."""
+    bottleneck: int = Field(64, ge=1)
+    """Width of an adapter's inner layer."""
+    virtual_tokens: int = Field(20, ge=1)
+    """How many tokens prefix and prompt put in front of every row."""
+    prompt_text: str | None = None
+    """What the virtual tokens of prefix and prompt start as. Default: tokens of the rows, drawn by --seed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_follows_method(cls, values: Any) -> Any:
+        """Where no variant is given it is the method's first; one of another method is refused."""
+        if not isinstance(values, dict):
+            return values
+        method = values.get("method") or "lora"
+        known = METHOD_VARIANTS.get(method)
+        if known is None:
+            raise ConfigError(
+                f"--method {method!r} is unknown",
+                did_you_mean(str(method), METHOD_VARIANTS) or f"Known: {listed(METHOD_VARIANTS, 20)}",
+            )
+        variant = values.get("variant") or known[0]
+        if variant not in known:
+            raise ConfigError(
+                f"--variant {variant!r} is none of --method {method}; there are {listed(known)}",
+                did_you_mean(str(variant), known) or "Choose one of them",
+            )
+        return {**values, "variant": variant}
+
+
 class RowsConfig(Frozen):
     """How rows are read and written out."""
 
@@ -109,7 +162,7 @@ class RowsConfig(Frozen):
     """Longest row in tokens: text rows are split at it, chat rows are cut and counted."""
 
 
-class TrainConfig(LoRAConfig, RowsConfig):
+class TrainConfig(MethodConfig, RowsConfig):
     """One training run."""
 
     model: str
@@ -118,8 +171,6 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """Rows: a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file, a directory of such, or a hub id."""
     output: str
     """The run directory to write."""
-    method: str = "lora"
-    """What is trained: lora. More methods are to come."""
     eval: str | None = None
     """Rows to evaluate on while training: as DATA, or a share of it such as 10%. Default: DATA's own valid file."""
     eval_every: int | None = Field(None, ge=1)
@@ -142,8 +193,8 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """Which tokens have a loss: every reply, the last reply of each row, or all tokens."""
     add_tokens: Texts = Field(default_factory=list)
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
-    lr: float = Field(2e-3, gt=0)
-    """Peak learning rate of AdamW. The default suits short runs at ranks to 16; take less for long ones."""
+    lr: float = Field(RATES["lora"], gt=0)
+    """Peak learning rate of AdamW. The default suits short runs of the method; take less for long ones."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate goes on after the warm-up: linear and cosine fall to 0 at the last step."""
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -171,6 +222,14 @@ class TrainConfig(LoRAConfig, RowsConfig):
     """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_follows_method(cls, values: Any) -> Any:
+        """Where no rate is given it is the usual one of the method."""
+        if isinstance(values, dict) and values.get("lr") is None:
+            return {**values, "lr": RATES.get(values.get("method") or "lora", RATES["lora"])}
+        return values
 
     @property
     def order_seed(self) -> int | None:

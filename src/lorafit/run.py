@@ -27,18 +27,19 @@ from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
 from lorafit.data.preflight import before_training
 from lorafit.data.progress import counting
-from lorafit.data.store import Encoded
+from lorafit.data.store import Encoded, led
 from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
-from lorafit.errors import CheckpointError, ConfigError, did_you_mean, listed
-from lorafit.export import card, peft
+from lorafit.errors import CheckpointError, ConfigError
+from lorafit.export import card, saved
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora.tokens import make_room
-from lorafit.methods import rounding
-from lorafit.methods.method import Attached, Method
+from lorafit.methods import rounding, table
+from lorafit.methods.method import Attached, Beginning
 from lorafit.methods.table import METHODS
 from lorafit.methods.tokens import attach_tokens
+from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine, memory
@@ -75,7 +76,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
     source: where each setting came from, for the printed table. Raises LorafitError for whatever the user can mend.
     """
-    method = _method(config)
+    method = METHODS[config.method]
     rounding.check(config.init, config.base_storage, config.variant)
     run = RunDir(config.output)
     run.check_usable(start.resume)
@@ -101,17 +102,16 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             use_template(loaded.tokenizer, config.template)
         added = _add_tokens(config, loaded, console)
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
-        rows = encoded.encoded
-        estimate, expected = _plan(config, inputs.spec, chosen, rows, start.force, console)
+        estimate, expected = _plan(config, inputs.spec, chosen, encoded.encoded, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        attached = method.attach(loaded.model, config)
+        attached = table.attach(loaded.model, config)
+        rows = led(encoded.encoded, lead_of(loaded.model))
         if added:
             ids, pieces = [token.id for token in added], [token.pieces for token in added]
             attached = attach_tokens(loaded.model, ids, pieces, attached)
         print_attached(attached, console)
-        if config.init in rounding.INITS:
-            look = partial(over_first_rows, loaded.model, rows, config)
-            console.print(rounding.start(loaded.model, inputs.spec, config.init, look), highlight=False)
+        for line in method.start(loaded.model, _beginning(config, inputs.spec, loaded, encoded.encoded)):
+            console.print(line, highlight=False)
         split = Split(chosen["micro_tokens"], chosen["recompute"])
         engine = make_engine(loaded.model, rows, config, chosen["precision"], split, run.scratch, console)
         work = Work(
@@ -129,7 +129,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         progress = _fit(run, work, earlier, console)
 
         run.clean()
-        peft.save(loaded.model, run.adapter, config, base=_lasting(config.model), tokenizer=loaded.tokenizer)
+        kept = method.finish(loaded.model, config)
+        saved.save(loaded.model, run.adapter, kept, base=_lasting(config.model), tokenizer=loaded.tokenizer)
         result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
         result["predicted_train_s"] = expected
         _remember_speed(result, inputs.spec, config)
@@ -159,13 +160,6 @@ class Inputs:
     hashes: dict[str, str]
 
 
-def _method(config: TrainConfig) -> Method:
-    if config.method not in METHODS:
-        hint = did_you_mean(config.method, METHODS) or f"Known: {listed(METHODS)}"
-        raise ConfigError(f"--method {config.method!r} is unknown", hint)
-    return METHODS[config.method]
-
-
 def _read_inputs(config: TrainConfig) -> Inputs:
     spec = model_spec.read(config.model)
     located = locate(config.data)
@@ -191,6 +185,20 @@ def _add_tokens(config: TrainConfig, loaded: model_load.Loaded, console: Console
     new_rows = make_room(loaded.model, [token.id for token in added])
     console.print(told(added, new_rows), highlight=False, markup=False)
     return added
+
+
+def _beginning(
+    config: TrainConfig, spec: model_spec.ModelSpec, loaded: model_load.Loaded, rows: Sequence[Encoded]
+) -> Beginning:
+    """What a method may know before the first step."""
+    if config.prompt_text is None:
+        first, told = [int(token) for token in rows[0].input_ids], "the first row's tokens"
+    else:
+        first = loaded.tokenizer(config.prompt_text, add_special_tokens=False)["input_ids"]
+        told = "the tokens of --prompt-text"
+        if not first:
+            raise ConfigError("--prompt-text has no tokens", "Give a few words, such as what the task is")
+    return Beginning(config, spec, first, told, partial(over_first_rows, loaded.model, rows, config))
 
 
 def _share(text: str) -> float:

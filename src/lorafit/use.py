@@ -26,10 +26,10 @@ from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
 from lorafit.errors import AdapterError, ConfigError, ModelError
-from lorafit.export import peft
+from lorafit.export import saved
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
-from lorafit.lora.inject import set_scale
+from lorafit.methods import table
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine
@@ -121,8 +121,8 @@ def open_target(
     loaded.model.requires_grad_(False)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
-        peft.load(loaded.model, found.adapter)
-        set_scale(loaded.model, scale)
+        saved.load(loaded.model, found.adapter)
+        table.of(loaded.model).set_scale(loaded.model, scale)
         tokenizer = _tokenizer(found.adapter, loaded)
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
     rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
@@ -142,7 +142,7 @@ def open_target(
 def find(target: str, adapter: str | None) -> Found:
     """What `target` is. Raises ConfigError if it has an adapter of its own and another one is given."""
     run, path = RunDir(target), Path(target)
-    is_adapter = (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+    is_adapter = saved.is_saved(path)
     if adapter is not None:
         if run.exists or is_adapter:
             raise ConfigError(
@@ -164,7 +164,7 @@ def find(target: str, adapter: str | None) -> Found:
 
 
 def _base_of(adapter: Path) -> str:
-    base = peft.read_config(adapter).base
+    base = saved.base_of(adapter)
     if not base:
         raise AdapterError(
             f"{adapter} is an adapter that does not name its base model", f"Give it: MODEL --adapter {adapter}"

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -123,8 +123,40 @@ class Tokens(Sequence[Encoded]):
         return Tokens(self._cells, self._all, self._origins, numbers if self._chosen is None else self._chosen[numbers])
 
 
+class Led(Sequence[Encoded]):
+    """Rows that begin with the same tokens more, which have no loss. lead: those, at least one."""
+
+    def __init__(self, rows: Sequence[Encoded], lead: Sequence[int]) -> None:
+        self.rows, self.lead = rows, np.array(lead, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, at: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        row = self.rows[at]
+        return replace(
+            row,
+            input_ids=np.concatenate([self.lead, row.input_ids]),
+            supervised=np.concatenate([np.zeros(len(self.lead), np.bool_), row.supervised]),
+            prompt_length=row.prompt_length + len(self.lead),
+        )
+
+
+def led(rows: Sequence[Encoded], lead: Sequence[int]) -> Sequence[Encoded]:
+    """The rows, with `lead` in front of each where there is any."""
+    return Led(rows, lead) if lead else rows
+
+
 def resident_bytes(rows: Sequence[Encoded]) -> int:
     """What of the rows has to be in memory."""
+    if isinstance(rows, Led):
+        return resident_bytes(rows.rows)
     if isinstance(rows, Tokens):
         return rows.resident_bytes
     return sum(row.input_ids.nbytes + row.supervised.nbytes for row in rows)
@@ -132,12 +164,16 @@ def resident_bytes(rows: Sequence[Encoded]) -> int:
 
 def let_go(rows: Sequence[Encoded]) -> None:
     """Hand back what was read of mapped files."""
+    if isinstance(rows, Led):
+        return let_go(rows.rows)
     if isinstance(rows, Tokens):
         rows.let_go()
 
 
 def lengths(rows: Sequence[Encoded]) -> NDArray[np.int64]:
     """Tokens of each row."""
+    if isinstance(rows, Led):
+        return lengths(rows.rows) + len(rows.lead)
     return rows.lengths if isinstance(rows, Tokens) else np.array([len(row.input_ids) for row in rows], np.int64)
 
 

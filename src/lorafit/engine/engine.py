@@ -76,8 +76,9 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the activations: that of frozen parameters, whatever the adapter's is."""
-        return next(p for p in self.model.parameters() if not p.requires_grad).dtype
+        """Type of the activations: that of frozen parameters, whatever the adapter's is; where all are trained, theirs."""
+        parameters = list(self.model.parameters())
+        return next((p for p in parameters if not p.requires_grad), parameters[0]).dtype
 
     def training_loss(self, batch: Batch) -> Tensor:
         """`loss` of rows of the training set, starting from their features where `keep_features` has computed them."""

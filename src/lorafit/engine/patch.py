@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorafit.engine.elementwise import gated, rms_norm, rotate
 from lorafit.engine.kernels.plain import GELU_TANH, SILU
 from lorafit.engine.linear import is_frozen
+from lorafit.lora.adapted import Adapted
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 GATED_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -111,13 +112,17 @@ def patch_gated_mlps(model: nn.Module, patches: Patches) -> None:
     """Modules that compute down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
     kinds: dict[type, int | None] = {}
     for module in model.modules():
-        if not all(isinstance(getattr(module, name, None), nn.Module) for name in GATED_PARTS):
-            continue
+        if isinstance(module, Adapted) or not all(_has_module(module, name) for name in GATED_PARTS):
+            continue  # what stands in the place of an MLP shows its parts, and does more
         if type(module) not in kinds:
             kinds[type(module)] = _gated_kind(module)
         kind = kinds[type(module)]
         if kind is not None:
             patches.set(module, functools.partial(_gated_forward, module, kind))
+
+
+def _has_module(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
 
 
 def gated_kind(module: nn.Module | None) -> int | None:

@@ -18,7 +18,7 @@ from lorafit.data.example import Message
 from lorafit.data.mask import encode_prompt
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError, did_you_mean, listed
 from lorafit.infer.generate import Pieces, context_tokens, stream
-from lorafit.lora.inject import set_scale
+from lorafit.methods import table
 from lorafit.units import format_count
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class _Talk:
                 scale = float(rest)
             except ValueError:
                 raise ConfigError(f"/scale {rest!r} is no number", "Give one, such as /scale 0.5") from None
-            set_scale(self.session.model, scale)
+            table.of(self.session.model).set_scale(self.session.model, scale)
             self.session.scale = scale
         self._note(f"scale {self.session.scale:g}")
 
@@ -211,11 +211,11 @@ class _Talk:
         tuned = self.session.scale or 1.0
         try:
             for label, scale in (("base", 0.0), (f"tuned, scale {tuned:g}", tuned)):
-                set_scale(self.session.model, scale)
+                table.of(self.session.model).set_scale(self.session.model, scale)
                 self._write(f"[{label}] ")
                 self._say(prompt)
         finally:
-            set_scale(self.session.model, self.session.scale)
+            table.of(self.session.model).set_scale(self.session.model, self.session.scale)
 
     def reset(self, rest: str) -> None:
         """Forget what was said."""

@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lorafit.data.example import Chat, Completion, Example
 from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
+from lorafit.data.store import led
 from lorafit.engine.engine import Engine
 from lorafit.errors import NumericsError
 from lorafit.infer.generate import Answer, answer
+from lorafit.methods.virtual import lead_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +121,8 @@ def mean_loss(engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: C
     Raises NumericsError if it is not finite.
     """
     total, count = 0.0, 0
-    for batch in micro_batches(encoded.encoded, range(encoded.pieces), micro_tokens, engine.packing):
+    rows = led(encoded.encoded, lead_of(engine.model))
+    for batch in micro_batches(rows, range(encoded.pieces), micro_tokens, engine.packing):
         total, count = total + float(engine.loss(batch)), count + batch.supervised_tokens
         on_rows(batch.rows)
     if not math.isfinite(total):

@@ -19,6 +19,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 
 from lorafit.data.mask import stop_ids
 from lorafit.errors import DataError, NumericsError
+from lorafit.methods.virtual import lead_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ def answer(
     Raises DataError for a prompt that is empty or fills the model's context, NumericsError for logits that are not
     finite.
     """
+    prompts = [[*lead_of(model), *prompt] for prompt in prompts]
     ability, stops = Ability.of(model), end_tokens(model, tokenizer)
     limits = [_limit(model, len(prompt), max_new_tokens) for prompt in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
@@ -82,6 +84,7 @@ def stream(
     seed: int,
 ) -> Iterator[int]:
     """The tokens of one answer as they come, without the end token. Errors as of `answer`."""
+    prompt = [*lead_of(model), *prompt]
     stops, limits = end_tokens(model, tokenizer), [_limit(model, len(prompt), max_new_tokens)]
     choose = _Chooser(temperature, seed)
     for _, token in _decode(model, Ability.of(model), [prompt], [0], stops, limits, choose):

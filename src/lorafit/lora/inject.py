@@ -51,9 +51,9 @@ class AttachReport:
 
 @dataclass
 class _Attachment:
-    """The adapted layers by name, their dropout key, and what `detach` must put back. Kept on the model."""
+    """The adapted modules by name, their dropout key, and what `detach` must put back. Kept on the model."""
 
-    layers: dict[str, LoRALayer]
+    modules: dict[str, Adapted]
     key: DropoutKey
     requires_grad: dict[str, bool]
     fast_paths: list[tuple[str, str, int | bool]]
@@ -83,7 +83,7 @@ def attach(
     Nothing is changed if anything is wrong. Raises TargetError (nothing matches, can't be adapted, attached already),
     RankError (r < 1 or above what a layer holds), ConfigError (a value or a name that is not known).
     """
-    if lora_layers(model):
+    if adapted_modules(model):
         raise TargetError("the model has an adapter already", "Call detach(model) first")
     _check_settings(r, alpha, variant, rule, init, dropout)
     selection = select(model, targets)
@@ -115,29 +115,37 @@ def attach(
             made[other] = tied_layer(made[owner], model.get_submodule(other), name=other)
         if others:
             notes.append(f"{owner} shares its weight with {listed(others)}: one adapter serves all of them")
-    return _install(model, made, shared_dropout.key, notes, dict(selection.skipped))
-
-
-def _install(
-    model: nn.Module, made: dict[str, LoRALayer], key: DropoutKey, notes: list[str], skipped: dict[str, int]
-) -> AttachReport:
-    """Freeze the base, put the layers in, and remember what `detach` must put back."""
-    total = number_count(model)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    _replace(model, {layer.base: layer for layer in made.values()})
-    fast_paths = _leave_fast_paths(model)
-    if fast_paths:
-        notes.append(f"{len(fast_paths)} fused inference paths of nn.TransformerEncoder are off: they skip adapters")
-    model._lorafit_attachment = _Attachment(made, key, flags, fast_paths)  # type: ignore[assignment]  # not a module or tensor
+    total = install(model, made, shared_dropout.key, notes)
     owners = {name: layer for name, layer in made.items() if layer.tied_to is None}
     return AttachReport(
         adapted={n: AdaptedLayer(m.r, m.alpha, m.in_features, m.out_features) for n, m in owners.items()},
         trainable_params=sum(p.numel() for p in trainable_parameters(model)),
         total_params=total,
         notes=notes,
-        skipped=skipped,
+        skipped=dict(selection.skipped),
     )
+
+
+def install(
+    model: nn.Module, made: Mapping[str, Adapted], key: DropoutKey | None = None, notes: list[str] | None = None
+) -> int:
+    """Freeze the base, put adapted modules in the place of their bases, and remember what `detach` must put back.
+
+    made: by the names of the modules they stand for. notes: what a user should know is added. Returns the number of the
+    base's parameters, a shared one counted once. Raises TargetError if the model has an adapter already.
+    """
+    if adapted_modules(model):
+        raise TargetError("the model has an adapter already", "Call detach(model) first")
+    total = number_count(model)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    _replace(model, {module.base: module for module in made.values()})
+    fast_paths = _leave_fast_paths(model)
+    if fast_paths and notes is not None:
+        notes.append(f"{len(fast_paths)} fused inference paths of nn.TransformerEncoder are off: they skip adapters")
+    attachment = _Attachment(dict(made), key or DropoutKey(seed=0), flags, fast_paths)
+    model._lorafit_attachment = attachment  # type: ignore[assignment]  # not a module or tensor
+    return total
 
 
 def detach(model: nn.Module) -> None:
@@ -183,7 +191,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def attached_layers(model: nn.Module) -> Collection[LoRALayer]:
     """All adapted layers, without a walk over the model. Raises TargetError if no adapter is attached."""
-    return _attachment(model).layers.values()
+    return [module for module in _attachment(model).modules.values() if isinstance(module, LoRALayer)]
 
 
 def dropout_key(model: nn.Module) -> DropoutKey:
@@ -224,6 +232,13 @@ def unmerge(model: nn.Module) -> None:
     """Put the original weights back, bitwise."""
     for module in adapted_modules(model).values():
         module.unmerge()
+
+
+def forget_originals(model: nn.Module) -> None:
+    """Take merged adapters off and leave the merged weights: `detach` puts back what originals it finds."""
+    for module in adapted_modules(model).values():
+        module.shared.original = None
+    detach(model)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -315,7 +330,7 @@ def _leave_fast_paths(model: nn.Module) -> list[tuple[str, str, int | bool]]:
     for name, module in model.named_modules():
         attribute = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
         key = attribute.get(type(module))
-        if key is not None and lora_layers(module):
+        if key is not None and adapted_modules(module):
             changed.append((name, key, getattr(module, key)))
             setattr(module, key, 0 if key == "activation_relu_or_gelu" else False)
     return changed

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
 from lorafit.errors import ConfigError, did_you_mean, listed
 from lorafit.lora import inject
 from lorafit.lora.init import INITS
-from lorafit.methods import rounding
-from lorafit.methods.method import Attached, Method
+from lorafit.methods import rounding, wrapped
+from lorafit.methods.method import Attached, Beginning
 from lorafit.units import format_count
 
 
@@ -46,10 +48,12 @@ def before_forward(model: nn.Module, seed: int, step: int, rows: Tensor, tokens:
     key.seed, key.step, key.rows, key.tokens = seed, step, rows, tokens
 
 
-METHOD = Method(
-    attach=attach,
-    trainable=inject.adapter_parameters,
-    state=inject.adapter_state,
-    load_state=inject.load_adapter_state,
-    before_forward=before_forward,
-)
+def start(model: nn.Module, beginning: Beginning) -> list[str]:
+    """What an initialisation needs rows or the model's own weights for."""
+    config = beginning.config
+    if config.init not in rounding.INITS:
+        return []
+    return [rounding.start(model, beginning.spec, config.init, beginning.over_rows)]
+
+
+METHOD = dataclasses.replace(wrapped.method(attach, start), before_forward=before_forward)
