@@ -23,7 +23,9 @@ from lorafit.export.merge import tolerance
 from lorafit.methods import table
 from lorafit.methods.method import Beginning
 from lorafit.methods.virtual import lead_of
+from lorafit.model import spec
 from lorafit.model.spec import ModelSpec
+from lorafit.plan.counts import method_params
 from tests import tiny
 
 CASES = [(method, variant) for method, variants in METHOD_VARIANTS.items() for variant in variants if method != "lora"]
@@ -93,6 +95,24 @@ def test_a_fresh_one_changes_nothing_and_scale_0_is_the_base_bitwise(
     table.of(model).set_scale(model, 0.0)
     assert torch.equal(before, logits(model))
     assert attached.trainable_params == sum(p.numel() for p in table.of(model).trainable(model).values())
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
+    found = {}
+    for name, make in MODELS.items():
+        directory = tmp_path_factory.mktemp(name)
+        make().save_pretrained(directory)
+        found[name] = spec.read(str(directory))
+    return found
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(("method", "variant"), CASES)
+def test_the_plan_counts_what_is_trained(name: str, method: str, variant: str, specs: dict[str, ModelSpec]) -> None:
+    config = settings(method, variant)
+    attached = table.attach(MODELS[name](), config)
+    assert attached.trainable_params == method_params(specs[name], config)
 
 
 @pytest.mark.parametrize(("method", "variant"), CASES)

@@ -76,7 +76,7 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the activations: that of frozen parameters, whatever the adapter's is; where all are trained, theirs."""
+        """Type of the activations: that of frozen parameters, whatever the adapter's is; theirs where all are trained."""
         parameters = list(self.model.parameters())
         return next((p for p in parameters if not p.requires_grad), parameters[0]).dtype
 

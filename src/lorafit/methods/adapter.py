@@ -25,7 +25,8 @@ from lorafit.lora.adapted import Adapted, SharedState
 from lorafit.lora.init import layer_generator
 from lorafit.methods import wrapped
 from lorafit.methods.method import Attached
-from lorafit.methods.places import ATTENTION_ENDS, MLP_ENDS, MLPS, chosen, modules_named
+from lorafit.methods.places import chosen, modules_named
+from lorafit.model.sublayers import ATTENTION_ENDS, MLP_ENDS, MLPS
 from lorafit.units import format_count
 
 # Source: He et al. 2022, section 4.6: a fixed scaling of 4 worked best for parallel adapters.

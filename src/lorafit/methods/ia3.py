@@ -15,7 +15,8 @@ from lorafit.lora.adapted import Adapted, SharedState
 from lorafit.lora.base import Kind, make_kind
 from lorafit.methods import wrapped
 from lorafit.methods.method import Attached
-from lorafit.methods.places import KEYS_AND_VALUES, MLP_ENDS, chosen
+from lorafit.methods.places import chosen
+from lorafit.model.sublayers import KEYS_AND_VALUES, MLP_ENDS
 from lorafit.units import format_count
 
 

@@ -1,7 +1,4 @@
-"""Where a block's sublayers begin and end, by the names that transformers' models give their layers.
-
-A family with names of its own is a name here; `--targets` names layers where none of these does.
-"""
+"""The modules of a model that a method works on: those of --targets, or those of the usual names."""
 
 from __future__ import annotations
 
@@ -13,16 +10,7 @@ from lorafit.config import MethodConfig
 from lorafit.errors import TargetError, listed
 from lorafit.lora.base import LINEAR_KINDS, kind_name, refusal
 from lorafit.lora.targets import ALL_LINEAR, leaf_names, matches, select, select_layers
-
-# The linear layer whose output is added to the residual stream: of attention, and of the MLP.
-ATTENTION_ENDS = (
-    "o_proj", "out_proj", "attn.c_proj", "attention.output.dense", "attention.dense", "self_attention.dense",
-    "attention.out_lin", "self_attn.dense",
-)  # fmt: skip
-MLP_ENDS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "output.dense", "ffn.lin2")
-# What gives keys and values; in some families one layer gives queries too.
-KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "query_key_value", "c_attn", "qkv_proj")
-MLPS = ("mlp", "ffn", "feed_forward")
+from lorafit.model.sublayers import is_one_of
 
 
 def chosen(model: nn.Module, config: MethodConfig, usual: Sequence[str]) -> list[str]:
@@ -33,7 +21,7 @@ def chosen(model: nn.Module, config: MethodConfig, usual: Sequence[str]) -> list
     if config.targets != ALL_LINEAR:
         names = select(model, config.targets).names
     else:
-        names = [name for name, module in model.named_modules() if _is_linear(module) and _named(name, usual)]
+        names = [name for name, module in model.named_modules() if _is_linear(module) and is_one_of(name, usual)]
     if not names:
         raise _not_found(model, usual)
     return select_layers(model, names, config.layers)
@@ -47,13 +35,6 @@ def modules_named(model: nn.Module, config: MethodConfig, usual: Sequence[str]) 
     if not names:
         raise _not_found(model, wanted)
     return select_layers(model, names, config.layers)
-
-
-def _named(name: str, usual: Sequence[str]) -> bool:
-    """BERT's `attention.output.dense` ends as its MLP's `output.dense` does."""
-    if "attention.output.dense" not in usual and matches("attention.output.dense", name):
-        return False
-    return any(matches(pattern, name) for pattern in usual)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -26,9 +26,9 @@ from lorafit.methods import wrapped
 from lorafit.methods.method import Attached, Beginning
 from lorafit.methods.places import chosen
 from lorafit.methods.virtual import Slots, Virtual, VirtualEmbedding, first_ids, virtual_embedding
+from lorafit.model.sublayers import FUSED, SEPARATE
 from lorafit.units import format_count
 
-SEPARATE, FUSED = ("k_proj", "v_proj"), ("c_attn", "qkv_proj")
 # Of the network's weights, and of keys and values that no real token gave. Source: GPT-2's, which Li and Liang tuned.
 STD = 0.02
 

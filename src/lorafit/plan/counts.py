@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from lorafit.config import METHOD_VARIANTS, MethodConfig
 from lorafit.model.spec import OUTPUT_WEIGHTS, ModelSpec
+from lorafit.model.sublayers import ATTENTION_ENDS, FUSED, KEYS_AND_VALUES, MLP_ENDS, SEPARATE, is_one_of
 
 PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
 # By the first of these that a parameter's name holds; `\b` does not part words at an underscore.
@@ -76,43 +78,89 @@ def dora_params(spec: ModelSpec, r: int) -> int:
 # Variant -> its count at a rank; the names are those of the registry of variants.
 VARIANT_PARAMS: dict[str, Callable[[ModelSpec, int], int]] = {"lora": lora_params, "dora": dora_params}
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CLASSES = 2
+COMPACTER_PARTS = 4
 
 
-BOTTLENECK, PREFIX_TOKENS, CLASSES = 64, 20, 2
+def ends(spec: ModelSpec, usual: Sequence[str]) -> list[tuple[int, int]]:
+    """(out, in) of the linear layers of these names."""
+    return [shape for name, shape in matrices(spec).items() if is_one_of(name.removesuffix(".weight"), usual)]
 
 
-def adapter_params(spec: ModelSpec, width: int, per_block: int) -> int:
-    """Bottlenecks behind sublayers: 2 d m + m + d each. Source: Houlsby et al. 2019, section 2.1: two a block.
+def adapter_params(spec: ModelSpec, width: int, variant: str) -> int:
+    """Bottlenecks of `width` behind sublayers: 2 d m + m + d each. Source: Houlsby et al. 2019, section 2.1.
 
-    Pfeiffer et al. 2021 (AdapterFusion) have one, behind the MLP.
+    Compacter's have 2 (d + m) for their products' factors, and n^3 twice for all. Source: Karimi Mahabadi et al. 2021,
+    section 4.2.
     """
-    return spec.layers * per_block * (2 * spec.hidden * width + width + spec.hidden)
+    places = [*ATTENTION_ENDS, *MLP_ENDS] if variant in ("houlsby", "compacter") else MLP_ENDS
+    each = [out for out, _ in ends(spec, places)]
+    if variant == "compacter":
+        return sum(3 * (d + width) for d in each) + 2 * COMPACTER_PARTS**3
+    return sum(2 * d * width + width + d for d in each)
 
 
-def prefix_params(spec: ModelSpec, tokens: int) -> int:
-    """Keys and values of so many tokens in every layer. Source: Li and Liang 2021, section 4.2."""
-    return spec.layers * 2 * tokens * spec.kv_heads * spec.head_dim
+def prefix_params(spec: ModelSpec, tokens: int, variant: str) -> int:
+    """Keys and values of so many tokens in every layer. Source: Li and Liang 2021, sections 4.2 and 4.3."""
+    separate = [out for out, _ in ends(spec, SEPARATE)]
+    widths = separate or [2 * spec.kv_heads * spec.head_dim] * len(ends(spec, FUSED))
+    if variant == "p-tuning-v2":
+        return tokens * sum(widths)
+    network = tokens * spec.hidden + spec.hidden * (spec.hidden + 1)
+    return network + sum(width * (spec.hidden + 1) for width in widths)
 
 
 def ia3_params(spec: ModelSpec) -> int:
     """A factor for each key, value and intermediate activation. Source: Liu et al. 2022, (IA)3, section 3.3."""
-    return spec.layers * (2 * spec.kv_heads * spec.head_dim + spec.intermediate)
+    return sum(out for out, _ in ends(spec, KEYS_AND_VALUES)) + sum(into for _, into in ends(spec, MLP_ENDS))
+
+
+def bitfit_params(spec: ModelSpec) -> int:
+    """The biases there are; in a model without, one for every output. Source: Ben Zaken et al. 2022, section 3."""
+    linear = {name.removesuffix("weight") for name in block_weights(spec)}
+    norms = {name.removesuffix("weight") for name, shape in spec.tensors.items() if len(shape) == 1}
+    own = [
+        shape[0]
+        for name, shape in spec.tensors.items()
+        if name.removesuffix("bias") in linear | norms and name.endswith("bias")
+    ]
+    return sum(own) or sum(out for out, _ in matrices(spec).values())
+
+
+def method_params(spec: ModelSpec, config: MethodConfig) -> int:
+    """What a method trains with these settings, on all of its usual layers."""
+    counts: dict[str, Callable[[], int]] = {
+        "lora": lambda: VARIANT_PARAMS[config.variant](spec, config.r),
+        "adapter": lambda: adapter_params(spec, config.bottleneck, config.variant),
+        "prefix": lambda: prefix_params(spec, config.virtual_tokens, config.variant),
+        "prompt": lambda: config.virtual_tokens * spec.hidden,
+        "ia3": lambda: ia3_params(spec),
+        "bitfit": lambda: bitfit_params(spec),
+        "full": lambda: spec.parameters,
+    }
+    return counts[config.method]()
 
 
 def _others(spec: ModelSpec) -> list[Trainable]:
-    """Methods beside LoRA that are counted, to be compared; their files are the numbers alone."""
-    counts = {
-        f"head, {CLASSES} classes": CLASSES * (spec.hidden + 1),
-        f"adapter (Houlsby), width {BOTTLENECK}": adapter_params(spec, BOTTLENECK, per_block=2),
-        f"adapter (Pfeiffer), width {BOTTLENECK}": adapter_params(spec, BOTTLENECK, per_block=1),
-        f"prefix of {PREFIX_TOKENS} tokens": prefix_params(spec, PREFIX_TOKENS),
-        f"prompt of {PREFIX_TOKENS} tokens": PREFIX_TOKENS * spec.hidden,
-        "(IA)3": ia3_params(spec),
-    }
-    return [
-        Trainable(name, count, BYTES_FP32 * count, remark="to compare: not trained here yet")
-        for name, count in counts.items()
-    ]
+    """Methods beside LoRA, at their default widths."""
+    found = [
+        Trainable(f"head, {CLASSES} classes", count := CLASSES * (spec.hidden + 1), BYTES_FP32 * count,
+                  remark="to compare: not trained here yet")
+    ]  # fmt: skip
+    for method, variants in METHOD_VARIANTS.items():
+        for variant in variants if method not in ("lora", "full") else ():
+            count = method_params(spec, MethodConfig(method=method, variant=variant))
+            saved = BYTES_FP32 * method_params(spec, MethodConfig(method=method))  # a network is dropped at the end
+            file = saved if method == "prefix" else BYTES_FP32 * count
+            found.append(Trainable(_name(method, variant), count, file))
+    return found
+
+
+def _name(method: str, variant: str) -> str:
+    own = "" if variant == method else f" ({variant})"
+    width = {"adapter": f", width {MethodConfig().bottleneck}"}
+    tokens = f" of {MethodConfig().virtual_tokens} tokens" if method in ("prefix", "prompt") else ""
+    return f"{method}{own}{width.get(method, '')}{tokens}"
 
 
 def trainable(spec: ModelSpec) -> list[Trainable]:
