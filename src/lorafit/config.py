@@ -127,6 +127,11 @@ class MethodConfig(LoRAConfig):
     prompt_text: str | None = None
     """What the virtual tokens of prefix and prompt start as. Default: tokens of the rows, drawn by --seed."""
 
+    @property
+    def lead_tokens(self) -> int:
+        """Virtual tokens in front of every row."""
+        return self.virtual_tokens if self.method in ("prefix", "prompt") else 0
+
     @model_validator(mode="before")
     @classmethod
     def _variant_follows_method(cls, values: Any) -> Any:

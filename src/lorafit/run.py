@@ -42,7 +42,7 @@ from lorafit.methods.tokens import attach_tokens
 from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
-from lorafit.plan import machine, memory
+from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
@@ -50,7 +50,7 @@ from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
-from lorafit.train.setup import expected_s, fit_to_memory, make_engine, over_first_rows
+from lorafit.train.setup import evaluation_tokens, expected_s, fit_to_memory, make_engine, over_first_rows
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
 from lorafit.units import format_seconds
@@ -93,7 +93,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             _check_same_run(earlier.identity, identity, console)
         print_config(config, source, chosen, console)
 
-        SLABS.reserve(memory.reserved_bytes(inputs.spec, config.r, chosen["precision"]))
+        SLABS.reserve(memory.reserved_bytes(inputs.spec, trained.of(inputs.spec, config), chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
         loaded = model_load.load(inputs.spec, dtype, config.trust_remote_code, config.base_storage)
         if loaded.kept:
@@ -102,7 +102,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             use_template(loaded.tokenizer, config.template)
         added = _add_tokens(config, loaded, console)
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
-        estimate, expected = _plan(config, inputs.spec, chosen, encoded.encoded, start.force, console)
+        lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
+        estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         attached = table.attach(loaded.model, config)
         rows = led(encoded.encoded, lead_of(loaded.model))
@@ -122,7 +123,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             engine=engine,
             config=config,
             identity=identity,
-            evaluate=_evaluation(engine, held_out, split.micro_tokens) if held_out else None,
+            evaluate=_evaluation(engine, held_out, evaluation_tokens(rows, config, split)) if held_out else None,
         )
         load_s = time.time() - start.started_at
         run.write_config(config.model_dump())
@@ -282,9 +283,21 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     return {
         **found,
-        "precision": found.get("precision") or precision.choose(config.precision, config.base_storage),
+        "precision": found.get("precision") or _precision(config),
         "threads": threads,
     }
+
+
+def _precision(config: TrainConfig) -> str:
+    """The type of products. Weights that are trained themselves are in fp32: an update of 16 bits is lost in them."""
+    if config.method != "full":
+        return precision.choose(config.precision, config.base_storage)
+    if config.precision not in ("auto", "fp32"):
+        raise ConfigError(
+            f"--method full is given with --precision {config.precision}, and trains weights in fp32 alone",
+            "Leave --precision out",
+        )
+    return "fp32"
 
 
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -403,7 +416,7 @@ def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec, config: 
 
     Of a few steps, or of a part of the layers, it would say little.
     """
-    is_whole = config.layers is None and config.targets == "all-linear"
+    is_whole = config.layers is None and config.targets == "all-linear" and result["variant"] == "lora"
     if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
         key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
         updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]

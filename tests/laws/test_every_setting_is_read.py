@@ -42,7 +42,10 @@ CHANGED: dict[str, dict[str, Any]] = {
     "model": {"model": "other"},
     "data": {"data": "other"},
     "output": {"output": "other"},
-    "method": {"method": "none"},
+    "method": {"method": "ia3"},
+    "bottleneck": {"bottleneck": 5, "method": "adapter"},
+    "virtual_tokens": {"virtual_tokens": 3, "method": "prompt"},
+    "prompt_text": {"prompt_text": "Say what it is.", "method": "prompt"},
     "eval": {"eval": "50%"},
     "eval_every": {"eval_every": 1},
     "patience": {"patience": 1, "eval_every": 1, "lr": 1.0, "clip": None},
@@ -108,7 +111,7 @@ def _made(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
     timed = ("train_s", "load_s", "prepare_s", "mfu", "peak_rss_bytes", "predicted_train_s")
     return {
         "where": run.name,
-        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "adapter": next((run / "adapter").glob("*.safetensors")).read_bytes(),
         "result": {key: value for key, value in result.items() if key not in timed},
         "metrics": [{**json.loads(line), "step_s": 0} for line in (run / "metrics.jsonl").read_text().splitlines()],
         "kept": sorted(path.name for path in (run / "checkpoints").glob("*")),
@@ -135,6 +138,9 @@ def test_changing_it_changes_what_a_run_makes(
         settings[place] = places.get(f"other {place}" if value == "other" else value, value)
     settings["output"] = str(tmp_path / Path(settings["output"]).name)
     made = _made(settings, tmp_path)
+    if CHANGED[name].get("method") and name != "method":  # it acts on that method alone
+        usual = {key: value for key, value in settings.items() if key != name}
+        plain = _made({**usual, "output": str(tmp_path / "usual" / Path(settings["output"]).name)}, tmp_path)
     if name == "trust_remote_code":
         refused = _made({**settings, "trust_remote_code": False, "output": str(tmp_path / "no")}, tmp_path)
         assert made != refused

@@ -76,7 +76,7 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the activations: that of frozen parameters, whatever the adapter's is; theirs where all are trained."""
+        """Type of the activations: that of frozen parameters, whatever the adapter's is; else of those trained."""
         parameters = list(self.model.parameters())
         return next((p for p in parameters if not p.requires_grad), parameters[0]).dtype
 

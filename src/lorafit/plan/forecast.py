@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorafit.model.spec import ModelSpec
-from lorafit.plan import gpus, memory
+from lorafit.plan import gpus, memory, trained
 from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop
 from lorafit.plan.gpus import Gpu
@@ -81,7 +81,9 @@ def forecast(
     tried = []
     for split in memory.splits(work.micro_tokens):
         tokens, predicted = largest(work, split.micro_tokens)
-        estimate = memory.estimate(spec, r, precision, tokens, predicted, split.recompute, storage, data)
+        estimate = memory.estimate(
+            spec, trained.lora(spec, r), precision, tokens, predicted, split.recompute, storage, data
+        )
         tried.append((estimate, split))
         if estimate.fits(limit):
             break

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.counts import block_weights, lora_params
+from lorafit.plan.counts import block_weights
 from lorafit.plan.storage import model_bytes
+from lorafit.plan.trained import Trained, frozen_block_weights
 from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
@@ -21,8 +22,6 @@ RUNTIME_BYTES = 450 * MIB
 # bytes of what it writes. In 16 bits the activations' memory is kept for the next step beside all of them; in fp32 it
 # lies on the heap and is given to gradients: measured.
 ADAPTER_COPIES = {"fp32": 3.5, "bf16": 5.0}
-# In 16 bits the factors are packed as well, both ways round, their rank filled up to so many.
-RANK_STEP, PACKED_BYTES = 16, 4
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
@@ -30,6 +29,10 @@ LOGIT_ROWS = 256
 DECODED_TOKENS = 8192
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
+# In float32, of own weights that are trained: gradient, two moments, and the value before the first step.
+OWNED_COPIES = 4
+# Of a head that is trained or adapted: logits, what softmax makes of them, and their gradient.
+TRAINED_LOGITS = 3
 # What is known of each row beside its tokens, and its order in an epoch: added up from the arrays, not measured.
 ROW_BYTES = 200
 # What a layer works in while it is computed, measured against what is kept; kernels' code and buffers.
@@ -80,7 +83,7 @@ class MemoryEstimate:
 
 def estimate(
     spec: ModelSpec,
-    r: int,
+    trained: Trained,
     precision: str,
     tokens: int,
     supervised: int,
@@ -94,35 +97,38 @@ def estimate(
     auto as they are computed with, keep as in the GGUF file, nf4, int8. data: bytes of the rows, see `data_bytes`.
     """
     dtype = "fp32" if precision == "fp32" else "bf16"
-    layer_weights = sum(a * b for a, b in block_weights(spec).values())
-    activations = activation_bytes(spec, r, dtype, tokens, recompute)
+    layer_weights = frozen_block_weights(spec, trained)
+    activations = activation_bytes(spec, trained.per_token, dtype, tokens, recompute)
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
     if storage != "auto":
         weights = _stored_bytes(spec, storage, dtype)
-    adapter = _adapter_bytes(spec, r, dtype)
+    adapter = _adapter_bytes(trained, dtype)
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
-        few = activation_bytes(spec, r, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
-        made = bytes_of(2 * lora_params(spec, r), "fp32")
+        few = activation_bytes(spec, trained.per_token, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
+        made = bytes_of(2 * trained.params, "fp32")
         before = layer_weights + made + round((1 + WORK[dtype]) * few)
         weights += max(0, before - adapter - round((1 + WORK[dtype]) * activations))
+    logits = min(supervised, LOGIT_ROWS) * spec.vocab * (TRAINED_LOGITS if trained.owned else 1)
     return MemoryEstimate(
         {
             "runtime": RUNTIME_BYTES,
             "weights": weights,
             "adapter": adapter,
             "activations": activations,
-            "logits": bytes_of(min(supervised, LOGIT_ROWS) * spec.vocab, dtype),
+            "logits": bytes_of(logits, dtype),
             "data": data,
             "workspace": round(WORK[dtype] * activations) + KERNEL_BYTES,
         }
     )
 
 
-def _adapter_bytes(spec: ModelSpec, r: int, dtype: str) -> int:
+def _adapter_bytes(trained: Trained, dtype: str) -> int:
     """Its numbers with all that belongs to them while it is trained."""
-    copies = round(ADAPTER_COPIES[dtype] * bytes_of(lora_params(spec, r), "fp32"))
-    return copies if dtype == "fp32" else copies + PACKED_BYTES * lora_params(spec, -(-r // RANK_STEP) * RANK_STEP)
+    if trained.owned:
+        return OWNED_COPIES * bytes_of(trained.owned, "fp32")
+    copies = round(ADAPTER_COPIES[dtype] * bytes_of(trained.params, "fp32"))
+    return copies if dtype == "fp32" else copies + trained.packed_bytes
 
 
 def data_bytes(rows: int, resident: int) -> int:
@@ -144,23 +150,24 @@ def _stored_bytes(spec: ModelSpec, storage: str, dtype: str) -> int:
     return linear + bytes_of(spec.parameters - layer_weights + decoded, dtype)
 
 
-def reserved_bytes(spec: ModelSpec, r: int, precision: str) -> int:
+def reserved_bytes(spec: ModelSpec, trained: Trained, precision: str) -> int:
     """What is sure to be needed beside the weights: while int8 is measured, its copies and the activations of that."""
     if precision != "int8":
         return 0
     copies = sum(a * b for a, b in block_weights(spec).values())
-    return copies + round((1 + WORK["bf16"]) * activation_bytes(spec, r, "bf16", CALIBRATION_TOKENS, recompute=False))
+    few = activation_bytes(spec, trained.per_token, "bf16", CALIBRATION_TOKENS, recompute=False)
+    return copies + round((1 + WORK["bf16"]) * few)
 
 
-def activation_bytes(spec: ModelSpec, r: int, dtype: str, tokens: int, recompute: bool) -> int:
+def activation_bytes(spec: ModelSpec, more: int, dtype: str, tokens: int, recompute: bool) -> int:
     """What one micro-batch keeps for its backward pass.
 
-    Per token and layer: the inputs of two norms, rotated q and k, v, the attention's output, gate and up, seven
-    adapters' r-wide products, and a float32 for each head's sum and each norm. Two more layers' worth while one is
-    differentiated.
+    Per token and layer: the inputs of two norms, rotated q and k, v, the attention's output, gate and up, `more`
+    numbers of what is trained beside them, and a float32 for each head's sum and each norm. Two more layers' worth
+    while one is differentiated.
     """
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    wide = 2 * spec.hidden + 2 * q + 2 * kv + 2 * spec.intermediate + 7 * r
+    wide = 2 * spec.hidden + 2 * q + 2 * kv + 2 * spec.intermediate + more
     layer = bytes_of(wide, dtype) + 4 * (spec.heads + 2)
     kept = bytes_of(spec.hidden, dtype) if recompute else layer
     return tokens * (spec.layers * kept + (3 if recompute else 2) * layer)

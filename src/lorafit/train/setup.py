@@ -23,7 +23,7 @@ from lorafit.engine.engine import Engine, plain, prepare
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.model.spec import ModelSpec
-from lorafit.plan import memory
+from lorafit.plan import memory, trained
 from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.forecast import measured_speed
@@ -50,13 +50,12 @@ def fit_to_memory(
     begun: the split of the run that is resumed, the only one that gives the same numbers. Raises DoesNotFitError where
     nothing fits, unless force: then what needs least.
     """
+    adds = trained.of(spec, config)
 
     def predicted(split: Split) -> memory.MemoryEstimate:
         tokens, supervised = _largest(rows, config, split.micro_tokens)
         held = memory.data_bytes(len(rows), resident_bytes(rows))
-        return memory.estimate(
-            spec, config.r, precision, tokens, supervised, split.recompute, config.base_storage, held
-        )
+        return memory.estimate(spec, adds, precision, tokens, supervised, split.recompute, config.base_storage, held)
 
     tried = []
     for split in [begun] if begun else splits(config.micro_tokens):
@@ -109,11 +108,13 @@ def expected_s(
 ) -> float | None:
     """How long the steps of the run will take, by the operations of its first ones and this machine's rates.
 
-    None where no run in this precision was timed here before, or where only a part of the model is trained.
+    None where no run in this precision was timed here before, for other methods than LoRA, or where only a part of the
+    model is trained.
     """
     known = rates.read(threads)
     reached = measured_speed(spec, precision, config.base_storage, known)
-    if reached is None or config.layers is not None or config.targets != "all-linear":
+    as_usual = config.layers is None and config.targets == "all-linear" and config.method == "lora"
+    if reached is None or not as_usual or config.variant != "lora":
         return None
     steps = _first_steps(rows, config)
     batches = _batches(rows, config, steps, split.micro_tokens)
@@ -139,6 +140,11 @@ def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Cou
     # In 16 bits the engine's last layer ends with the tokens that predict something (`Engine.ends_early`).
     ending = None if precision == "fp32" else batch.predicting
     return lora_step(spec, config.r, batch.tokens, batch.predicted, batch.pairs, ending)
+
+
+def evaluation_tokens(rows: Sequence[Encoded], config: TrainConfig, split: Split) -> int:
+    """Tokens of an evaluation's pass: no more than training's own largest, whose memory it then takes again."""
+    return min(split.micro_tokens, _largest(rows, config, split.micro_tokens)[0])
 
 
 def make_engine(
