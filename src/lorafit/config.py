@@ -69,7 +69,7 @@ class LoRAConfig(Frozen):
     alpha: float = Field(32.0, gt=0)
     """Numerator of the scaling alpha / r. Default: 2 r."""
     variant: str = "lora"
-    """The form of the update: lora, dora."""
+    """The form of the update: lora, dora, lora-fa, vera."""
     targets: Patterns = "all-linear"
     """Layers to adapt: all-linear (all but the output head), names, globs, re:REGEX; several with commas."""
     layers: str | None = None
@@ -81,7 +81,8 @@ class LoRAConfig(Frozen):
     scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scaling; alpha/sqrt(r) is rsLoRA (Kalajdzievski 2023)."""
     init: str = "gaussian"
-    """How A starts: gaussian (standard deviation 1/r) or kaiming; B at 0. Over nf4 or int8: loftq, qera."""
+    """How A starts: gaussian (standard deviation 1/r) or kaiming; B at 0. From the data: eva, lora-ga; from the
+    weights: pissa, olora; over nf4 or int8: loftq, qera."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's input that is dropped while training."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -98,7 +99,7 @@ class LoRAConfig(Frozen):
 
 # What --method takes, each with its variants, the first one by default.
 METHOD_VARIANTS = {
-    "lora": ("lora", "dora"),
+    "lora": ("lora", "dora", "lora-fa", "vera"),
     "adapter": ("pfeiffer", "houlsby", "parallel", "compacter"),
     "prefix": ("p-tuning-v2", "reparametrised"),
     "prompt": ("prompt",),
@@ -109,6 +110,7 @@ METHOD_VARIANTS = {
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
+    "lora:vera": 2e-2,
 }  # fmt: skip
 
 
@@ -118,8 +120,8 @@ class MethodConfig(LoRAConfig):
     method: str = "lora"
     """What is trained: lora, adapter, prefix, prompt, ia3, bitfit, full."""
     variant: str = "lora"
-    """The form of it. lora: lora, dora. adapter: pfeiffer, houlsby, parallel, compacter. prefix: p-tuning-v2,
-    reparametrised. Default: the first."""
+    """The form of it. lora: lora, dora, lora-fa, vera. adapter: pfeiffer, houlsby, parallel, compacter. prefix:
+    p-tuning-v2, reparametrised. Default: the first."""
     bottleneck: int = Field(64, ge=1)
     """Width of an adapter's inner layer."""
     virtual_tokens: int = Field(20, ge=1)
@@ -200,6 +202,8 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
     lr: float = Field(RATES["lora"], gt=0)
     """Peak learning rate of AdamW. The default suits short runs of the method; take less for long ones."""
+    lora_plus: float = Field(1.0, ge=1)
+    """LoRA+: B learns at so many times the rate of A; 1 for the same, 16 is what its authors take."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate goes on after the warm-up: linear and cosine fall to 0 at the last step."""
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -233,7 +237,9 @@ class TrainConfig(MethodConfig, RowsConfig):
     def _rate_follows_method(cls, values: Any) -> Any:
         """Where no rate is given it is the usual one of the method."""
         if isinstance(values, dict) and values.get("lr") is None:
-            return {**values, "lr": RATES.get(values.get("method") or "lora", RATES["lora"])}
+            method = values.get("method") or "lora"
+            own = RATES.get(f"{method}:{values.get('variant')}") or RATES.get(method, RATES["lora"])
+            return {**values, "lr": own}
         return values
 
     @property

@@ -35,7 +35,7 @@ from lorafit.errors import CheckpointError, ConfigError
 from lorafit.export import card, saved
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora.tokens import make_room
-from lorafit.methods import rounding, table
+from lorafit.methods import rounding, spectral, table
 from lorafit.methods.method import Attached, Beginning
 from lorafit.methods.table import METHODS
 from lorafit.methods.tokens import attach_tokens
@@ -50,7 +50,14 @@ from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
-from lorafit.train.setup import evaluation_tokens, expected_s, fit_to_memory, make_engine, over_first_rows
+from lorafit.train.setup import (
+    evaluation_tokens,
+    expected_s,
+    fit_to_memory,
+    gradients_of_first_rows,
+    make_engine,
+    over_first_rows,
+)
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
 from lorafit.units import format_seconds
@@ -78,6 +85,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
     """
     method = METHODS[config.method]
     rounding.check(config.init, config.base_storage, config.variant)
+    spectral.check(config)
     run = RunDir(config.output)
     run.check_usable(start.resume)
     if run.finished:
@@ -199,7 +207,8 @@ def _beginning(
         told = "the tokens of --prompt-text"
         if not first:
             raise ConfigError("--prompt-text has no tokens", "Give a few words, such as what the task is")
-    return Beginning(config, spec, first, told, partial(over_first_rows, loaded.model, rows, config))
+    over, back = (partial(look, loaded.model, rows, config) for look in (over_first_rows, gradients_of_first_rows))
+    return Beginning(config, spec, first, told, over, back)
 
 
 def _share(text: str) -> float:

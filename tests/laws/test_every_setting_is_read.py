@@ -62,6 +62,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "loss_on": {"loss_on": "all"},
     "add_tokens": {"add_tokens": ["What"]},
     "lr": {"lr": 0.01},
+    "lora_plus": {"lora_plus": 4.0},
     "schedule": {"schedule": "cosine"},
     "warmup": {"warmup": 0.6},
     "weight_decay": {"weight_decay": 0.5},

@@ -145,10 +145,10 @@ def cases(draw, trained: bool, dtypes=tuple(DTYPES)) -> Case:
 
 
 def train(layer: LoRALayer, generator: torch.Generator) -> None:
-    """Factors as if after training: A and B normal, all else scaled by 0.5 to 1.5."""
+    """Factors as if after training: A, B and VeRA's vectors normal, all else scaled by 0.5 to 1.5."""
     with torch.no_grad():
         for name, parameter in layer.named_parameters(recurse=False):
-            if name in ("lora_A", "lora_B"):
+            if name in ("lora_A", "lora_B", "scale_d", "scale_b"):
                 parameter.normal_(generator=generator)
             else:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) + 0.5)
@@ -217,11 +217,14 @@ def stored(kind: str, W: Tensor, shape: torch.Size) -> Tensor:
 
 
 def oracle_weight(layer: LoRALayer, A: Tensor, B: Tensor, extra: dict[str, Tensor]) -> Tensor:
-    """W' at scale 1 by the papers' formulas, in the weight's own layout: Hu et al. eq. 3, Liu et al. eq. 5."""
+    """W' at scale 1 by the papers' formulas, as it is stored: Hu et al. 3, Liu et al. 5, Kopiczko et al. 2."""
     kind = kind_name(layer.base)
     W0 = layer.kind.weight.detach()
     W = W0.t() if kind in ("hf_conv1d", "embedding") else W0.flatten(1)
-    V = W + layer.scaling * (B.flatten(1) @ A.flatten(1))
+    A, B = A.flatten(1), B.flatten(1)
+    if layer.variant_name == "vera":
+        A, B = extra["scale_d"][:, None] * A, extra["scale_b"][:, None] * B
+    V = W + layer.scaling * (B @ A)
     if layer.variant_name == "dora":
         V = extra["magnitude"][:, None] * V / V.detach().square().sum(1, keepdim=True).sqrt()
     return stored(kind, V, W0.shape)
@@ -229,7 +232,7 @@ def oracle_weight(layer: LoRALayer, A: Tensor, B: Tensor, extra: dict[str, Tenso
 
 @given(cases(trained=False))
 def test_fresh_adapter_gives_the_base_output(case):
-    """LoRA: B = 0 makes every term of B h zero, and y + 0 is y. DoRA: m is the norm, so g = 1, and g - 1 is 0."""
+    """LoRA: B = 0 makes every term of B h zero, and y + 0 is y. DoRA: m is the norm: g = 1, and g - 1 is 0."""
     expected = case.layer.base(case.x)
     assert torch.equal(case.layer(case.x), expected)
 
@@ -295,9 +298,9 @@ def test_scaling_a_merged_layer_merges_it_again_from_the_original(case, scale):
 
 
 @given(cases(trained=True))
-def test_gradients_reach_every_adapter_tensor_and_nothing_else(case):
+def test_gradients_reach_every_trained_tensor_and_nothing_else(case):
     case.layer(case.x).float().square().sum().backward()
-    adapter = dict(case.layer.named_parameters(recurse=False))
+    adapter = set(dict(case.layer.named_parameters(recurse=False))) - set(case.layer.variant.frozen)
     for name, parameter in case.layer.named_parameters():
         assert (parameter.grad is not None) == (name in adapter), name
         assert parameter.grad is None or parameter.grad.dtype == torch.promote_types(case.dtype, torch.float32)
@@ -318,6 +321,8 @@ def test_gradients_equal_those_of_the_dense_oracle(case):
     """
     layer, x = case.layer, without_padding(case)
     probe = torch.randn(layer(x).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for parameter in layer.parameters(recurse=False):
+        parameter.requires_grad_(True)  # what is frozen has a gradient too, if it is asked for
     names, parameters = zip(*layer.named_parameters(recurse=False), strict=True)
     got = torch.autograd.grad((layer(x) * probe).sum(), parameters)
 
@@ -341,7 +346,8 @@ def largest_term(case: Case) -> float:
         factor = 1 + float((turned / norms).max()) + float((1 / norms).max())
         make_absolute(layer)
     total = (layer.base(x) + layer.low_rank(x)).sum()
-    gradients = torch.autograd.grad(total, (layer.lora_A, layer.lora_B))
+    trained = [p for name, p in layer.named_parameters(recurse=False) if name != "magnitude"]
+    gradients = torch.autograd.grad(total, trained)
     probe_size = 6.0  # no normal draw of these few goes beyond
     return factor * probe_size * float(total.detach() + sum(g.sum() for g in gradients))
 

@@ -371,7 +371,7 @@ def test_different_ranks_on_one_shared_weight_are_an_error():
         (
             {"variant": "dorra"},
             ConfigError,
-            "variant 'dorra' is not known; there are lora, dora. Did you mean 'dora'?",
+            "variant 'dorra' is not known; there are lora, dora, lora-fa, vera. Did you mean 'dora'?",
         ),
         (
             {"init": "zeros"},

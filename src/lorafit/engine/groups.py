@@ -99,7 +99,7 @@ def is_whole(module: nn.Module) -> bool:
     """Whether the group computes the module's update as well, and not only its base."""
     if not isinstance(module, LoRALayer):
         return True
-    return module.variant_name == "lora" and module.dropout.p == 0
+    return module.variant.is_low_rank and module.dropout.p == 0
 
 
 def _factors(layer: LoRALayer) -> Factors:

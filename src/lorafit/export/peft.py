@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,9 @@ from lorafit.lora.base import Conv
 from lorafit.lora.inject import detach, load_adapter_state, lora_layers
 from lorafit.lora.layer import LoRALayer
 from lorafit.lora.tokens import attach_rows, token_rows
+from lorafit.lora.update import scaling
 from lorafit.methods import lora
+from lorafit.methods.spectral import MOVING
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -42,7 +45,8 @@ MOST_ALPHA_PER_RANK = 1e6
 
 PEFT_TIES = ("embed_tokens", "lm_head")
 
-USE_DORA = {"lora": False, "dora": True}
+# The first of a value is what a file is read as: variants that only train LoRA otherwise are saved as LoRA.
+USE_DORA = {"lora": False, "dora": True, "lora-fa": False, "vera": False}
 USE_RSLORA = {"alpha/r": False, "alpha/sqrt(r)": True}
 # PEFT's inits that leave the base weights as they are. All others (PiSSA, OLoRA, CorDA, LoftQ, ...) subtract something
 # from them, which the file does not hold.
@@ -55,6 +59,7 @@ INITS: dict[Any, str] = {
 }
 # What starts from rounding is told as PEFT's default: under its own name PEFT would want to do it once more.
 WRITTEN_INIT: dict[str, bool | str] = {"gaussian": "gaussian", "kaiming": True, "loftq": True, "qera": True}
+WRITTEN_INIT |= dict.fromkeys(("pissa", "olora", "eva", "lora-ga"), True)
 
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "exclude_modules",
@@ -128,19 +133,21 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
         )
     other = _unlike_peft(model, layers)
     task = _task_type(model)
+    lasting = {name: _lasting(layer, config.scaling_rule) for name, layer in layers.items()}
+    usual_r, usual_alpha = (
+        Counter(lasting.values()).most_common(1)[0][0] if config.init in MOVING else (config.r, config.alpha)
+    )
     return {
         "peft_type": OWN_TYPE if other else PEFT_TYPE,
         "task_type": task,
         "auto_mapping": None if task else _class_of(model),
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": _plain(config.alpha),
+        "r": usual_r,
+        "lora_alpha": _plain(usual_alpha),
         "target_modules": exact_targets(model, layers),
-        "rank_pattern": {exact_pattern(n): layer.r for n, layer in layers.items() if layer.r != config.r},
-        "alpha_pattern": {
-            exact_pattern(n): _plain(layer.alpha) for n, layer in layers.items() if layer.alpha != config.alpha
-        },
+        "rank_pattern": {exact_pattern(n): r for n, (r, _) in lasting.items() if r != usual_r},
+        "alpha_pattern": {exact_pattern(n): _plain(alpha) for n, (_, alpha) in lasting.items() if alpha != usual_alpha},
         "lora_dropout": config.dropout,
         "use_rslora": USE_RSLORA[config.scaling_rule],
         "use_dora": USE_DORA[config.variant],
@@ -151,6 +158,12 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
         ),
         "ensure_weight_tying": _peft_ties(layers),
     } | _token_settings(model)
+
+
+def _lasting(layer: LoRALayer, rule: str) -> tuple[int, float]:
+    """(r, alpha) of what is saved: of twice the rank, with the same scaling, where the base gave up a product."""
+    r = layer.lasting_factors()[2]
+    return r, layer.alpha * (scaling(layer.r, 1.0, rule) / scaling(r, 1.0, rule))
 
 
 def _token_settings(model: nn.Module) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _tensors(name: str, layer: LoRALayer) -> dict[str, Tensor]:
     """The layer's tensors under PEFT's keys, in the order of its own parameters: A, B, and what the variant adds."""
-    A, B = layer.factors()
+    A, B, _ = layer.lasting_factors()
     is_embedding = isinstance(layer.base, nn.Embedding)
     key_A, key_B = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     tensors = {key_A: A, key_B: B}

@@ -28,11 +28,19 @@ class DoRA:
     """W' = m * V / ||V||, V = W0 + scaling * B A. The extra tensor `magnitude` m is (out_features,)."""
 
     works_transposed = False  # a norm per row of W is not a norm per row of W^T
+    is_low_rank = False
+    frozen: tuple[str, ...] = ()
 
-    def init(self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Tensor]:
+    def init(
+        self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """The magnitude ||V|| row by row, so that W' = W0 at the start."""
         W = base.read_weight().to(lora_A.dtype)
         return {"magnitude": row_norm(W + delta_weight(lora_A, lora_B, scaling))}
+
+    def factors(self, layer: LoRALayer) -> tuple[Tensor, Tensor]:
+        """A and B themselves."""
+        return layer.lora_A, layer.lora_B
 
     def forward(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:
         """(g - 1) * (y - bias) + g * scaling * B A x, g = m / ||V||: what the update adds to y; the bias is not scaled.

@@ -175,7 +175,7 @@ def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable tensors by name (`{module}.lora_A`, ...), a shared adapter once, under its owner."""
+    """The adapters' tensors by name (`{module}.lora_A`, ...), a shared one once, under its owner; frozen ones too."""
     return {
         f"{name}.{key}": parameter
         for name, module in adapted_modules(model).items()
@@ -185,8 +185,13 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, each once: what the optimizer is given."""
-    return list(adapter_parameters(model).values())
+    """The adapters' parameters that are trained, each once."""
+    return list(trained_parameters(model).values())
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of `adapter_parameters` that are trained: what the optimizer is given."""
+    return {name: parameter for name, parameter in adapter_parameters(model).items() if parameter.requires_grad}
 
 
 def attached_layers(model: nn.Module) -> Collection[LoRALayer]:
@@ -242,7 +247,7 @@ def forget_originals(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every trainable tensor, copied to the CPU: `{module}.lora_A`, `.lora_B`, the variant's own, `.rows` of tokens.
+    """Every tensor of the adapters, copied to the CPU: `{module}.lora_A`, `.lora_B`, the variant's own, `.rows`.
 
     Names are those of the modules before `attach`; a shared adapter is there once, under its owner.
     """

@@ -33,6 +33,7 @@ class LoRALayer(Adapted):
     Casting the whole model (`model.half()`) casts them too.
     Attributes: base, r, alpha, scaling, scale, merged. `weight` is the base's own, without the update.
     Dropout applies to the input of the branch in training mode; an embedding's token ids are never dropped.
+    started_at: A and B of a product that the base's weight gave up at the start, None where it is whole.
     transposed: the factors are used as A^T and B^T, because this module stores the owner's weight the other way round
     (a head tied to an embedding).
     """
@@ -60,6 +61,7 @@ class LoRALayer(Adapted):
         self.r, self.alpha, self.scaling, self.transposed = r, alpha, scaling, transposed
         self.variant_name, self.variant = variant, VARIANTS[variant]
         self.dropout, self.dropout_layer = dropout, stable_hash(name)
+        self.started_at: tuple[Tensor, Tensor] | None = None
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
 
@@ -75,7 +77,20 @@ class LoRALayer(Adapted):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) as this module uses them, in their own dtype."""
-        return (self.lora_B.T, self.lora_A.T) if self.transposed else (self.lora_A, self.lora_B)
+        A, B = self.variant.factors(self)
+        return (B.T, A.T) if self.transposed else (A, B)
+
+    def lasting_factors(self) -> tuple[Tensor, Tensor, int]:
+        """(A, B, r) of the update of the base as its files have it.
+
+        Where the base gave up a product at the start, that is subtracted again: B A - B0 A0 has twice the rank.
+        Source: Meng et al. 2024, PiSSA, appendix C.
+        """
+        A, B = self.factors()
+        if self.started_at is None:
+            return A, B, self.r
+        first_A, first_B = self.started_at
+        return torch.cat([A, first_A]), torch.cat([B, -first_B], dim=1), 2 * self.r
 
     def delta_weight(self) -> Tensor:
         """The matrix scaling * B A: (out_features, in_features), float32 or float64; without the scale."""
@@ -182,7 +197,7 @@ def new_layer(
     if padding_idx is not None:
         A[:, padding_idx] = 0  # this row gets no gradient, so what it starts with would stay
     B = torch.zeros(kind.shape_B(r), dtype=A.dtype, device=A.device)
-    extra = VARIANTS[variant].init(kind, A, B, factor)
+    extra = VARIANTS[variant].init(kind, A, B, factor, generator)
     tensors = {"lora_A": A, "lora_B": B, **extra}
     return LoRALayer(
         base,
@@ -192,7 +207,7 @@ def new_layer(
         scaling=factor,
         variant=variant,
         dropout=dropout,
-        parameters={key: nn.Parameter(tensor) for key, tensor in tensors.items()},
+        parameters={key: nn.Parameter(t, key not in VARIANTS[variant].frozen) for key, t in tensors.items()},
         shared=SharedState(),
         tied_to=None,
         transposed=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lorafit.lora.base import Kind
@@ -16,10 +17,18 @@ class Plain:
     """W' = W0 + scaling * B A."""
 
     works_transposed = True  # (B A)^T = A^T B^T: a tied head uses the same factors, transposed
+    is_low_rank = True
+    frozen: tuple[str, ...] = ()
 
-    def init(self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Tensor]:
+    def init(
+        self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """No tensors besides A and B."""
         return {}
+
+    def factors(self, layer: LoRALayer) -> tuple[Tensor, Tensor]:
+        """A and B themselves."""
+        return layer.lora_A, layer.lora_B
 
     def forward(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:
         """What the update adds to the base's output: scaling * B A x. x: the base's input. y: its output."""

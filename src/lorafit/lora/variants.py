@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from lorafit.lora.base import Kind
 from lorafit.lora.dora import DoRA
+from lorafit.lora.frozen_a import FrozenA
 from lorafit.lora.plain import Plain
+from lorafit.lora.vera import VeRA
 
 if TYPE_CHECKING:
     from lorafit.lora.layer import LoRALayer
@@ -18,12 +21,21 @@ class Variant(Protocol):
     """Three operations; everything else (scale, merging, dropout, ties) is written once in `layer.py`.
 
     works_transposed: the update of W^T can be written with the factors transposed, so that a tied head can share it.
+    is_low_rank: the update is scaling * B A of `factors`, and nothing else. frozen: tensors that are not trained.
     """
 
     works_transposed: bool
+    is_low_rank: bool
+    frozen: tuple[str, ...]
 
-    def init(self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float) -> dict[str, Tensor]:
-        """Trainable tensors besides A and B, by name, for a fresh adapter."""
+    def init(
+        self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Tensors besides A and B, by name, for a fresh adapter; B, which is 0, may be filled."""
+        ...
+
+    def factors(self, layer: LoRALayer) -> tuple[Tensor, Tensor]:
+        """A and B as the update has them, made of what is trained."""
         ...
 
     def forward(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:
@@ -38,4 +50,6 @@ class Variant(Protocol):
 VARIANTS: dict[str, Variant] = {
     "lora": Plain(),
     "dora": DoRA(),
+    "lora-fa": FrozenA(),
+    "vera": VeRA(),
 }

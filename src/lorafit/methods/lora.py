@@ -10,14 +10,14 @@ from lorafit.config import LoRAConfig
 from lorafit.errors import ConfigError, did_you_mean, listed
 from lorafit.lora import inject
 from lorafit.lora.init import INITS
-from lorafit.methods import rounding, wrapped
+from lorafit.methods import rounding, spectral, wrapped
 from lorafit.methods.method import Attached, Beginning
 from lorafit.units import format_count
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> Attached:
     """Freeze the model and adapt what `config` names. Raises TargetError, RankError or ConfigError."""
-    known = (*INITS, *rounding.INITS)
+    known = (*INITS, *rounding.INITS, *spectral.STARTS)
     if config.init not in known:
         hint = did_you_mean(config.init, known) or "Choose one of them"
         raise ConfigError(f"--init {config.init!r} is not known; there are {listed(known)}", hint)
@@ -28,7 +28,7 @@ def attach(model: nn.Module, config: LoRAConfig) -> Attached:
         targets=config.targets,
         variant=config.variant,
         rule=config.scaling_rule,
-        init=config.init if config.init in INITS else "gaussian",  # until `rounding.start`
+        init=config.init if config.init in INITS else "gaussian",  # until `start`
         dropout=config.dropout,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
@@ -51,6 +51,8 @@ def before_forward(model: nn.Module, seed: int, step: int, rows: Tensor, tokens:
 def start(model: nn.Module, beginning: Beginning) -> list[str]:
     """What an initialisation needs rows or the model's own weights for."""
     config = beginning.config
+    if config.init in spectral.STARTS:
+        return spectral.start(model, beginning)
     if config.init not in rounding.INITS:
         return []
     return [rounding.start(model, beginning.spec, config.init, beginning.over_rows)]

@@ -30,7 +30,7 @@ class Beginning:
     """What a method may know before the first step.
 
     first_ids: tokens that virtual ones are to start as. told: where they are from. over_rows: takes the model over the
-    rows of the first step, without gradients.
+    rows of the first step; with_gradients: back as well, of some of them at once.
     """
 
     config: MethodConfig
@@ -38,6 +38,7 @@ class Beginning:
     first_ids: Sequence[int] = ()
     told: str = ""
     over_rows: Callable[[], Any] = field(default=lambda: None)
+    with_gradients: Callable[[], Any] = field(default=lambda: None)
 
 
 @dataclass(frozen=True)

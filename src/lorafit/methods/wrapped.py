@@ -38,7 +38,7 @@ def method(
     return Method(
         attach=attach,
         start=start,
-        trainable=inject.adapter_parameters,
+        trainable=inject.trained_parameters,
         state=inject.adapter_state,
         load_state=inject.load_adapter_state,
         before_forward=nothing_before,

@@ -75,8 +75,23 @@ def dora_params(spec: ModelSpec, r: int) -> int:
     return lora_params(spec, r) + sum(out for out, _ in matrices(spec).values())
 
 
+def frozen_a_params(spec: ModelSpec, r: int) -> int:
+    """B alone: r out. Source: Zhang et al. 2023, LoRA-FA, section 3.1."""
+    return sum(r * out for out, _ in matrices(spec).values())
+
+
+def vera_params(spec: ModelSpec, r: int) -> int:
+    """Two vectors: r + out. Source: Kopiczko et al. 2024, VeRA, section 3.2."""
+    return sum(r + out for out, _ in matrices(spec).values())
+
+
 # Variant -> its count at a rank; the names are those of the registry of variants.
-VARIANT_PARAMS: dict[str, Callable[[ModelSpec, int], int]] = {"lora": lora_params, "dora": dora_params}
+VARIANT_PARAMS: dict[str, Callable[[ModelSpec, int], int]] = {
+    "lora": lora_params,
+    "dora": dora_params,
+    "lora-fa": frozen_a_params,
+    "vera": vera_params,
+}
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CLASSES = 2
 COMPACTER_PARTS = 4

@@ -24,7 +24,7 @@ from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.methods.method import Method
 from lorafit.train.checkpoint import Checkpoint, Progress
-from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate
+from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate, set_rate
 from lorafit.train.reporting import Reporter, StepReport
 from lorafit.train.signals import StopRequest
 
@@ -92,9 +92,12 @@ class _Loop:
         self.progress = start.progress if start else Progress()
         self.progress.train_s += work.engine.prepare_s
         self.best = start.best if start else {}
-        self.parameters = work.method.trainable(work.model)
+        trained = work.method.trainable(work.model)
+        factors = {name: _rate_factor(name, work.config) for name in trained}
+        self.parameters = {name: trained[name] for name in sorted(trained, key=lambda name: factors[name])}
         betas = (work.config.beta1, work.config.beta2)
-        self.optimizer = adamw(self.parameters.values(), work.config.lr, betas, work.config.weight_decay)
+        own = [factors[name] for name in self.parameters]
+        self.optimizer = adamw(self.parameters.values(), work.config.lr, betas, work.config.weight_decay, own)
         if start:
             work.method.load_state(work.model, start.adapter)
             load_optimizer_state(self.optimizer, list(self.parameters), start.optimizer)
@@ -113,6 +116,11 @@ class _Loop:
         moments = optimizer_state(self.optimizer, list(self.parameters))
         self._save(Checkpoint(self.progress, self.work.identity, adapter, moments, self.best))
         self._saved_at = time.monotonic()
+
+
+def _rate_factor(name: str, config: TrainConfig) -> float:
+    """What the rate of a parameter is multiplied by. Source: Hayou et al. 2024, LoRA+, eq. 8: B's by lambda."""
+    return config.lora_plus if name.endswith(".lora_B") else 1.0
 
 
 def _train_one_step(loop: _Loop, report: Reporter) -> None:
@@ -180,8 +188,7 @@ def _accumulate_gradients(loop: _Loop, batches: list[Batch]) -> float:
 def _apply(loop: _Loop, lr: float) -> None:
     first = loop.progress.step == len(loop.progress.skipped_steps)
     before = {name: p.detach().clone() for name, p in loop.parameters.items()} if first else {}
-    for group in loop.optimizer.param_groups:
-        group["lr"] = lr
+    set_rate(loop.optimizer, lr)
     loop.optimizer.step()
     loop.progress.bad_steps_in_a_row = 0
     if first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -12,19 +13,36 @@ from lorafit import slabs
 
 
 def adamw(
-    parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    parameters: Iterable[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    factors: Iterable[float] | None = None,
 ) -> torch.optim.AdamW:
     """The fused AdamW. Source: Loshchilov and Hutter 2019, algorithm 2.
 
+    factors: of each parameter, what `set_rate` multiplies the rate by; 1 without. Those of one factor must follow each
+    other.
     Its moments exist from the beginning, together: made at the first step, as torch would, they would lie scattered
     among activations, whose memory could never be joined again.
     """
     given = list(parameters)
-    optimizer = torch.optim.AdamW(given, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    own = list(factors) if factors is not None else [1.0] * len(given)
+    groups = [
+        {"params": [given[at] for at, _ in some], "factor": factor}
+        for factor, some in itertools.groupby(enumerate(own), key=lambda pair: pair[1])
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     for parameter, first, second in zip(given, _zeros_like(given), _zeros_like(given), strict=True):
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step, times each group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from lorafit.data.batching import Counted, counted, read_tokens, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
+from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine, plain, prepare
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
@@ -130,10 +131,23 @@ def expected_s(
 def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
     """Take a model that is not made faster yet over the rows of the first step, without gradients."""
     engine = plain(model)
-    first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
     with torch.no_grad():
-        for batch in micro_batches(rows, first, LEAST_MICRO_TOKENS, engine.packing)[:BATCHES_LOOKED_AT]:
+        for batch in _first_batches(rows, config, LEAST_MICRO_TOKENS, engine)[:BATCHES_LOOKED_AT]:
             engine.loss(batch)
+
+
+def gradients_of_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
+    """Forward and back over some rows of the first step, in one pass. Leaves no gradients."""
+    engine = plain(model)
+    batch = _first_batches(rows, config, BATCHES_LOOKED_AT * LEAST_MICRO_TOKENS, engine)[0]
+    (engine.loss(batch) / batch.supervised_tokens).backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _first_batches(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, engine: Engine) -> list[Batch]:
+    first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
+    return micro_batches(rows, first, micro_tokens, engine.packing)
 
 
 def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Counted) -> Flop:
