@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import peft
@@ -109,9 +110,11 @@ def test_pissa_holds_the_largest_singular_values() -> None:
     W = before.model.layers[0].mlp.down_proj.weight.detach()
     S = torch.linalg.svdvals(W)
     left, least = (W - layer.delta_weight().detach()).square().sum(), S[R:].square().sum()
-    # Each of the passes that a randomised SVD makes multiplies what it has of a direction beyond those that it looks for
-    # by its singular value, twice: so much of it is left beside the r-th. Source: Halko et al. 2011, section 4.5.
-    leak = float(S[R + spectral.MORE] / S[R - 1]) ** (2 * spectral.PASSES + 1)
+    # Each pass of a randomised SVD multiplies what it has of a direction beyond those that it looks for by its singular
+    # value, twice, against the r-th; what a Gaussian start has of it: Halko et al. 2011, corollary 10.10.
+    p, n = spectral.MORE, min(W.shape)
+    begun = 1 + (R / (p - 1)) ** 0.5 + math.e * (R + p) ** 0.5 / p * (n - R) ** 0.5
+    leak = begun * float(S[R + p] / S[R - 1]) ** (2 * spectral.PASSES + 1)
     assert float(left - least) <= R * leak**2 * float(S[0] ** 2)
     assert torch.allclose(layer.kind.weight + layer.delta_weight().detach(), W, atol=1e-6)
 
