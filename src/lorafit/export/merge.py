@@ -41,13 +41,14 @@ class ProbeDifference:
         return self.difference <= self.tolerance
 
 
-def merge_into_base(model: nn.Module, tokenizer: Any | None) -> ProbeDifference:
+def merge_into_base(model: nn.Module, tokenizer: Any | None, force: bool = False) -> ProbeDifference:
     """Write the update at its present scale into the base's weights and take the adapter off; the model is plain then.
 
     The logits of the merged model are held against those of the unmerged one on fixed pseudo-random token ids and,
     given a tokenizer, on a few texts. Load the base in float32 to merge without loss, whatever is saved afterwards.
-    Raises AdapterError if there is no adapter, MergeError if the difference is more than rounding explains or the
-    weights are not finite; the model is then as it was.
+    A head that was tied and has a weight of its own now is no longer tied in the model's config.
+    Raises AdapterError if there is no adapter, MergeError if the difference is more than rounding explains, unless
+    `force`, or something is not finite; the model is then as it was.
     """
     if not adapted_modules(model):
         raise AdapterError("the model has no adapter to merge", "Attach or load one first")
@@ -55,14 +56,16 @@ def merge_into_base(model: nn.Module, tokenizer: Any | None) -> ProbeDifference:
     before = _logits(model, probes)
     merge(model)
     found = ProbeDifference(_difference(before, _logits(model, probes)), tolerance(model))
-    if not found.explained:
+    if not found.explained and not (force and math.isfinite(found.difference)):
         unmerge(model)
         raise MergeError(
             f"the merged model's logits differ from the unmerged one's by {found.difference:.1e} of their norm, and "
             f"rounding explains {found.tolerance:.1e}",
-            "Nothing was written. Use the adapter unmerged; does the model use an adapted weight in a second place?",
+            "Nothing was written. Does the model use an adapted weight in a second place? Use the adapter unmerged, or "
+            "write it all the same with --force",
         )
     _forget_originals(model)
+    _state_ties(model)
     return found
 
 
@@ -121,6 +124,11 @@ def tolerance(model: nn.Module) -> float:
     length = len(kinds)
     width = max((kind.in_features for kind in sums), default=1)
     eps = max(torch.finfo(kind.weight.dtype).eps for kind in kinds)
+    return rounding(width, length, eps)
+
+
+def rounding(width: int, length: int, eps: float) -> float:
+    """The formula of `tolerance`. width: k. length: L. eps: of the dtype that weights and activations are kept in."""
     eps_sum = min(eps, torch.finfo(torch.float32).eps)
     return 2 * (eps_sum * math.sqrt(width * length) + eps * math.sqrt(length))
 
@@ -162,6 +170,17 @@ def _forget_originals(model: nn.Module) -> None:
     for module in adapted_modules(model).values():
         module.shared.original = None
     detach(model)
+
+
+def _state_ties(model: nn.Module) -> None:
+    """Say in the config if the head is tied no longer: it would be tied again when the model is loaded."""
+    config: Any = model.config
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # methods of every transformers model
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is not embeddings.weight:
+        for one in (config, config.get_text_config()):
+            if getattr(one, "tie_word_embeddings", False):
+                one.tie_word_embeddings = False
 
 
 def _cast(model: nn.Module, tokenizer: Any | None, dtype: torch.dtype) -> ProbeDifference:
