@@ -230,9 +230,7 @@ def _new_tokens(spec: ModelSpec, tokenizer: Any) -> bool:
     )
 
 
-def _add(
-    writer: Any, name: str, values: Callable[[], Array], tensors: Tensors, counts: dict[str, int]
-) -> None:
+def _add(writer: Any, name: str, values: Callable[[], Array], tensors: Tensors, counts: dict[str, int]) -> None:
     """One tensor in the form that it is to have, counted."""
     import gguf
 

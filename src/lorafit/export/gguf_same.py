@@ -23,7 +23,7 @@ LARGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "F32")
 
 
 def changed_names(model: Any, spec: ModelSpec) -> set[str]:
-    """Of an adapted model: the parameters that merging changes, by transformers' names; all that have rows added too."""
+    """Of an adapted model: the parameters that merging changes, or that were given rows, by transformers' names."""
     changed = {
         f"{name}.{key}"
         for name, module in adapted_modules(model).items()
@@ -38,7 +38,8 @@ def changed_names(model: Any, spec: ModelSpec) -> set[str]:
 class AsInFile:
     """Each tensor in its own type of a GGUF file, and unread where nothing has changed it.
 
-    larger: (tensor, its type, the type it was given) of those whose type cannot be written. requantized, copied: counts.
+    larger: (tensor, its type, the type it was given) of those whose type cannot be written. requantized, copied: how
+    many were.
     """
 
     def __init__(self, spec: ModelSpec, changed: Collection[str]) -> None:
@@ -70,7 +71,7 @@ class AsInFile:
 
 
 def writable(kind: str, width: int) -> str:
-    """The type itself if it can be written; else the next larger one, by bits a number, whose blocks divide the width."""
+    """The type itself if it can be written; else the next larger one, by bits a number, with blocks of such a width."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if _has_quantizer(kind):

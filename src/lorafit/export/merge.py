@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafit import files
 from lorafit.errors import AdapterError, MergeError, RunDirError
 from lorafit.lora.base import KINDS, kind_name
-from lorafit.lora.inject import adapted_modules, detach, merge, unmerge
+from lorafit.lora.inject import adapted_modules, detach, merge, set_scale, unmerge
 
 PROBE_ROWS = 4
 PROBE_TOKENS = 24
@@ -107,6 +107,17 @@ def probe_logits(model: nn.Module, tokenizer: Any | None) -> Tensor:
 def logits_moved(before: Tensor, model: nn.Module, tokenizer: Any | None) -> float:
     """How far the model's logits are from those, as `ProbeDifference.difference`."""
     return _difference(before, probe_logits(model, tokenizer))
+
+
+def update_moved(model: nn.Module, tokenizer: Any | None) -> float:
+    """How far an adapted model's logits are from those of its base, as `ProbeDifference.difference`."""
+    tuned = probe_logits(model, tokenizer)
+    scale = next(iter(adapted_modules(model).values())).scale
+    set_scale(model, 0)
+    try:
+        return _difference(tuned, probe_logits(model, tokenizer))
+    finally:
+        set_scale(model, scale)
 
 
 def tolerance(model: nn.Module) -> float:

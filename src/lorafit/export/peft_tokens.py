@@ -60,9 +60,7 @@ def tokens_of(model: Any, wanted: Mapping[str, list[int]]) -> dict[str, list[int
     return found
 
 
-def grow_for(
-    model: Any, tokens: Mapping[str, list[int]], tensors: Mapping[str, Tensor], has_whole: bool
-) -> int | None:
+def grow_for(model: Any, tokens: Mapping[str, list[int]], tensors: Mapping[str, Tensor], has_whole: bool) -> int | None:
     """Give the model as many rows as the tokens need. Returns how many there were before, None if they were enough.
 
     Where PEFT has stored the whole embedding, because its user had made it larger, the new rows are taken from there.

@@ -91,7 +91,11 @@ def split_whole(
 def _with_parameters(model: nn.Module, top: str) -> list[str]:
     """A module, or what lies inside it, that has parameters of its own."""
     inside = model.get_submodule(top).named_modules()
-    return [f"{top}.{name}".rstrip(".") for name, module in inside if any(p is not None for p in module._parameters.values())]
+    return [
+        f"{top}.{name}".rstrip(".")
+        for name, module in inside
+        if any(p is not None for p in module._parameters.values())
+    ]
 
 
 def _equal(first: str, second: str, tensors: Mapping[str, Tensor]) -> bool:

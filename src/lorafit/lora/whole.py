@@ -52,7 +52,7 @@ class Whole(Adapted):
         return [name.removeprefix(OWN) for name, _ in self.named_parameters(recurse=False)]
 
     def in_force(self, key: str, original: Tensor | None = None) -> Tensor:
-        """A parameter at the present scale, float32 or float64. original: the base's, where it is not the one it has."""
+        """A parameter at the present scale, float32 or float64. original: of the base, where it has another one now."""
         own = self.get_parameter(OWN + key)
         if self.scale == 1:
             return own
