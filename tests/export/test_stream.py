@@ -305,7 +305,7 @@ def test_what_cannot_be_streamed_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     stored["model.layers.0.mlp.up.weight"] = stored.pop("model.layers.0.mlp.up_proj.weight")
     save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match="lack 1 of its parameters, or name them otherwise: model.layers.0.mlp.up_proj"
+        ModelError, match=r"lack 1 of its parameters, or name them otherwise: model\.layers\.0\.mlp\.up_proj"
     ):
         merged(run, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()

@@ -155,15 +155,17 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
             layer.kind.transposed and layer.kind.feature_dim is not None for layer in layers.values()
         ),
         "ensure_weight_tying": _peft_ties(layers) or any(module.tied_to for module in whole_modules(model).values()),
-        "modules_to_save": list(whole_modules(model)) or None,
-    } | _token_settings(model)
+    } | _other_settings(model)
 
 
-def _token_settings(model: nn.Module) -> dict[str, Any]:
-    """The modules with trained rows, if there are any; one that is tied to another PEFT finds by itself."""
+def _other_settings(model: nn.Module) -> dict[str, Any]:
+    """The modules with trained rows, and those that are replaced; one tied to another PEFT finds by itself."""
     owners = {name: rows for name, rows in token_rows(model).items() if rows.tied_to is None}
-    indices = {name: rows.ids.tolist() for name, rows in owners.items()}
-    return {"trainable_token_indices": indices} if indices else {}
+    settings = {
+        "trainable_token_indices": {name: rows.ids.tolist() for name, rows in owners.items()},
+        "modules_to_save": list(whole_modules(model)),
+    }
+    return {name: value for name, value in settings.items() if value}
 
 
 def _plain(alpha: float) -> float:
