@@ -146,7 +146,9 @@ def write_same(
 
     def fill(file: Path) -> None:
         counts = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, file, tensors, template)
-        written = model_load.load(replace(opened.spec, path=file, files=(file,)), torch.float32).model
+        written = model_load.load(replace(opened.spec, path=file, files=(file,)), torch.float32).model.requires_grad_(
+            False
+        )
         moved = export_merge.logits_moved(before, written, opened.tokenizer)
         if not moved <= training and not config.force:
             raise MergeError(

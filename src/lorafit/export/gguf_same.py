@@ -1,7 +1,11 @@
-"""A merged GGUF file in the types of the file that was trained on: changed tensors quantized again, all others copied.
+"""A merged GGUF file in the types of the file that was trained on: changed tensors rounded again, all others copied.
 
-The K types and IQ types have no quantizer in the package gguf. A changed tensor of theirs is written in the next larger
-type that has one, by bits a number, and named.
+A block keeps its scales, and its codes go up or down at random (`quant/recode.py`), unless its grid does not reach what
+it is to hold: then it gets a new one. To round to the nearest, on either grid, would take most of an update away, as it
+is smaller than a step: the error is small and all of one kind, where that of chance averages out (docs/log.md).
+
+The package gguf makes new grids for some types alone. A tensor of another type is written in the next larger one, by
+bits a number, and named: if its grid is not known here, or does not reach what was trained.
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from lorafit.export.gguf import Array, quantized
+from lorafit.lora.init import layer_generator
 from lorafit.lora.inject import adapted_modules
 from lorafit.lora.whole import Whole
 from lorafit.model.gguf_names import hf_name
 from lorafit.model.spec import ModelSpec
+from lorafit.quant.codecs import CODECS
+from lorafit.quant.recode import GRIDS, recode
 
 # What a block of numbers is written as, where its own type cannot be.
 LARGER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "F32")
@@ -60,25 +68,49 @@ class AsInFile:
         if tensor is not None and hf_name(self._architecture, name) not in self._changed:
             self.copied += 1
             return tensor.data, tensor.tensor_type.name
-        like = tensor or self._tensors["token_embd.weight"]
-        numbers = values()
-        own = like.tensor_type.name
-        written = writable(own, numbers.shape[-1])
-        if written != own:
-            self.larger.append((name, own, written))
         self.requantized += 1
-        return quantized(numbers, written), written
+        numbers = values()
+        if tensor is not None and tensor.tensor_type.name in GRIDS and _shape(tensor) == numbers.shape:
+            blocks = _on_its_grid(name, tensor, numbers)
+            if blocks is not None:
+                return blocks, tensor.tensor_type.name
+            return self._larger(name, tensor.tensor_type.name, numbers)
+        own = (tensor or self._tensors["token_embd.weight"]).tensor_type.name
+        return (quantized(numbers, own), own) if has_quantizer(own) else self._larger(name, own, numbers)
+
+    def _larger(self, name: str, own: str, numbers: Array) -> tuple[Array, str]:
+        other = next_larger(own, numbers.shape[-1])
+        self.larger.append((name, own, other))
+        return quantized(numbers, other), other
 
 
-def writable(kind: str, width: int) -> str:
-    """The type itself if it can be written; else the next larger one, by bits a number, with blocks of such a width."""
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _on_its_grid(name: str, tensor: Any, numbers: Array) -> Array | None:
+    """The bytes of a tensor that holds other numbers; None where its grid reaches too few of them."""
+    kind = tensor.tensor_type.name
+    codec = CODECS[kind]
+    blocks = torch.from_numpy(np.array(tensor.data)).view(-1, codec.nbytes)
+    values = torch.from_numpy(numbers).view(-1, codec.numbers)
+    found = recode(blocks, kind, values, layer_generator(0, name))
+    if not has_quantizer(kind):
+        if float(found.clipped.sum()) > float(found.noise.sum()):
+            return None
+        return found.blocks.view(*tensor.data.shape).numpy()
+    anew = torch.from_numpy(quantized(numbers, kind)).view(-1, codec.nbytes)
+    error = (codec.decode(anew) - values).square().sum(dim=1)
+    nearer = error < found.clipped
+    return torch.where(nearer[:, None], anew, found.blocks).view(*tensor.data.shape).numpy()
+
+
+def next_larger(kind: str, width: int) -> str:
+    """The type with the fewest bits a number above `kind`'s that can be written, with blocks of such a width."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if _has_quantizer(kind):
-        return kind
-    bits = _bits(kind)
     for other in LARGER:
-        if _bits(other) > bits and width % GGML_QUANT_SIZES[GGMLQuantizationType[other]][0] == 0:
+        if _bits(other) > _bits(kind) and width % GGML_QUANT_SIZES[GGMLQuantizationType[other]][0] == 0:
             return other
     return "F32"
 
@@ -91,7 +123,8 @@ def _bits(kind: str) -> float:
 
 
 @cache
-def _has_quantizer(kind: str) -> bool:
+def has_quantizer(kind: str) -> bool:
+    """Whether the package gguf writes the type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
