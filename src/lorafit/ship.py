@@ -30,9 +30,9 @@ def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
     """
     torch.set_num_threads(machine.physical_cores())
     found = find(config.run, None)
+    spec = read_base(config.run, found)
     if found.adapter is None:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
-    spec = read_base(config.run, found)
     shipping.check(config, found, spec)
     if why := shipping.why_stream(config, spec):
         return shipping.stream(config, found, spec, why, console)

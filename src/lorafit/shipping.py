@@ -53,7 +53,9 @@ def check(config: MergeConfig, found: Found, spec: model_spec.ModelSpec) -> None
         check_file(Path(config.output))
     else:
         export_merge.check_output(Path(config.output))
-    if config.data is None and config.rows is not None:
+    if config.data is not None:
+        locate(config.data)  # that it is there
+    elif config.rows is not None:
         raise ConfigError("--rows is given without --data", "Give the rows with --data FILE")
 
 
