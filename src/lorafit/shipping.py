@@ -240,7 +240,7 @@ def _tell_streamed(
         _say(f"{done.resumed} of {done.files} files were finished earlier, and are whole", console)
     for names, what in (
         (done.left_out, "left out, being tied to another that is written"),
-        (done.unused, "copied as they are: the model does not use them"),
+        (done.unused, "that the model has not under their names are copied, without an update"),
     ):
         if names:
             _say(f"{len(names)} tensors {what}: {listed(names, 3)}", console)

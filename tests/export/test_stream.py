@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -44,6 +46,8 @@ def base(name: str) -> Any:
     if name == "gpt2":
         small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
         return GPT2LMHeadModel(GPT2Config(vocab_size=258, bos_token_id=0, eos_token_id=1, **small)).eval()
+    if name == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)).eval()
     kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
     config, model = kinds[name.split()[0]]
     return model(config(**SIZES, tie_word_embeddings="tied" in name)).eval()
@@ -160,6 +164,15 @@ def test_the_files_are_those_of_the_base_and_the_index_names_what_they_hold(tmp_
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
+def test_experts_that_the_files_name_otherwise_are_cast_and_all_else_is_merged(tmp_path: Path) -> None:
+    _, run = made(tmp_path, "mixtral")
+    for dtype in ("bf16", "fp32"):
+        merged(run, tmp_path / f"memory {dtype}", dtype=dtype)
+        result, _ = merged(run, tmp_path / f"stream {dtype}", stream=True, dtype=dtype)
+        assert any(".experts.1." in name for name in result["unused"])
+        assert same(tensors(tmp_path / f"memory {dtype}"), tensors(tmp_path / f"stream {dtype}"))
+
+
 def test_one_file_stays_one_file(tmp_path: Path) -> None:
     _, run = made(tmp_path, "llama tied", shard="1GB")
     merged(run, tmp_path / "memory")
@@ -194,7 +207,9 @@ def test_old_names_without_the_models_prefix_are_kept_and_unused_tensors_copied(
     merged(run, tmp_path / "memory")
     got, expected = tensors(tmp_path / "out"), tensors(tmp_path / "memory")
     assert result["unused"] == ["h.0.attn.masked_bias"] and len(result["left_out"]) == 1
-    assert "1 tensors copied as they are" in printed and "1 tensors left out" in printed
+    assert (
+        "1 tensors that the model has not under their names are copied" in printed and "1 tensors left out" in printed
+    )
     assert torch.equal(got.pop("h.0.attn.masked_bias"), old["h.0.attn.masked_bias"])
     kept = {name if name == "lm_head.weight" else f"transformer.{name}": tensor for name, tensor in got.items()}
     if "lm_head.weight" in kept:
@@ -305,8 +320,12 @@ def test_what_cannot_be_streamed_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     stored["model.layers.0.mlp.up.weight"] = stored.pop("model.layers.0.mlp.up_proj.weight")
     save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"lack 1 of its parameters, or name them otherwise: model\.layers\.0\.mlp\.up_proj"
+        ModelError, match=r"the adapter changes model\.layers\.0\.mlp\.up_proj\.weight, which the model's"
     ):
+        merged(run, tmp_path / "out", stream=True)
+    del stored["model.layers.0.mlp.up.weight"]
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"files lack 1 of its parameters: model\.layers\.0\.mlp\.up_proj"):
         merged(run, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit import files
-from lorafit.errors import MergeError
+from lorafit.errors import MergeError, ModelError, listed
 from lorafit.export.merge import rounding
 from lorafit.export.shards import Journal, Planned, check_space, in_progress, put_in_place, write_file
 from lorafit.lora.adapted import Adapted
@@ -114,6 +114,7 @@ def merge(job: Job, tokenizer: Any, source: Path, output: Path, on_bytes: Callab
     source: the directory of the model. on_bytes: called with how many bytes are done, and of how many. Raises
     MergeError for weights that are not finite, or layers that are further off than rounding explains; RunDirError.
     """
+    _check_reached(job)
     plan, left_out, unused = _plan(job)
     total = sum(one.nbytes for tensors in plan.values() for one, _ in tensors.values())
     done, found = 0, Found()
@@ -130,6 +131,21 @@ def merge(job: Job, tokenizer: Any, source: Path, output: Path, on_bytes: Callab
         _finish(job, tokenizer, source, directory, plan, total)
         put_in_place(directory, output)
     return Merged(found, len(plan), total, len(journal.resumed), left_out, unused)
+
+
+def _check_reached(job: Job) -> None:
+    """Raises ModelError where an adapter changes what the files name otherwise."""
+    missed = [
+        f"{name}.{key}"
+        for name, module in job.adapted.items()
+        for key in module.base._parameters
+        if f"{name}.{key}" in job.skeleton.elsewhere
+    ]
+    if missed:
+        raise ModelError(
+            f"the adapter changes {listed(missed, 3)}, which the model's files hold under another name",
+            "It cannot be merged tensor by tensor: use a machine on which it fits into memory",
+        )
 
 
 def _write(job: Job, path: Path, tensors: FilePlan) -> dict[str, Any]:
@@ -151,7 +167,7 @@ def _plan(job: Job) -> tuple[Plan, list[str], list[str]]:
         tensors = plan.setdefault(one.file.name, {})
         if one.parameter is None:
             unused.append(one.name)
-            tensors[one.name] = Planned(DTYPES[one.entry.dtype], one.entry.shape), one
+            tensors[one.name] = Planned(_dtype(job, one), one.entry.shape), one
             continue
         key = _identity(job, one.parameter)
         if key in written:
@@ -161,7 +177,8 @@ def _plan(job: Job) -> tuple[Plan, list[str], list[str]]:
         tensors[one.name] = Planned(_dtype(job, one), tuple(job.tensors[one.parameter].shape)), one
     last = plan[job.skeleton.stored[-1].file.name]
     for name, tensor in job.tensors.items():
-        if _identity(job, name) not in written:  # it was tied, and has a weight of its own now
+        if name not in job.skeleton.elsewhere and _identity(job, name) not in written:
+            # It was tied, and has a weight of its own now.
             written.add(_identity(job, name))
             last[name] = Planned(job.dtype, tuple(tensor.shape)), name
     return plan, left_out, unused
@@ -187,8 +204,10 @@ def _identity(job: Job, name: str) -> object:
 
 
 def _dtype(job: Job, one: Stored) -> torch.dtype:
+    """What the model does not know stays as it is, unless it has parameters under other names."""
     own = DTYPES[one.entry.dtype]
-    return job.dtype if own.is_floating_point else own
+    is_cast = own.is_floating_point and (one.parameter is not None or bool(job.skeleton.elsewhere))
+    return job.dtype if is_cast else own
 
 
 def _finish(job: Job, tokenizer: Any, source: Path, directory: Path, plan: Plan, total: int) -> None:
@@ -225,7 +244,8 @@ def _pieces(job: Job, name: str, planned: Planned, origin: Stored | str, found: 
     """The merged tensor in the type it is written in, whole or in rows. Notes in `found` what is seen."""
     found.tensors += 1
     if isinstance(origin, Stored) and origin.parameter is None:
-        yield origin.read()
+        for rows in _in_rows(origin.read(), planned):
+            yield rows if rows.dtype == planned.dtype else _cast(name, rows, planned.dtype, found)
         return
     parameter = origin if isinstance(origin, str) else cast(str, origin.parameter)
     path, _, leaf = parameter.rpartition(".")

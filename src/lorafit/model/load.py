@@ -87,8 +87,8 @@ def load_skeleton(spec: ModelSpec, trust_remote_code: bool = False) -> Skeleton:
             )
         _refuse_other_tasks(spec, config)
         files = [file for file in spec.files if file.suffix == ".safetensors"]
-        model, stored, linear = _explained(spec, "weights", lambda: build(model_class, config, files))
-        return Skeleton(model, _hf_tokenizer(spec, trust_remote_code), stored, linear)
+        model, *others = _explained(spec, "weights", lambda: build(model_class, config, files))
+        return Skeleton(model, _hf_tokenizer(spec, trust_remote_code), *others)
 
 
 def _load_gguf(spec: ModelSpec, dtype: torch.dtype, storage: str) -> Loaded:

@@ -39,13 +39,15 @@ class Stored:
 class Skeleton:
     """A model in eval mode whose weights are in its files. stored: all tensors, file by file.
 
-    linear: the names of the weights that nf4 and int8 round.
+    linear: the names of the weights that nf4 and int8 round. elsewhere: parameters that the files hold under other
+    names and in other shapes, as the experts of a mixture.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stored: tuple[Stored, ...]
     linear: frozenset[str]
+    elsewhere: frozenset[str]
 
     def fill_ends(self) -> None:
         """Read the embedding and the output head after all, in float32: for an adapter that has rows of them.
@@ -67,8 +69,10 @@ def is_placeholder(tensor: Tensor) -> bool:
     return tensor.dim() > 0 and not any(tensor.stride()) and tensor.numel() > 0
 
 
-def build(model_class: Any, config: Any, files: Sequence[Path]) -> tuple[Any, tuple[Stored, ...], frozenset[str]]:
-    """(model, its tensors, `Skeleton.linear`). Raises ModelError where the files name parameters otherwise."""
+def build(
+    model_class: Any, config: Any, files: Sequence[Path]
+) -> tuple[Any, tuple[Stored, ...], frozenset[str], frozenset[str]]:
+    """(model, and the other fields of a `Skeleton`). Raises ModelError where the files lack parameters."""
     with torch.device("meta"):
         model = model_class(config)
     expected, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
@@ -80,23 +84,22 @@ def build(model_class: Any, config: Any, files: Sequence[Path]) -> tuple[Any, tu
     for one in stored:
         if one.parameter is not None:
             _check_shape(one, expected[one.parameter])
-    _refuse_other_names(stored, expected)
-    for one in stored:
-        if one.parameter is not None:
-            dtype = DTYPES[one.entry.dtype]
-            _put(model, one.parameter, torch.zeros((), dtype=dtype).expand(one.entry.shape))
-    return model.eval(), stored, frozenset(linear_weights(model_class, config))
-
-
-def _refuse_other_names(stored: Sequence[Stored], expected: dict[str, Tensor]) -> None:
-    """Every parameter must be in the files, tied ones under one of their names."""
     found = {id(expected[one.parameter]) for one in stored if one.parameter is not None}
     missing = [name for name, tensor in expected.items() if id(tensor) not in found]
-    if missing:
+    if missing and all(one.parameter is not None for one in stored):
         raise ModelError(
-            f"the model's files lack {len(missing)} of its parameters, or name them otherwise: {listed(missing, 3)}",
-            "It cannot be merged tensor by tensor: use a machine on which it fits into memory",
+            f"the model's files lack {len(missing)} of its parameters: {listed(missing, 3)}", "Download it again"
         )
+    for one in stored:
+        if one.parameter is not None:
+            _put(model, one.parameter, _nothing(one.entry.shape, DTYPES[one.entry.dtype]))
+    for name in missing:
+        _put(model, name, _nothing(tuple(expected[name].shape), expected[name].dtype))
+    return model.eval(), stored, frozenset(linear_weights(model_class, config)), frozenset(missing)
+
+
+def _nothing(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def _check_shape(one: Stored, parameter: Tensor) -> None:
