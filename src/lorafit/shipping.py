@@ -328,7 +328,8 @@ def _of_writing(found: Mapping[str, Any]) -> str:
 def _of_losses(found: Mapping[str, Any]) -> str:
     """Each loss, and what each step added to it."""
     losses = found["losses"]
-    parts = [f"{losses['trained']:.4f} as trained", _step(losses, "trained", "merged", "merged")]
+    into = "merged into the full model" if found["into"] == "full" else "merged"
+    parts = [f"{losses['trained']:.4f} as trained", _step(losses, "trained", "merged", into)]
     if "written" in losses:
         parts.append(_step(losses, "merged", "written", "rounded again" if found["into"] == "same" else found["dtype"]))
     return f"loss on {found['data']}: {', '.join(parts)}"

@@ -87,6 +87,8 @@ def save_merged(model: Any, tokenizer: Any | None, directory: Path, dtype: torch
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # the library leaves weights to their owner alone
 
     files.write_dir_atomic(directory, fill)
     return moved
