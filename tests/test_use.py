@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorafit import ship, use
 from lorafit.config import ChatConfig, EvalConfig, MergeConfig, TrainConfig
-from lorafit.errors import AdapterError, ConfigError, ModelError, RunDirError
+from lorafit.errors import AdapterError, ConfigError, DataError, MergeError, ModelError, RunDirError
 from lorafit.run import Start, train
 from tests import tiny
 from tests.infer.learned import LEARNED, llama
@@ -291,3 +291,58 @@ def test_merge_refuses_a_full_directory_and_a_model_without_an_adapter(made: Pat
     with pytest.raises(AdapterError, match="a model without an adapter"):
         merged(made / "model", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_merge_measures_the_loss_before_after_and_after_the_cast(made: Path, tmp_path: Path) -> None:
+    rows = made / "rows.jsonl"
+    result, printed = merged(made / "run", tmp_path / "bf16", dtype="bf16", data=str(rows), rows=4)
+    losses = result["losses"]
+    of_run = evaluated(made / "run", rows, rows=4, generate=False, precision="fp32")["loss"]
+    of_cast = evaluated(tmp_path / "bf16", rows, rows=4, generate=False, precision="fp32")["loss"]
+    assert losses["trained"] == pytest.approx(of_run, rel=1e-6)
+    assert losses["merged"] == pytest.approx(of_run, rel=100 * result["tolerance"])
+    assert losses["written"] == pytest.approx(of_cast, rel=1e-6)
+    assert losses["written"] != losses["merged"]
+    share = losses["written"] - losses["merged"]
+    assert f"{losses['trained']:.4f} as trained, {losses['merged']:.4f} merged" in printed
+    assert f"{losses['written']:.4f} bf16 ({share:+.1e})" in printed
+    plain, _ = merged(made / "run", tmp_path / "fp32", data=str(rows))
+    assert plain["losses"].keys() == {"trained", "merged"}
+    cut, _ = merged(made / "run", tmp_path / "cut", data=str(rows), seq_len=100)
+    assert cut["losses"] != plain["losses"]
+
+
+def test_merge_refuses_what_is_further_off_than_rounding_explains_unless_told(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.export.merge.tolerance", lambda model: 1e-12)
+    with pytest.raises(MergeError, match=r"rounding explains 1\.0e-12\. Nothing was written\. .* with --force"):
+        merged(made / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result, printed = merged(made / "run", tmp_path / "out", force=True)
+    assert result["difference"] > result["tolerance"] and not result["explained"]
+    assert "more than rounding explains, and was written since --force says so" in printed
+    assert opened(tmp_path / "out").base == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"into": "full"}, "--into full is given, and the base of"),
+        ({"into": "same"}, "is no GGUF file"),
+        ({"rows": 3}, "--rows is given without --data"),
+    ],
+)
+def test_merge_refuses_settings_that_are_at_odds(
+    settings: dict[str, Any], sentence: str, made: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        merged(made / "run", tmp_path / "out", **settings)
+
+
+def test_merge_looks_for_the_data_before_anything_is_loaded(made: Path, tmp_path: Path) -> None:
+    console = quiet()
+    config = MergeConfig(run=str(made / "run"), output=str(tmp_path / "out"), data="no-such.jsonl")
+    with pytest.raises(DataError, match=r"no-such\.jsonl does not exist"):
+        ship.merge(config, console)
+    assert "opened" not in console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO

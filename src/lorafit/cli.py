@@ -232,11 +232,13 @@ def chat(given: dict[str, Any]) -> None:
 @app.command(rich_help_panel="Ship")
 @options_of(MergeConfig, ("run",))
 def merge(given: dict[str, Any], as_json: JSON = False) -> None:
-    """Add a run's update to its base model and write a plain Hugging Face model.
+    """Add a run's update to its base model and write a plain Hugging Face model, or the GGUF file again.
 
     lorafit merge runs/first -o merged
 
-    lorafit merge runs/first -o merged-bf16 --dtype bf16 --scale 0.8
+    lorafit merge runs/first -o merged-bf16 --dtype bf16 --scale 0.8 --data test.jsonl
+
+    lorafit merge runs/first -o tuned.gguf --into same
     """
     resolved, _ = build(MergeConfig, {}, given)
 

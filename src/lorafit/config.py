@@ -374,15 +374,27 @@ class MergeConfig(Frozen):
     """One merge."""
 
     run: str
-    """A run directory."""
+    """A run directory, or an adapter directory in PEFT's format that names its base."""
     output: str
-    """The directory to write: a plain Hugging Face model."""
+    """The directory to write, a plain Hugging Face model; with --into same a .gguf file."""
     scale: float = 1.0
     """Multiplies the update before it is added."""
-    into: Literal["trained", "full"] = "trained"
-    """Of a run on nf4 or int8: into the base as it was rounded in training, or into the model as it was before."""
+    into: Literal["trained", "full", "same"] = "trained"
+    """Into the base as training saw it, decoded; for nf4 or int8 into the full model, as it was before it was rounded;
+    or, for a GGUF file, into the same types of the same file, rounded again."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the merged weights: the sum is taken in fp32 and cast once."""
+    data: str | None = None
+    """Rows, as for eval, on which the loss is measured before, after merging, and after the cast or rounding."""
+    rows: int | None = Field(None, ge=1)
+    """Only the first N of them."""
+    seq_len: int = Field(2048, ge=2)
+    """Longest of them in tokens."""
+    stream: bool = False
+    """Merge a Hugging Face model tensor by tensor, in little memory, to be resumed by the same command if it is
+    interrupted. Default: where the model would not fit into the memory that is free."""
+    force: bool = False
+    """Write the result even where it is further off than is explained."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

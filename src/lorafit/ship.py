@@ -7,74 +7,82 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
+from lorafit import shipping
 from lorafit.config import ExportConfig, MergeConfig
 from lorafit.engine import precision
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.export import gguf as export_gguf
+from lorafit.export import gguf_same
 from lorafit.export import merge as export_merge
 from lorafit.plan import machine
+from lorafit.shipping import Task
 from lorafit.units import format_bytes
-from lorafit.use import find, open_target
+from lorafit.use import find, open_target, read_base
 
 
 def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
     """Add a run's update to its base and write a plain model. Returns what was written and how exactly.
 
     difference: how far merging moved the logits, relative to their norm; tolerance: what rounding explains.
-    cast_difference: how far the cast to `dtype` moved them. Raises LorafitError for whatever the user can mend.
+    cast_difference: how far the cast to `dtype` moved them. Of a merge tensor by tensor see `shipping.stream`. Raises
+    LorafitError for whatever the user can mend.
     """
     torch.set_num_threads(machine.physical_cores())
-    output = Path(config.output)
-    export_merge.check_output(output)
-    before = _logits_as_trained(config, console) if config.into == "full" else None
-    opened = open_target(
-        config.run, None, config.scale, "fp32", config.trust_remote_code, console, full=config.into == "full"
-    )
-    if not opened.has_adapter:
+    found = find(config.run, None)
+    spec = read_base(config.run, found)
+    if found.adapter is None:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
-    merged = export_merge.merge_into_base(opened.model, opened.tokenizer)
-    share = None if before is None else export_merge.logits_moved(before, opened.model, opened.tokenizer)
-    if share is not None:
-        console.print(
-            f"into the full model: logits move by {share:.1e} of their norm against the rounded one of training",
-            highlight=False,
-        )
-    cast = export_merge.save_merged(opened.model, opened.tokenizer, output, precision.DTYPES[config.dtype])
-    moved = f", and by {cast.difference:.1e} in the cast to {config.dtype}" if cast.difference else ""
-    console.print(
-        f"merged {config.run} at scale {config.scale:g}: logits moved by {merged.difference:.1e} of their norm "
-        f"(rounding explains {merged.tolerance:.1e}){moved}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(f"wrote {output}. Next:", highlight=False, markup=False, soft_wrap=True)
-    for command in (f"lorafit eval {output} TEST.jsonl", f"lorafit chat {output}"):
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
-    return {
+    shipping.check(config, found, spec)
+    if why := shipping.why_stream(config, found, spec):
+        return shipping.stream(config, found, spec, why, console)
+    return _in_memory(config, console)
+
+
+def _in_memory(config: MergeConfig, console: Console) -> dict[str, Any]:
+    """Base + adapter -> loss, logits -> sum in float32, checked -> cast or rounded -> written -> loss."""
+    opened = _open(config, console)
+    task = Task.of(config, opened.tokenizer, console)
+    losses = {"trained": task.loss(opened.model)} if task else {}
+    share = None
+    if config.into == "full":
+        before = export_merge.probe_logits(opened.model, opened.tokenizer)
+        del opened
+        opened = _open(config, console, full=True)
+        share = export_merge.logits_moved(before, opened.model, opened.tokenizer)
+    changed = gguf_same.changed_names(opened.model, opened.spec)
+    training = export_merge.update_moved(opened.model, opened.tokenizer) if config.into == "same" else None
+    merged = export_merge.merge_into_base(opened.model, opened.tokenizer, config.force)
+    if task:
+        losses["merged"] = task.loss(opened.model)
+    found: dict[str, Any] = {
         "run": config.run,
         "base": opened.base,
         "output": config.output,
         "scale": config.scale,
-        "dtype": config.dtype,
+        "into": config.into,
+        "way": "memory",
         "difference": merged.difference,
         "tolerance": merged.tolerance,
-        "cast_difference": cast.difference,
-        "into": config.into,
+        "explained": merged.explained,
         "rounding_difference": share,
     }
-
-
-def _logits_as_trained(config: MergeConfig, console: Console) -> Tensor:
-    """Of the probes, with the adapter over the base as it was rounded in training. Raises ConfigError if it was not."""
-    if find(config.run, None).storage not in ("nf4", "int8"):
-        raise ConfigError(
-            f"--into full is given, and the base of {config.run} was not rounded", "Leave it out: there is one base"
+    if training is not None:
+        found |= shipping.write_same(config, opened, changed, training, task, losses)
+    else:
+        cast = export_merge.save_merged(
+            opened.model, opened.tokenizer, Path(config.output), precision.DTYPES[config.dtype]
         )
-    opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console)
-    return export_merge.probe_logits(opened.model, opened.tokenizer)
+        if task and cast.difference:
+            losses["written"] = task.loss(opened.model.float())
+        found |= {"dtype": config.dtype, "cast_difference": cast.difference}
+    found |= {"data": config.data, "losses": losses or None}
+    shipping.print_merged(found, console)
+    return found
+
+
+def _open(config: MergeConfig, console: Console, full: bool = False) -> Any:
+    return open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console, full=full)
 
 
 def export(config: ExportConfig, console: Console) -> dict[str, Any]:
@@ -83,10 +91,7 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     output = Path(config.output)
     if config.what == "adapter" and config.scale != 1:
         raise ConfigError("--scale is given with --what adapter", "llama.cpp takes the scale where the adapter is used")
-    if output.is_dir():
-        raise ConfigError(f"{output} is a directory", "Give the name of a file, such as tuned.gguf")
-    if output.exists():
-        raise ConfigError(f"{output} exists already", "Remove it, or choose another name with -o")
+    shipping.check_file(output)
     opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console)
     if not opened.has_adapter:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
@@ -97,7 +102,8 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     else:
         merged = export_merge.merge_into_base(opened.model, opened.tokenizer)
         found |= {"type": config.type, "scale": config.scale, "difference": merged.difference}
-        found["tensors"] = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, output, config.type)
+        form = export_gguf.InOneType(config.type)
+        found["tensors"] = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, output, form)
         command = f"llama-cli -m {output}"
     size = format_bytes(output.stat().st_size)
     console.print(f"wrote {output} ({size}). Next:\n  {command}", highlight=False, markup=False, soft_wrap=True)

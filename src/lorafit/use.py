@@ -110,9 +110,8 @@ def open_target(
             f"{target} was trained on a base stored as {found.storage}, and --base-storage {storage} is given",
             "Leave it out: the adapter belongs to the base it was trained on",
         )
-    with _naming_the_way(target, found):
-        spec = model_spec.read(found.base)
-    _check_same_model(target, found, spec)
+    spec = read_base(target, found)
+    check_same_model(target, found, spec)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
     kept = found.storage if storage == "auto" else storage
@@ -123,7 +122,7 @@ def open_target(
     if found.adapter is not None:
         saved.load(loaded.model, found.adapter)
         table.of(loaded.model).set_scale(loaded.model, scale)
-        tokenizer = _tokenizer(found.adapter, loaded)
+        tokenizer = tokenizer_of(found.adapter, loaded.model, loaded.tokenizer)
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
     rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
     rounded += "" if decoded else f", weights kept as {storage}"
@@ -163,6 +162,12 @@ def find(target: str, adapter: str | None) -> Found:
     return Found(_base_of(path), path) if is_adapter else Found(target, None)
 
 
+def read_base(target: str, found: Found) -> model_spec.ModelSpec:
+    """The model that a target stands on, from its headers. Raises ModelError."""
+    with _naming_the_way(target, found):
+        return model_spec.read(found.base)
+
+
 def _base_of(adapter: Path) -> str:
     base = saved.base_of(adapter)
     if not base:
@@ -186,7 +191,7 @@ def _naming_the_way(target: str, found: Found) -> Iterator[None]:
         ) from error
 
 
-def _check_same_model(target: str, found: Found, spec: model_spec.ModelSpec) -> None:
+def check_same_model(target: str, found: Found, spec: model_spec.ModelSpec) -> None:
     """The base must hold the bytes that the run was trained on. Raises AdapterError."""
     if found.model_sha256 is not None and model_spec.sha256(spec) != found.model_sha256:
         raise AdapterError(
@@ -195,10 +200,10 @@ def _check_same_model(target: str, found: Found, spec: model_spec.ModelSpec) -> 
         )
 
 
-def _tokenizer(adapter: Path, loaded: model_load.Loaded) -> PreTrainedTokenizerBase:
+def tokenizer_of(adapter: Path, model: PreTrainedModel, models_own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, else the model's. Raises AdapterError for a damaged or too large one."""
     if not all((adapter / name).is_file() for name in TOKENIZER_FILES):
-        return loaded.tokenizer
+        return models_own
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
@@ -207,7 +212,7 @@ def _tokenizer(adapter: Path, loaded: model_load.Loaded) -> PreTrainedTokenizerB
             f"the tokenizer in {adapter} cannot be read: {reason}",
             f"Copy the adapter again, or remove {' and '.join(TOKENIZER_FILES)} to use the model's own",
         ) from error
-    embeddings: Any = loaded.model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     known = embeddings.weight.shape[0]
     if len(tokenizer) > known:
         raise AdapterError(

@@ -108,6 +108,7 @@ def test_the_merged_directory_loads_in_plain_transformers_with_the_adapted_model
     assert found.explained and found.tolerance == tolerance(model)
     saved = save_merged(model, tiny.tokenizer(), tmp_path / "merged", torch.float32)
     assert saved.difference == 0.0
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "merged").iterdir()} == {0o644}
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 

@@ -57,7 +57,6 @@ def test_damaged_weights_are_refused(directory):
         ("peft_type", "LOHA"),
         ("peft_type", None),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
         ("lora_bias", True),
         ("layer_replication", [[0, 1], [0, 2]]),
         ("megatron_config", {"tensor_model_parallel_size": 2}),

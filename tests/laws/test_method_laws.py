@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lorafit.config import METHOD_VARIANTS, MethodConfig, TrainConfig
 from lorafit.data.pack import micro_batches
@@ -19,7 +19,7 @@ from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import plain, prepare
 from lorafit.errors import AdapterError, ConfigError, MergeError, TargetError
 from lorafit.export import saved
-from lorafit.export.merge import tolerance
+from lorafit.export.merge import merge_into_base, save_merged, tolerance
 from lorafit.methods import table
 from lorafit.methods.method import Beginning
 from lorafit.methods.virtual import lead_of
@@ -185,6 +185,25 @@ def test_merged_equals_unmerged_and_unmerging_is_bitwise(
     for name, parameter in model.named_parameters():
         if id(parameter) not in trained:
             assert torch.equal(before[name.replace(".base.", ".")], parameter), name
+
+
+@pytest.mark.parametrize(("method", "variant"), [case for case in CASES if case[0] not in WITHOUT_MERGING])
+def test_merged_it_is_a_plain_model_of_the_same_logits(
+    model: nn.Module, method: str, variant: str, tmp_path: Path
+) -> None:
+    if method == "bitfit" and not isinstance(model, GPT2LMHeadModel):
+        return
+    plain_names = set(model.state_dict())
+    table.attach(model, settings(method, variant))
+    expected, changed = logits(moved(model)), table.changed_names(model)
+    assert changed <= plain_names and changed
+    found = merge_into_base(model, None)
+    assert found.explained
+    assert set(model.state_dict()) == plain_names
+    assert relative(expected, logits(model)) <= tolerance(model)
+    save_merged(model, None, tmp_path / "merged", torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(model), logits(again.eval()))
 
 
 @pytest.mark.parametrize(("method", "variant"), [case for case in CASES if case[0] in WITHOUT_MERGING])

@@ -84,7 +84,7 @@ def test_a_hugging_face_model_gives_our_numbers_there(
     model_load.load_tokenizer(model_spec.read(str(gguf_of("llama", "F32")))).save_pretrained(path)
     spec = model_spec.read(str(path))
     loaded = model_load.load(spec, torch.float32)
-    export_gguf.write_model(loaded.model, loaded.tokenizer, spec, tmp_path / "out.gguf", "f32")
+    export_gguf.write_model(loaded.model, loaded.tokenizer, spec, tmp_path / "out.gguf", export_gguf.InOneType("f32"))
     ids = torch.randint(20, 250, (LAST,), generator=torch.Generator().manual_seed(2)).tolist()
     ours = by_us(loaded.model, ids)
     (found,) = by_llama_cpp(tmp_path / "out.gguf", None, [1.0], ids)
@@ -107,6 +107,6 @@ def test_llama_cpp_gives_our_numbers(name: str, gguf_of: Callable[..., Path], tm
     assert float((seen[0] - seen[2]).abs().max()) > 0.5  # the adapter does something
     set_scale(model, 1.0)
     merge_into_base(model, None)
-    export_gguf.write_like(model.state_dict(), spec, tmp_path / "merged.gguf", "f32")
+    export_gguf.write_like(model.state_dict(), spec, tmp_path / "merged.gguf", export_gguf.InOneType("f32"))
     (found,) = by_llama_cpp(tmp_path / "merged.gguf", None, [1.0], ids)
     assert float(differences(seen[2], found).max()) < spec.layers * ROUNDING * float(seen[2].abs().max())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from lorafit.lora.layer import LoRALayer
 from lorafit.model import gguf_header
 from lorafit.model.gguf_names import NOT_PARAMETERS, gguf_name, hf_name
 from lorafit.model.spec import ModelSpec
+
+Array = np.ndarray[Any, Any]
 
 # transformers' model_type -> llama.cpp's architecture, where its converter changes no more than what is known here.
 ARCHITECTURES = {
@@ -111,11 +113,46 @@ def _factors(name: str, layer: LoRALayer, architecture: str, spec: ModelSpec) ->
 # --- a model --------------------------------------------------------------------------------------------------------
 
 
-def write_like(state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: str) -> dict[str, int]:
-    """A model with the header of the GGUF file it was read from, its matrices in another type, norms in float32.
+class Tensors(Protocol):
+    """In which form each tensor is written."""
 
-    state: parameters by transformers' names. kind: one of TYPES. Returns how many tensors have each type. Raises
-    ModelError where a tensor of the file has no parameter.
+    file_type: int | None
+    """llama.cpp's number for the whole; None for that of the file which was read."""
+
+    def form(self, name: str, values: Callable[[], Array]) -> tuple[Array, str]:
+        """The bytes or numbers to write, and the name of their type. values: (rows, width) or (width,) float32."""
+        ...
+
+
+class InOneType:
+    """Matrices in the type asked for where their rows are whole blocks; vectors in float32. kind: one of TYPES."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.file_type: int | None = _file_type(kind)
+
+    def form(self, name: str, values: Callable[[], Array]) -> tuple[Array, str]:
+        """In that type."""
+        numbers = values()
+        own = self._type_of(name, numbers.shape)
+        return quantized(numbers, own), own
+
+    def _type_of(self, name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) < 2:
+            return "F32"
+        if self.kind in ("f32", "f16", "bf16"):
+            return self.kind.upper()
+        own = "Q8_0" if name in OUTER and self.kind.startswith(("q4", "q5")) else self.kind.upper()
+        return own if shape[-1] % 32 == 0 else "F16"
+
+
+def write_like(
+    state: Mapping[str, Tensor], spec: ModelSpec, path: Path, tensors: Tensors, template: str | None = None
+) -> dict[str, int]:
+    """A model with the header of the GGUF file it was read from.
+
+    state: parameters by transformers' names. template: a chat template in the place of the file's own. Returns how many
+    tensors have each type. Raises ModelError where a tensor of the file has no parameter.
     """
     import gguf
 
@@ -126,48 +163,63 @@ def write_like(state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: s
 
     def fill(file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
-        _copy_fields(read, writer, kind)
+        _copy_fields(read, writer, tensors.file_type, template)
         for tensor in read.tensors:
-            _add(writer, tensor.name, _values(tensor, state, spec, architecture), kind, counts)
+            _add(writer, tensor.name, partial(_values, tensor, state, spec, architecture), tensors, counts)
         _finish(writer)
 
     files.write_file_atomic(path, fill)
     return counts
 
 
-def write_model(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> dict[str, int]:
-    """A plain transformers model with its tokenizer. kind: one of TYPES. Returns how many tensors have each type.
+def write_model(
+    model: Any, tokenizer: Any, spec: ModelSpec, path: Path, tensors: Tensors, template: str | None = None
+) -> dict[str, int]:
+    """A plain transformers model with its tokenizer. Returns how many tensors have each type.
 
-    Of a GGUF file that knows all tokens of the model the header is taken over as it is. Raises ModelError for what such
-    a file cannot state.
+    Of a GGUF file that knows all tokens of the model the header is taken over, with the chat template given. Raises
+    ModelError for what such a file cannot state.
     """
     import gguf
 
-    rows = model.get_input_embeddings().weight.shape[0]
-    if spec.kind == "gguf" and spec.vocab == rows and len(tokenizer) <= rows and not _new_tokens(spec, tokenizer):
-        return write_like(model.state_dict(), spec, path, kind)
+    if _header_fits(model, tokenizer, spec):
+        return write_like(model.state_dict(), spec, path, tensors, template)
     architecture, config = architecture_of(spec), model.config.get_text_config()
-    counts: dict[str, int] = {}
+    tied, counts = is_tied(model), dict[str, int]()
 
     def fill(file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
         writer.add_name(Path(spec.name).name)
-        writer.add_file_type(_file_type(kind))
+        if tensors.file_type is not None:
+            writer.add_file_type(tensors.file_type)
         for name, more in write_header(writer, config, architecture, tokenizer).items():
             writer.add_tensor(name, more)
         for name, value in model.state_dict().items():
             own = gguf_name(architecture, name)
-            if own == OUTER[1] and spec.tied:
+            if own == OUTER[1] and tied:
                 continue
             if own is None:
                 raise ModelError(
                     f"{spec.name} has {name}, which has no name in a GGUF file", "Merge into a plain model"
                 )
-            _add(writer, own, _converted(own, value, spec, architecture), kind, counts)
+            _add(writer, own, partial(_converted, own, value, spec, architecture), tensors, counts)
         _finish(writer)
 
     files.write_file_atomic(path, fill)
     return counts
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the output head is the embedding."""
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def _header_fits(model: Any, tokenizer: Any, spec: ModelSpec) -> bool:
+    """Whether the model was read from a GGUF file whose header says what is to be said of it now."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    same_size = spec.kind == "gguf" and spec.vocab == rows and len(tokenizer) <= rows
+    return same_size and spec.tied == is_tied(model) and not _new_tokens(spec, tokenizer)
 
 
 def _new_tokens(spec: ModelSpec, tokenizer: Any) -> bool:
@@ -178,25 +230,29 @@ def _new_tokens(spec: ModelSpec, tokenizer: Any) -> bool:
     )
 
 
-def _add(writer: Any, name: str, values: np.ndarray[Any, Any], kind: str, counts: dict[str, int]) -> None:
-    """One tensor in the type that it is to have, counted."""
+def _add(writer: Any, name: str, values: Callable[[], Array], tensors: Tensors, counts: dict[str, int]) -> None:
+    """One tensor in the form that it is to have, counted."""
     import gguf
 
-    own = _type_of(name, values.shape[::-1], kind)
+    data, own = tensors.form(name, values)
     counts[own] = counts.get(own, 0) + 1
-    if own == "F32":
-        writer.add_tensor(name, values.astype(np.float32))
-    else:
-        wanted = gguf.GGMLQuantizationType[own]
-        writer.add_tensor(name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[own])
 
 
-def _values(tensor: Any, state: Mapping[str, Tensor], spec: ModelSpec, architecture: str) -> np.ndarray[Any, Any]:
+def quantized(values: Array, kind: str) -> Array:
+    """Numbers in a type of llama.cpp's. Raises NotImplementedError for one that the package gguf does not write."""
+    import gguf
+
+    found: Array = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), gguf.GGMLQuantizationType[kind])
+    return found
+
+
+def _values(tensor: Any, state: Mapping[str, Tensor], spec: ModelSpec, architecture: str) -> Array:
     """The numbers of a tensor of the file, as they are now: (rows, width) or (width,) float32."""
     import gguf
 
     if tensor.name in NOT_PARAMETERS:
-        kept: np.ndarray[Any, Any] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kept: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         return kept
     name = hf_name(architecture, tensor.name)
     if name is None or name not in state:
@@ -204,38 +260,36 @@ def _values(tensor: Any, state: Mapping[str, Tensor], spec: ModelSpec, architect
     return _converted(tensor.name, state[name], spec, architecture)
 
 
-def _converted(name: str, value: Tensor, spec: ModelSpec, architecture: str) -> np.ndarray[Any, Any]:
+def _converted(name: str, value: Tensor, spec: ModelSpec, architecture: str) -> Array:
     """A parameter as llama.cpp wants it under this name, in float32."""
     value = value.detach().float().cpu()
     if architecture == "gemma3" and name.endswith("norm.weight"):
         value = value + 1
-    changed: np.ndarray[Any, Any] = change(architecture, name, spec.heads, spec.kv_heads)(value).contiguous().numpy()
+    changed: Array = change(architecture, name, spec.heads, spec.kv_heads)(value).contiguous().numpy()
     return changed
 
 
-def _type_of(name: str, shape: Any, kind: str) -> str:
-    """Matrices in the type asked for where their rows are whole blocks; vectors in float32. shape: width first."""
-    if len(shape) < 2:
-        return "F32"
-    if kind in ("f32", "f16", "bf16"):
-        return kind.upper()
-    own = "Q8_0" if name in OUTER and kind.startswith(("q4", "q5")) else kind.upper()
-    return own if int(shape[0]) % 32 == 0 else "F16"
-
-
-def _copy_fields(read: Any, writer: Any, kind: str) -> None:
-    for name, field in read.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        inner = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(_file_type(kind))
-
-
-def _file_type(kind: str) -> Any:
+def _copy_fields(read: Any, writer: Any, file_type: int | None, template: str | None) -> None:
+    """The header of a file, but for what is said anew."""
     import gguf
 
-    return gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
+    anew = {"general.architecture"}
+    if file_type is not None:
+        anew.add("general.file_type")
+        writer.add_file_type(file_type)
+    if template is not None:
+        anew.add(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+        writer.add_chat_template(template)
+    for name, field in read.fields.items():
+        if not name.startswith("GGUF.") and name not in anew:
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+
+
+def _file_type(kind: str) -> int:
+    import gguf
+
+    return int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
 
 
 def _finish(writer: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafit import files
 from lorafit.errors import AdapterError, MergeError, RunDirError
 from lorafit.lora.base import KINDS, kind_name
-from lorafit.lora.inject import adapted_modules, detach, merge, unmerge
+from lorafit.methods import table
 
 PROBE_ROWS = 4
 PROBE_TOKENS = 24
@@ -41,28 +41,32 @@ class ProbeDifference:
         return self.difference <= self.tolerance
 
 
-def merge_into_base(model: nn.Module, tokenizer: Any | None) -> ProbeDifference:
+def merge_into_base(model: nn.Module, tokenizer: Any | None, force: bool = False) -> ProbeDifference:
     """Write the update at its present scale into the base's weights and take the adapter off; the model is plain then.
 
     The logits of the merged model are held against those of the unmerged one on fixed pseudo-random token ids and,
     given a tokenizer, on a few texts. Load the base in float32 to merge without loss, whatever is saved afterwards.
-    Raises AdapterError if there is no adapter, MergeError if the difference is more than rounding explains or the
-    weights are not finite; the model is then as it was.
+    A head that was tied and has a weight of its own now is no longer tied in the model's config.
+    Raises AdapterError if there is no adapter, MergeError if the difference is more than rounding explains, unless
+    `force`, or something is not finite; the model is then as it was.
     """
-    if not adapted_modules(model):
+    if not table.is_attached(model):
         raise AdapterError("the model has no adapter to merge", "Attach or load one first")
+    method = table.of(model)
     probes = _probes(model, tokenizer)
     before = _logits(model, probes)
-    merge(model)
+    method.merge(model)
     found = ProbeDifference(_difference(before, _logits(model, probes)), tolerance(model))
-    if not found.explained:
-        unmerge(model)
+    if not found.explained and not (force and math.isfinite(found.difference)):
+        method.unmerge(model)
         raise MergeError(
             f"the merged model's logits differ from the unmerged one's by {found.difference:.1e} of their norm, and "
             f"rounding explains {found.tolerance:.1e}",
-            "Nothing was written. Use the adapter unmerged; does the model use an adapted weight in a second place?",
+            "Nothing was written. Does the model use an adapted weight in a second place? Use the adapter unmerged, or "
+            "write it all the same with --force",
         )
-    _forget_originals(model)
+    table.forget(model)
+    _state_ties(model)
     return found
 
 
@@ -76,7 +80,7 @@ def save_merged(model: Any, tokenizer: Any | None, directory: Path, dtype: torch
     MergeError if the cast makes a logit infinite or NaN.
     """
     check_output(directory)
-    if adapted_modules(model):
+    if table.is_attached(model):
         raise AdapterError("the model still has its adapter", "Call merge_into_base first")
     moved = _cast(model, tokenizer, dtype)
 
@@ -84,6 +88,8 @@ def save_merged(model: Any, tokenizer: Any | None, directory: Path, dtype: torch
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # the library leaves weights to their owner alone
 
     files.write_dir_atomic(directory, fill)
     return moved
@@ -106,6 +112,17 @@ def logits_moved(before: Tensor, model: nn.Module, tokenizer: Any | None) -> flo
     return _difference(before, probe_logits(model, tokenizer))
 
 
+def update_moved(model: nn.Module, tokenizer: Any | None) -> float:
+    """How far an adapted model's logits are from those of its base, as `ProbeDifference.difference`."""
+    tuned = probe_logits(model, tokenizer)
+    method, scale = table.of(model), table.scale_of(model)
+    method.set_scale(model, 0)
+    try:
+        return _difference(tuned, probe_logits(model, tokenizer))
+    finally:
+        method.set_scale(model, scale)
+
+
 def tolerance(model: nn.Module) -> float:
     """The relative difference of two logits that are equal but for rounding: 2 (eps32 sqrt(k L) + eps sqrt(L)).
 
@@ -121,6 +138,11 @@ def tolerance(model: nn.Module) -> float:
     length = len(kinds)
     width = max((kind.in_features for kind in sums), default=1)
     eps = max(torch.finfo(kind.weight.dtype).eps for kind in kinds)
+    return rounding(width, length, eps)
+
+
+def rounding(width: int, length: int, eps: float) -> float:
+    """The formula of `tolerance`. width: k. length: L. eps: of the dtype that weights and activations are kept in."""
     eps_sum = min(eps, torch.finfo(torch.float32).eps)
     return 2 * (eps_sum * math.sqrt(width * length) + eps * math.sqrt(length))
 
@@ -157,11 +179,15 @@ def _difference(before: Tensor, after: Tensor) -> float:
     return float(rows.max())
 
 
-def _forget_originals(model: nn.Module) -> None:
-    """Take the adapter off and leave the merged weights: `detach` puts back what originals it finds, so drop them."""
-    for module in adapted_modules(model).values():
-        module.shared.original = None
-    detach(model)
+def _state_ties(model: nn.Module) -> None:
+    """Say in the config if the head is tied no longer: it would be tied again when the model is loaded."""
+    config: Any = model.config
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # methods of every transformers model
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is not embeddings.weight:
+        for one in (config, config.get_text_config()):
+            if getattr(one, "tie_word_embeddings", False):
+                one.tie_word_embeddings = False
 
 
 def _cast(model: nn.Module, tokenizer: Any | None, dtype: torch.dtype) -> ProbeDifference:

@@ -25,12 +25,14 @@ from lorafit.config import LoRAConfig
 from lorafit.errors import AdapterError, TargetError, listed
 from lorafit.export.peft_names import Targets, exact_pattern, exact_targets, own_patterns, pattern_value, resolve
 from lorafit.export.peft_tensors import from_peft, read_tensors, to_peft
-from lorafit.export.peft_tokens import grow_for, split_tokens, tokens_of, tokens_to_peft
+from lorafit.export.peft_tokens import grow_for, read_tokens, split_tokens, tokens_of, tokens_to_peft
+from lorafit.export.peft_whole import read_whole, split_whole, whole_groups, whole_to_peft
 from lorafit.lora.base import Conv
 from lorafit.lora.inject import detach, load_adapter_state, lora_layers
 from lorafit.lora.layer import LoRALayer
 from lorafit.lora.tokens import attach_rows, token_rows
 from lorafit.lora.update import scaling
+from lorafit.lora.whole import attach_whole, whole_modules
 from lorafit.methods import lora
 from lorafit.methods.spectral import MOVING
 
@@ -64,7 +66,7 @@ WRITTEN_INIT |= dict.fromkeys(("pissa", "olora", "eva", "lora-ga"), True)
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora",
-    "init_lora_weights", "ensure_weight_tying", "bias", "trainable_token_indices",
+    "init_lora_weights", "ensure_weight_tying", "bias", "trainable_token_indices", "modules_to_save",
 }  # fmt: skip
 # Fields that do not change what a trained adapter computes.
 WITHOUT_EFFECT = {
@@ -79,7 +81,8 @@ class AdapterConfig:
 
     peft_type: `LORA`, or `LORAFIT_LORA` for what PEFT computes otherwise. ranks, alphas: PEFT's patterns, in order.
     ties: modules that share a weight share their adapter. task: PEFT's task type. tokens: module, or the end of its
-    name -> tokens whose rows are trained in it; "" for the input embedding.
+    name -> tokens whose rows are trained in it; "" for the input embedding. whole: ends of names of modules that are
+    replaced whole.
     """
 
     peft_type: str
@@ -96,6 +99,7 @@ class AdapterConfig:
     dropout: float
     ties: bool
     tokens: dict[str, list[int]]
+    whole: list[str]
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -113,7 +117,8 @@ def save(model: nn.Module, directory: Path, config: LoRAConfig, base: str, token
         raise AdapterError("the model has no adapter to save", "Attach one first")
     settings = _settings(model, layers, config, base)
     # As bytes: a full disk is then an OSError that `write_dir_atomic` explains, and not one of the library's own.
-    weights = to_safetensors(to_peft(layers) | tokens_to_peft(token_rows(model)), metadata={"format": "pt"})
+    tensors = to_peft(layers) | tokens_to_peft(token_rows(model)) | whole_to_peft(whole_modules(model))
+    weights = to_safetensors(tensors, metadata={"format": "pt"})
 
     def fill(temporary: Path) -> None:
         files.write_json(temporary / CONFIG_NAME, settings)
@@ -156,8 +161,8 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
         "fan_in_fan_out": any(
             layer.kind.transposed and layer.kind.feature_dim is not None for layer in layers.values()
         ),
-        "ensure_weight_tying": _peft_ties(layers),
-    } | _token_settings(model)
+        "ensure_weight_tying": _peft_ties(layers) or any(module.tied_to for module in whole_modules(model).values()),
+    } | _other_settings(model)
 
 
 def _lasting(layer: LoRALayer, rule: str) -> tuple[int, float]:
@@ -166,11 +171,14 @@ def _lasting(layer: LoRALayer, rule: str) -> tuple[int, float]:
     return r, layer.alpha * (scaling(layer.r, 1.0, rule) / scaling(r, 1.0, rule))
 
 
-def _token_settings(model: nn.Module) -> dict[str, Any]:
-    """The modules with trained rows, if there are any; one that is tied to another PEFT finds by itself."""
+def _other_settings(model: nn.Module) -> dict[str, Any]:
+    """The modules with trained rows, and those that are replaced; one tied to another PEFT finds by itself."""
     owners = {name: rows for name, rows in token_rows(model).items() if rows.tied_to is None}
-    indices = {name: rows.ids.tolist() for name, rows in owners.items()}
-    return {"trainable_token_indices": indices} if indices else {}
+    settings = {
+        "trainable_token_indices": {name: rows.ids.tolist() for name, rows in owners.items()},
+        "modules_to_save": list(whole_modules(model)),
+    }
+    return {name: value for name, value in settings.items() if value}
 
 
 def _plain(alpha: float) -> float:
@@ -225,15 +233,18 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     names = resolve(model, found.targets)
     config = _lora_config(model, names, found)
     tokens = tokens_of(model, found.tokens)
-    rows_before = grow_for(model, tokens, tensors)
+    whole = whole_groups(model, found.whole, tensors, found.ties)
+    rows_before = grow_for(model, tokens, tensors, bool(whole))
     lora.attach(model, config)
     try:
         if tokens:
             attach_rows(model, next(iter(tokens.values())), only=tokens)
+        attach_whole(model, whole)
         layers = lora_layers(model)
         _check_same_function(model, layers, found)
-        of_tokens, of_layers = split_tokens(token_rows(model), tensors)
-        load_adapter_state(model, of_tokens | from_peft(model, layers, of_layers, found.ties))
+        of_tokens, rest = split_tokens(token_rows(model), tensors)
+        of_whole, of_layers = split_whole(whole_modules(model), rest)
+        load_adapter_state(model, of_tokens | of_whole | from_peft(model, layers, of_layers, found.ties))
     except (AdapterError, TargetError):
         detach(model)
         if rows_before is not None:
@@ -302,7 +313,8 @@ def read_config(directory: Path) -> AdapterConfig:
         init=INITS[fields.get("init_lora_weights", True)],
         dropout=_dropout(fields.get("lora_dropout", 0.0)),
         ties=bool(fields.get("ensure_weight_tying")),
-        tokens=_tokens(fields.get("trainable_token_indices")),
+        tokens=read_tokens(fields.get("trainable_token_indices"), CONFIG_NAME),
+        whole=read_whole(fields.get("modules_to_save"), CONFIG_NAME),
     )
 
 
@@ -362,23 +374,6 @@ def _targets(fields: dict[str, Any]) -> Targets:
         layers_pattern=[pattern] if isinstance(pattern, str) and pattern else list(pattern or []),
         classifies=fields.get("task_type") == "SEQ_CLS",
     )
-
-
-def _tokens(value: Any) -> dict[str, list[int]]:
-    """trainable_token_indices: a list for the input embedding, or one for each module; all of them the same."""
-    by_module: Any = {"": value} if isinstance(value, list) else value or {}
-    lists = list(by_module.values()) if isinstance(by_module, dict) else [None]
-    if not all(_are_token_ids(ids) and ids == lists[0] for ids in lists):
-        raise AdapterError(
-            f"{CONFIG_NAME} has trainable_token_indices = {json.dumps(value)[:80]}, which lorafit can't apply",
-            "It must be a list of token ids, each once, or the same list for each module",
-        )
-    return dict(by_module)
-
-
-def _are_token_ids(value: Any) -> bool:
-    whole = isinstance(value, list) and value and all(type(number) is int and 0 <= number < 1 << 31 for number in value)
-    return bool(whole) and len(set(value)) == len(value)
 
 
 def _rank(field: str, value: Any) -> int:

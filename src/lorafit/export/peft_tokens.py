@@ -5,6 +5,7 @@ PEFT calls it `{module}.token_adapter.trainable_tokens_delta`; it holds whole ro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,23 @@ from lorafit.export.peft_tensors import PREFIX, check_tensor
 from lorafit.lora.tokens import TokenRows, make_room
 
 LEAF = ".token_adapter.trainable_tokens_delta"
+
+
+def read_tokens(value: Any, config_name: str) -> dict[str, list[int]]:
+    """trainable_token_indices: a list for the input embedding, or one for each module; all of them the same."""
+    by_module: Any = {"": value} if isinstance(value, list) else value or {}
+    lists = list(by_module.values()) if isinstance(by_module, dict) else [None]
+    if not all(_are_token_ids(ids) and ids == lists[0] for ids in lists):
+        raise AdapterError(
+            f"{config_name} has trainable_token_indices = {json.dumps(value)[:80]}, which lorafit can't apply",
+            "It must be a list of token ids, each once, or the same list for each module",
+        )
+    return dict(by_module)
+
+
+def _are_token_ids(value: Any) -> bool:
+    whole = isinstance(value, list) and value and all(type(number) is int and 0 <= number < 1 << 31 for number in value)
+    return bool(whole) and len(set(value)) == len(value)
 
 
 def tokens_to_peft(modules: Mapping[str, TokenRows]) -> dict[str, Tensor]:
@@ -42,18 +60,20 @@ def tokens_of(model: Any, wanted: Mapping[str, list[int]]) -> dict[str, list[int
     return found
 
 
-def grow_for(model: Any, tokens: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> int | None:
+def grow_for(model: Any, tokens: Mapping[str, list[int]], tensors: Mapping[str, Tensor], has_whole: bool) -> int | None:
     """Give the model as many rows as the tokens need. Returns how many there were before, None if they were enough.
 
     Where PEFT has stored the whole embedding, because its user had made it larger, the new rows are taken from there.
+    has_whole: modules are replaced whole, of which the embedding may be one.
     """
-    if not tokens:
+    if not tokens and not has_whole:
         return None
     before = int(model.get_input_embeddings().weight.shape[0])
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if module in ends]
     stored = {name: tensor for name in names if (tensor := _stored(name, tensors)) is not None}
-    most = max([max(next(iter(tokens.values()))), *(len(tensor) - 1 for tensor in stored.values())])
+    wanted = [max(ids) for ids in tokens.values()] + [len(tensor) - 1 for tensor in stored.values()]
+    most = max(wanted, default=0)
     if not make_room(model, [most]):
         return None
     for name, tensor in stored.items():

@@ -17,7 +17,7 @@ from lorafit.data.example import Chat, Completion, Example
 from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import led
-from lorafit.engine.engine import Engine
+from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import NumericsError
 from lorafit.infer.generate import Answer, answer
 from lorafit.methods.virtual import lead_of
@@ -131,6 +131,15 @@ def mean_loss(engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: C
             "Lower --scale, use --precision fp32, or check the adapter's weights",
         )
     return total / count
+
+
+def model_loss(model: Any, encoded: EncodedSet, micro_tokens: int) -> float:
+    """`mean_loss` of a model that is left as it was. Raises NumericsError if it is not finite."""
+    engine = prepare(model, share_prefix=True)
+    try:
+        return mean_loss(engine, encoded, micro_tokens, lambda rows: None)
+    finally:
+        engine.close()
 
 
 def perplexity(loss: float) -> float:

@@ -28,8 +28,10 @@ class Adapted(nn.Module):
 
     Attributes: base, name, shared, tied_to (the name of the module that owns the trained tensors, None for an owner).
     All else is looked up on the base, so that a model that reads `lm_head.weight` or `embed_tokens.embedding_dim` still
-    finds it; `weight` is the base's own.
+    finds it; `weight` is the base's own. changes: the base's parameters that merging changes.
     """
+
+    changes: tuple[str, ...] = ("weight",)
 
     def __init__(self, base: nn.Module, *, name: str, shared: SharedState, tied_to: str | None) -> None:
         super().__init__()
@@ -71,6 +73,10 @@ class Adapted(nn.Module):
     @abstractmethod
     def unmerge(self) -> None:
         """Put the original weight back, bitwise: it was kept, not subtracted. What is not merged stays as it is."""
+
+    def forget_original(self) -> None:
+        """Let what merging wrote stay for good."""
+        self.shared.original = None
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -242,7 +242,7 @@ def unmerge(model: nn.Module) -> None:
 def forget_originals(model: nn.Module) -> None:
     """Take merged adapters off and leave the merged weights: `detach` puts back what originals it finds."""
     for module in adapted_modules(model).values():
-        module.shared.original = None
+        module.forget_original()
     detach(model)
 
 

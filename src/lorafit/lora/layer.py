@@ -127,9 +127,7 @@ class LoRALayer(Adapted):
         W = self.original_matrix()
         if self.scale == 0:
             return self.kind.as_stored(W).clone()
-        wide = W.to(torch.promote_types(W.dtype, torch.float32))
-        # lerp is exact at both ends: W' itself at scale 1.
-        merged = torch.lerp(wide, self.variant.merged_weight(self, wide), self.scale).to(W.dtype)
+        merged = self.merged_matrix(W).to(W.dtype)
         if not merged.isfinite().all():
             dtype = str(W.dtype).removeprefix("torch.")
             raise MergeError(
@@ -137,6 +135,15 @@ class LoRALayer(Adapted):
                 "Lower the scale, or load the model in float32 first",
             )
         return self.kind.as_stored(merged).contiguous()
+
+    @torch.no_grad()
+    def merged_matrix(self, W: Tensor) -> Tensor:
+        """The same of any W0, not cast: (out_features, in_features), float32 or float64. W: of that shape."""
+        wide = W.to(torch.promote_types(W.dtype, torch.float32))
+        if self.scale == 0:
+            return wide
+        # lerp is exact at both ends: W' itself at scale 1.
+        return torch.lerp(wide, self.variant.merged_weight(self, wide), self.scale)
 
     def merge(self) -> None:
         """Write the update into the base's weight, for all layers that share it. Twice is once. Raises MergeError."""

@@ -27,6 +27,7 @@ class Shifted(Adapted):
     """
 
     shift: nn.Parameter
+    changes = ("bias",)
 
     def __init__(self, base: nn.Module, *, name: str, width: int) -> None:
         super().__init__(base, name=name, shared=SharedState(), tied_to=None)

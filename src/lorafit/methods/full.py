@@ -114,9 +114,20 @@ def nothing(model: nn.Module) -> None:
     """The weights are the model's own: they are merged already."""
 
 
-def _trained(model: nn.Module) -> _Trained:
+def forget(model: nn.Module) -> None:
+    """Forget what they were before."""
+    del model._lorafit_trained
+
+
+def trained(model: nn.Module) -> _Trained | None:
+    """What is known of a model whose own parameters are trained; None for any other."""
     found = getattr(model, "_lorafit_trained", None)
-    if not isinstance(found, _Trained):
+    return found if isinstance(found, _Trained) else None
+
+
+def _trained(model: nn.Module) -> _Trained:
+    found = trained(model)
+    if found is None:
         raise TargetError("the model's parameters are not trained themselves", "Call attach(model, config) first")
     return found
 
@@ -132,5 +143,5 @@ METHOD = Method(
     set_scale=set_scale,
     merge=nothing,
     unmerge=nothing,
-    forget=nothing,
+    forget=forget,
 )

@@ -32,6 +32,7 @@ class Rescaled(Adapted):
         super().__init__(base, name=name, shared=SharedState(), tied_to=None)
         self.kind: Kind = make_kind(base)
         self.of_inputs = of_inputs
+        self.changes = ("weight", "bias") if self.kind.bias is not None and not of_inputs else ("weight",)
         self.bias_before: Tensor | None = None
         width = self.kind.in_features if of_inputs else self.kind.out_features
         like = self.kind.like
@@ -74,6 +75,11 @@ class Rescaled(Adapted):
         if self.bias_before is not None and self.kind.bias is not None:
             self.kind.bias.copy_(self.bias_before)
             self.bias_before = None
+
+    def forget_original(self) -> None:
+        """Weight and bias."""
+        super().forget_original()
+        self.bias_before = None
 
 
 def attach(model: nn.Module, config: MethodConfig) -> Attached:

@@ -24,12 +24,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether a method has put something into this model, or trains its parameters."""
+    return hasattr(model, "_lorafit_method") or bool(adapted_modules(model))
+
+
 def attach(model: nn.Module, config: MethodConfig) -> Attached:
     """Add what the method of `config` trains, freeze the rest, and note on the model which method it was.
 
     Raises TargetError if the model has something attached already.
     """
-    if hasattr(model, "_lorafit_method") or adapted_modules(model):
+    if is_attached(model):
         raise TargetError("the model has an adapter already", "Load it again")
     attached = METHODS[config.method].attach(model, config)
     model._lorafit_method = config.method  # type: ignore[assignment]  # not a module or tensor
@@ -39,3 +44,22 @@ def attach(model: nn.Module, config: MethodConfig) -> Attached:
 def of(model: nn.Module) -> Method:
     """The method of what was attached to this model; LoRA's where nobody said."""
     return METHODS[str(getattr(model, "_lorafit_method", "lora"))]
+
+
+def scale_of(model: nn.Module) -> float:
+    """The scale in force; 1 where nothing is attached."""
+    first = next(iter(adapted_modules(model).values()), None)
+    return first.scale if first is not None else float(getattr(full.trained(model), "scale", 1.0))
+
+
+def changed_names(model: nn.Module) -> set[str]:
+    """The parameters that merging changes, by their names in the plain model."""
+    found = {f"{name}.{key}" for name, module in adapted_modules(model).items() for key in module.changes}
+    return found or set(full.trainable(model) if full.trained(model) else ())
+
+
+def forget(model: nn.Module) -> None:
+    """Take off what was merged, and keep the weights: the model is a plain one then."""
+    of(model).forget(model)
+    if hasattr(model, "_lorafit_method"):
+        del model._lorafit_method

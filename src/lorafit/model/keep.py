@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafit import slabs
 from lorafit.errors import ModelError, listed
-from lorafit.model.safetensors_header import read_header
+from lorafit.model.safetensors_header import Entry, read_header
 from lorafit.quant.bits import BLOCK, row_parts, to_int8, to_nf4
 from lorafit.quant.blocks import Blocks
 from lorafit.quant.modules import QuantizedEmbedding, QuantizedLinear
@@ -72,7 +72,7 @@ def quantized_tensors(
     rest: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     for name, W in _each_tensor(files):
-        if name in linear and W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0):
+        if name in linear and can_be_rounded(W, storage):
             stored[name] = ENCODERS[storage](W)
             errors[name] = _change(W, stored[name])
             slabs.trim_heap()
@@ -81,6 +81,11 @@ def quantized_tensors(
         else:
             rest[name] = slabs.kept(W, dtype)
     return stored, rest, errors
+
+
+def can_be_rounded(W: torch.Tensor, storage: str) -> bool:
+    """Whether a linear layer's weight is quantized; a width that nf4's blocks do not divide is left alone."""
+    return W.dim() == 2 and (storage != "nf4" or W.shape[1] % BLOCK == 0)
 
 
 def slab_tensors(files: Sequence[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -100,13 +105,17 @@ def _each_tensor(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for file in files:
         for name, entry in read_header(file).items():
-            if entry.dtype not in DTYPES:
-                raise ModelError(f"{name} in {file} is {entry.dtype}, which cannot be read here", "Convert it to BF16")
-            if not entry.nbytes:
-                yield name, torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-                continue
-            raw = np.memmap(file, np.uint8, "c", entry.offset, (entry.nbytes,))
-            yield name, torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).view(entry.shape)
+            yield name, mapped(file, name, entry)
+
+
+def mapped(file: Path, name: str, entry: Entry) -> torch.Tensor:
+    """One tensor of a safetensors file, mapped; it must not be written to. Raises ModelError for an unknown type."""
+    if entry.dtype not in DTYPES:
+        raise ModelError(f"{name} in {file} is {entry.dtype}, which cannot be read here", "Convert it to BF16")
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    raw = np.memmap(file, np.uint8, "c", entry.offset, (entry.nbytes,))
+    return torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _change(W: torch.Tensor, stored: Stored) -> float:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lorafit.errors import ModelError, listed
 from lorafit.model import gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
 from lorafit.model.keep import Kept, linear_weights, placeholder, put_stored, quantized_tensors, slab_tensors
+from lorafit.model.skeleton import Skeleton, build
 from lorafit.model.spec import ModelSpec
 from lorafit.quant.codecs import CODECS
 from lorafit.quant.stored import Stored
@@ -71,6 +72,23 @@ def load_tokenizer(spec: ModelSpec, trust_remote_code: bool = False) -> PreTrain
         if spec.kind == "hf":
             return _hf_tokenizer(spec, trust_remote_code)
         return _tokenizer(spec, gguf_header.read_header(spec.path))
+
+
+def load_skeleton(spec: ModelSpec, trust_remote_code: bool = False) -> Skeleton:
+    """A Hugging Face model without its weights, to be read tensor by tensor. Raises ModelError where it can't be."""
+    _refuse_own_code(spec, trust_remote_code)
+    with _quiet():
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = _explained(spec, "config", lambda: transformers.AutoConfig.from_pretrained(spec.path, **options))
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if model_class is None:
+            raise ModelError(
+                f"{spec.name} is built by its own code, so it cannot be read tensor by tensor", "Leave out --stream"
+            )
+        _refuse_other_tasks(spec, config)
+        files = [file for file in spec.files if file.suffix == ".safetensors"]
+        model, *others = _explained(spec, "weights", lambda: build(model_class, config, files))
+        return Skeleton(model, _hf_tokenizer(spec, trust_remote_code), *others)
 
 
 def _load_gguf(spec: ModelSpec, dtype: torch.dtype, storage: str) -> Loaded:

@@ -27,55 +27,55 @@ class Codec:
         return width // self.numbers * self.nbytes
 
 
-def _half(raw: Tensor) -> Tensor:
+def half(raw: Tensor) -> Tensor:
     """(n, 2 k) bytes -> (n, k) float32."""
     return raw.contiguous().view(torch.float16).float()
 
 
-def _nibbles(packed: Tensor) -> Tensor:
+def nibbles(packed: Tensor) -> Tensor:
     """(n, 16) bytes -> (n, 2, 16) float32: the low halves of the bytes, then the high ones."""
     values = torch.empty(len(packed), 2, packed.shape[1], device=packed.device)
     values[:, 0], values[:, 1] = packed & 15, packed >> 4
     return values
 
 
-def _bits(packed: Tensor, each: int) -> Tensor:
+def bits(packed: Tensor, each: int) -> Tensor:
     """(n, groups, k) bytes -> (n, groups, 8 / each, k) uint8: `each` bits at a time, the lowest first."""
     shifts = torch.arange(0, 8, each, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1)
     return packed[:, :, None] >> shifts & (1 << each) - 1
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].view(torch.int8) * _half(blocks[:, :2])
+    return blocks[:, 2:].view(torch.int8) * half(blocks[:, :2])
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks[:, 2:]).sub_(8).mul_(_half(blocks[:, :2])[..., None]).flatten(1)
+    return nibbles(blocks[:, 2:]).sub_(8).mul_(half(blocks[:, :2])[..., None]).flatten(1)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    scale, least = _half(blocks[:, :4]).unbind(dim=1)
-    return _nibbles(blocks[:, 4:]).mul_(scale[:, None, None]).add_(least[:, None, None]).flatten(1)
+    scale, least = half(blocks[:, :4]).unbind(dim=1)
+    return nibbles(blocks[:, 4:]).mul_(scale[:, None, None]).add_(least[:, None, None]).flatten(1)
 
 
-def _fives(high: Tensor, low: Tensor) -> Tensor:
+def fives(high: Tensor, low: Tensor) -> Tensor:
     """(n, 4) bytes of fifth bits, (n, 16) of the others -> (n, 32) float32 from 0 to 31."""
     fifth = (high[..., None] >> torch.arange(8, dtype=torch.uint8, device=high.device) & 1).flatten(1)
-    return _nibbles(low).flatten(1).add_(fifth, alpha=16)
+    return nibbles(low).flatten(1).add_(fifth, alpha=16)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _fives(blocks[:, 2:6], blocks[:, 6:]).sub_(16).mul_(_half(blocks[:, :2]))
+    return fives(blocks[:, 2:6], blocks[:, 6:]).sub_(16).mul_(half(blocks[:, :2]))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    both = _half(blocks[:, :4])
-    return _fives(blocks[:, 4:8], blocks[:, 8:]).mul_(both[:, :1]).add_(both[:, 1:])
+    both = half(blocks[:, :4])
+    return fives(blocks[:, 4:8], blocks[:, 8:]).mul_(both[:, :1]).add_(both[:, 1:])
 
 
-def _scales_and_least(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def scales_and_least(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of Q4_K and Q5_K: d and dmin, and 6 bits each of 8 scales and 8 minima. Returns both (n, 8, 1) float32."""
-    both = _half(blocks[:, :4])
+    both = half(blocks[:, :4])
     d, dmin = both[:, :1], both[:, 1:]
     low_scales, low_least, high = blocks[:, 4:16].view(-1, 3, 4).unbind(dim=1)
     scales = torch.cat([low_scales & 63, (high & 15) | (low_scales >> 2 & 48)], dim=1)
@@ -84,22 +84,22 @@ def _scales_and_least(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    scales, least = _scales_and_least(blocks)
-    values = _bits(blocks[:, 16:].view(-1, 4, 32), 4).flatten(1, 2).float()
+    scales, least = scales_and_least(blocks)
+    values = bits(blocks[:, 16:].view(-1, 4, 32), 4).flatten(1, 2).float()
     return values.mul_(scales).sub_(least).flatten(1)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    scales, least = _scales_and_least(blocks)
-    fifth = _bits(blocks[:, None, 16:48], 1).flatten(1, 2)
-    values = _bits(blocks[:, 48:].view(-1, 4, 32), 4).flatten(1, 2).float().add_(fifth, alpha=16)
+    scales, least = scales_and_least(blocks)
+    fifth = bits(blocks[:, None, 16:48], 1).flatten(1, 2)
+    values = bits(blocks[:, 48:].view(-1, 4, 32), 4).flatten(1, 2).float().add_(fifth, alpha=16)
     return values.mul_(scales).sub_(least).flatten(1)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    low = _bits(blocks[:, :128].view(-1, 2, 64), 4).reshape(-1, 8, 32)
-    high = _bits(blocks[:, 128:192].view(-1, 2, 32), 2).flatten(1, 2)
-    scales = _half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8)
+    low = bits(blocks[:, :128].view(-1, 2, 64), 4).reshape(-1, 8, 32)
+    high = bits(blocks[:, 128:192].view(-1, 2, 32), 2).flatten(1, 2)
+    scales = half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8)
     values = low.float().add_(high, alpha=16).sub_(32)
     return values.view(-1, 16, 16).mul_(scales[..., None]).flatten(1)
 
