@@ -110,20 +110,14 @@ def open_target(
             f"{target} was trained on a base stored as {found.storage}, and --base-storage {storage} is given",
             "Leave it out: the adapter belongs to the base it was trained on",
         )
-    with _naming_the_way(target, found):
-        spec = model_spec.read(found.base)
-    _check_same_model(target, found, spec)
-    chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
-    chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
-    kept = found.storage if storage == "auto" else storage
-    decoded = storage == "auto"
-    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded)
-    loaded.model.requires_grad_(False)
+    spec = read_base(target, found)
+    loaded, chosen = load_base(found, spec, precision_name, trust_remote_code, storage)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
         peft.load(loaded.model, found.adapter)
         set_scale(loaded.model, scale)
-        tokenizer = _tokenizer(found.adapter, loaded)
+        tokenizer = tokenizer_of(found.adapter, loaded)
+    decoded = storage == "auto"
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
     rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
     rounded += "" if decoded else f", weights kept as {storage}"
@@ -163,6 +157,26 @@ def find(target: str, adapter: str | None) -> Found:
     return Found(_base_of(path), path) if is_adapter else Found(target, None)
 
 
+def read_base(target: str, found: Found) -> model_spec.ModelSpec:
+    """The headers of the base, which must be the one that a run was trained on. Raises ModelError, AdapterError."""
+    with _naming_the_way(target, found):
+        spec = model_spec.read(found.base)
+    _check_same_model(target, found, spec)
+    return spec
+
+
+def load_base(
+    found: Found, spec: model_spec.ModelSpec, precision_name: str, trust_remote_code: bool, storage: str = "auto"
+) -> tuple[model_load.Loaded, str]:
+    """The base alone, frozen, and what it computes in; rounded, stored and chosen as `open_target` says."""
+    chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
+    chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
+    kept = found.storage if storage == "auto" else storage
+    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded=storage == "auto")
+    loaded.model.requires_grad_(False)
+    return loaded, chosen
+
+
 def _base_of(adapter: Path) -> str:
     base = peft.read_config(adapter).base
     if not base:
@@ -195,7 +209,7 @@ def _check_same_model(target: str, found: Found, spec: model_spec.ModelSpec) -> 
         )
 
 
-def _tokenizer(adapter: Path, loaded: model_load.Loaded) -> PreTrainedTokenizerBase:
+def tokenizer_of(adapter: Path, loaded: model_load.Loaded) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, else the model's. Raises AdapterError for a damaged or too large one."""
     if not all((adapter / name).is_file() for name in TOKENIZER_FILES):
         return loaded.tokenizer
