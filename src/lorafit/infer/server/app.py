@@ -178,7 +178,7 @@ class _Answer(Response):
                 self._tokens += piece.tokens
                 text = self._cut.push(piece.text)
                 self._text += text
-                if say is not None and piece.tokens:
+                if say is not None and (text or piece.tokens):
                     await say(text)
                 if self._cut.found:
                     self._finish = "stop"

@@ -142,6 +142,7 @@ def _settings(model: Path, adapters: Sequence[Path], directory: Path, context: i
     made.n_batch = made.n_ubatch = BATCH_TOKENS
     made.cpuparams.n_threads = made.cpuparams_batch.n_threads = threads
     made.cache_ram_mib, made.n_ctx_checkpoints = 0, 0
+    made.fit_params = False  # else it may take another context than it is told to
     made.warmup, made.verbosity, made.ui = False, -1, False
     made.endpoint_slots = made.endpoint_props = made.endpoint_metrics = False
     made.api_keys = [secrets.token_hex(32)]
