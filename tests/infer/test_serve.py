@@ -156,6 +156,20 @@ def test_scale_0_is_the_base_and_no_prompt_is_remembered_for_another_scale(runni
         assert fresh.chat(question, scale=0, max_tokens=40) == after[1]
 
 
+def test_a_prompt_that_was_put_aside_is_not_taken_up_by_another_scale(made: Path) -> None:
+    one, other = "The card that I ordered has not come. " * 3, "Once there was a dragon by the sea. " * 3
+
+    def said(server: Running, prompt: str, scale: float) -> str:
+        status, found = server.asked("/v1/completions", prompt=prompt, scale=scale, max_tokens=30)
+        assert status == 200
+        return str(found["choices"][0]["text"])
+
+    with Running(made / "tone", parallel=1, context=256) as server:
+        tuned, _, base = (said(server, text, scale) for text, scale in [(one, 1.0), (other, 0.0), (one, 0.0)])
+    with Running(made / "tone", parallel=1, context=256) as server:
+        assert said(server, one, 0.0) == base != tuned
+
+
 def test_a_running_text_goes_on(running: Running, made: Path) -> None:
     text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer()(text, add_special_tokens=False).input_ids

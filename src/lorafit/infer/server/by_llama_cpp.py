@@ -141,7 +141,7 @@ def _settings(model: Path, adapters: Sequence[Path], directory: Path, context: i
     made.n_ctx, made.n_parallel, made.kv_unified = context * parallel, parallel, False
     made.n_batch = made.n_ubatch = BATCH_TOKENS
     made.cpuparams.n_threads = made.cpuparams_batch.n_threads = threads
-    made.cache_ram_mib, made.n_ctx_checkpoints = 0, 0
+    made.cache_ram_mib, made.cache_idle_slots, made.n_ctx_checkpoints = 0, False, 0
     made.fit_params = False  # else it may take another context than it is told to
     made.warmup, made.verbosity, made.ui = False, -1, False
     made.endpoint_slots = made.endpoint_props = made.endpoint_metrics = False

@@ -27,7 +27,8 @@ def announce(config: ServeConfig, offered: dict[str, Served], facts: dict[str, A
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{facts['port']}"
     names = [f"{one.name} (the base)" if one.adapter is None else one.name for one in offered.values()]
-    many = f"{facts['parallel']} answers at a time, {format_count(config.queue)} requests may wait"
+    at_once = "one answer" if facts["parallel"] == 1 else f"{facts['parallel']} answers"
+    many = f"{at_once} at a time, {format_count(config.queue)} more may wait"
     first = next(iter(offered.values()))
     lines = [
         f"serving {listed(names)} by {facts['backend']} on {url}",
