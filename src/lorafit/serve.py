@@ -87,7 +87,7 @@ def serve(config: ServeConfig, console: Console, ready: Callable[[Up], None]) ->
         backend, served, reason = _open(config, spec, targets, Path(directory), console)
         offered = {one.name: one for one in served}
         facts = {
-            "host": config.host, "port": socket.getsockname()[1], "models": list(offered), "backend": backend.name,
+            "host": config.host, "port": socket.getsockname()[1], "local": local, "models": list(offered), "backend": backend.name,
             "reason": reason, "context": backend.context, "parallel": backend.parallel,
         }  # fmt: skip
         try:

@@ -60,19 +60,32 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         yield made
 
 
+class _Signal(KeyboardInterrupt):
+    """A signal on its way up; no library takes it for an error of its own, as it might an Exception."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While this holds, SIGTERM raises Interrupted, so that what was begun is cleaned up. In the main thread alone."""
+    """While this holds, SIGINT and SIGTERM end the block, so that what was begun is cleaned up. Raises Interrupted.
+
+    Elsewhere than in the main thread Python allows no handlers, and nothing is changed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise stopped(number)
+        raise _Signal(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+    except _Signal as caught:
+        raise stopped(caught.number) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

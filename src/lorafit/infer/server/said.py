@@ -30,6 +30,8 @@ def announce(config: ServeConfig, offered: dict[str, Served], facts: dict[str, A
     at_once = "one answer" if facts["parallel"] == 1 else f"{facts['parallel']} answers"
     many = f"{at_once} at a time, {format_count(config.queue)} more may wait"
     first = next(iter(offered.values()))
+    if not facts["local"]:
+        say(console, "it can be reached from other machines, unencrypted: put a proxy that speaks TLS in front of it")
     lines = [
         f"serving {listed(names)} by {facts['backend']} on {url}",
         f"{format_count(facts['context'])} tokens of context; {many}. Ask it:",
