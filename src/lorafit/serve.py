@@ -22,9 +22,12 @@ from lorafit.export import gguf as export_gguf
 from lorafit.export import peft
 from lorafit.infer.generate import end_tokens
 from lorafit.infer.server.ask import Backend, Served
+from lorafit.infer.server.body import Limits
 from lorafit.infer.server.by_llama_cpp import ByLlamaCpp
 from lorafit.infer.server.by_transformers import ByTransformers, sharing_weights
+from lorafit.infer.server.guard import Guard
 from lorafit.infer.server.said import TOKEN_VARIABLE, announce, say
+from lorafit.infer.server.work import Work
 from lorafit.lora.inject import detach
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
@@ -65,15 +68,10 @@ def serve(config: ServeConfig, console: Console, ready: Callable[[Up], None]) ->
     Raises Interrupted on a signal, LorafitError for whatever the user can mend.
     """
     _need_extra()
-    from lorafit.infer.server import listen
+    from lorafit.infer.server import app, listen
 
-    token, local = _token(config), listen.is_loopback(config.host)
-    if token is None and not local:
-        raise ConfigError(
-            f"--host {config.host} can be reached from other machines, and there is no token",
-            f"Give one by --token-file or {TOKEN_VARIABLE}, such as that of `openssl rand -hex 24`",
-        )
-    most_bytes = parse_bytes(config.max_body, "--max-body")
+    guard = _guard(config, listen.is_loopback(config.host))
+    limits = Limits(config.scale, config.max_scale, config.temperature, config.max_new_tokens)
     if abs(config.scale) > config.max_scale:
         raise ConfigError(f"--scale {config.scale:g} is above --max-scale {config.max_scale:g}", "Raise --max-scale")
     targets = _targets(config.runs)
@@ -85,43 +83,22 @@ def serve(config: ServeConfig, console: Console, ready: Callable[[Up], None]) ->
     ):
         spec = _one_base(targets)
         backend, served, reason = _open(config, spec, targets, Path(directory), console)
-        offered = {one.name: one for one in served}
+        offered, work = {one.name: one for one in served}, Work(backend, config.queue)
+        service = app.Service(offered, work, limits, guard, config.timeout_s, lambda line: say(console, line))
+        listener = listen.Listener(service.app, work, config.grace_s, backend.parallel + config.queue)
         facts = {
-            "host": config.host, "port": socket.getsockname()[1], "local": local, "models": list(offered), "backend": backend.name,
-            "reason": reason, "context": backend.context, "parallel": backend.parallel,
+            "host": config.host, "port": socket.getsockname()[1], "local": guard.local, "models": list(offered),
+            "backend": backend.name, "reason": reason, "context": backend.context, "parallel": backend.parallel,
         }  # fmt: skip
+
+        def up() -> None:
+            announce(config, offered, facts, console)
+            ready(Up(facts, listener.stop))
+
         try:
-            _listen(config, listen, backend, offered, (token, local, most_bytes), facts, socket, console, ready)
+            listener.run(socket, up)
         finally:
             backend.close()
-
-
-def _listen(
-    config: ServeConfig,
-    listen: Any,
-    backend: Backend,
-    offered: dict[str, Served],
-    guarded: tuple[str | None, bool, int],
-    facts: dict[str, Any],
-    socket: Any,
-    console: Console,
-    ready: Callable[[Up], None],
-) -> None:
-    from lorafit.infer.server.app import Service
-    from lorafit.infer.server.body import Limits
-    from lorafit.infer.server.guard import Guard
-    from lorafit.infer.server.work import Work
-
-    limits = Limits(config.scale, config.max_scale, config.temperature, config.max_new_tokens)
-    work = Work(backend, config.queue)
-    service = Service(offered, work, limits, Guard(*guarded), config.timeout_s, lambda line: say(console, line))
-    listener = listen.Listener(service.app, work, config.grace_s, backend.parallel + config.queue)
-
-    def up() -> None:
-        announce(config, offered, facts, console)
-        ready(Up(facts, listener.stop))
-
-    listener.run(socket, up)
 
 
 def _need_extra() -> None:
@@ -130,6 +107,17 @@ def _need_extra() -> None:
         raise ConfigError(
             f"serving needs {' and '.join(missing)}, which is not installed", "Install it: pip install 'lorafit[serve]'"
         )
+
+
+def _guard(config: ServeConfig, local: bool) -> Guard:
+    """Raises ConfigError where others could ask without a token."""
+    token = _token(config)
+    if token is None and not local:
+        raise ConfigError(
+            f"--host {config.host} can be reached from other machines, and there is no token",
+            f"Give one by --token-file or {TOKEN_VARIABLE}, such as that of `openssl rand -hex 24`",
+        )
+    return Guard(token, local, parse_bytes(config.max_body, "--max-body"))
 
 
 def _token(config: ServeConfig) -> str | None:

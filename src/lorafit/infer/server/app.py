@@ -23,11 +23,12 @@ from lorafit.infer.server import reply
 from lorafit.infer.server.ask import Served, UntilStop
 from lorafit.infer.server.body import ApiError, Limits, Order, read_order
 from lorafit.infer.server.guard import BODY_SECONDS, Guard, as_response, check_json
-from lorafit.infer.server.work import Piece, Stop, Work, gone, late
+from lorafit.infer.server.work import GONE, Piece, Stop, Work, gone, late
 
 Log = Callable[[str], None]
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-SHOWN_CHARS = 80  # of a path that is not known, in the log
+SHOWN_CHARS = 80  # of a path, in the log
+SEND_SECONDS = 30.0  # for a client to take a part of an answer
 
 
 class Service:
@@ -50,7 +51,7 @@ class Service:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
         ]
-        handlers: dict[Any, Any] = {HTTPException: _http_error, ApiError: _api_error, Exception: _our_fault}
+        handlers: dict[Any, Any] = {HTTPException: _http_error, ApiError: _api_error, Exception: self._our_fault}
         return _Guarded(Starlette(routes=routes, exception_handlers=handlers), self)
 
     async def _health(self, request: Request) -> Response:
@@ -81,6 +82,10 @@ class Service:
             self.work.reader, read_order, raw, chat, self.offered, self.limits, self.work.backend
         )
         return _Answer(order, stop, self)
+
+    async def _our_fault(self, request: Request, error: Exception) -> Response:
+        self.log(f"failed: {error!r}")
+        return await _api_error(request, ApiError(500, "the server failed", "server_error", "internal_error"))
 
     async def _body(self, request: Request) -> bytes:
         """All of it, up to the limit. Raises ApiError."""
@@ -122,9 +127,9 @@ class _Guarded:
             await _send_error(error, noting)
         else:
             await self._app(scope, receive, noting)
-        path = scope["path"] if scope["path"].startswith(("/v1/chat/", "/v1/completions")) else _shown(scope["path"])
         seconds = time.perf_counter() - started
-        self._service.log(f"{scope['method']} {path} {status}{scope['lorafit']} {seconds:.2f} s")
+        asked = f"{_shown(scope['method'])} {_shown(scope['path'])}"
+        self._service.log(f"{asked} {status or 'gone'}{scope['lorafit']} {seconds:.2f} s")
 
 
 class _Answer(Response):
@@ -133,7 +138,8 @@ class _Answer(Response):
     def __init__(self, order: Order, stop: Stop, service: Service) -> None:
         self._order, self._stop, self._service = order, stop, service
         self._head, self._cut = reply.Head.of(order), UntilStop(order.stop)
-        self._text, self._tokens, self._finish = "", 0, ""
+        self._texts: list[str] = []
+        self._tokens, self._finish = 0, ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.ensure_future(_until_gone(receive, self._stop))
@@ -145,6 +151,8 @@ class _Answer(Response):
                 else:
                     await self._whole(told)
         except ApiError as error:
+            if error.status == 500:
+                self._service.log(f"failed: {error.__cause__!r}")
             await told.error(error)
         finally:
             watch.cancel()
@@ -153,7 +161,8 @@ class _Answer(Response):
 
     async def _whole(self, told: _Told) -> None:
         await self._pieces(None)
-        await told.whole(reply.dumped(self._head.whole(self._text, self._finish, self._tokens)))
+        text = "".join(self._texts) + self._cut.rest()
+        await told.whole(reply.dumped(self._head.whole(text, self._finish, self._tokens)))
 
     async def _stream(self, told: _Told) -> None:
         begun = False
@@ -165,7 +174,7 @@ class _Answer(Response):
                 await told.event(self._head.piece(text))
 
         await self._pieces(say)
-        await say(self._cut.rest() if not self._cut.found else "")
+        await say(self._cut.rest())
         await told.end(self._head.last(self._finish, self._tokens))
 
     async def _pieces(self, say: Callable[[str], Awaitable[None]] | None) -> None:
@@ -177,14 +186,12 @@ class _Answer(Response):
                     break
                 self._tokens += piece.tokens
                 text = self._cut.push(piece.text)
-                self._text += text
+                self._texts.append(text)
                 if say is not None and (text or piece.tokens):
                     await say(text)
                 if self._cut.found:
                     self._finish = "stop"
                     return
-        if say is None:
-            self._text += self._cut.rest()
 
     def _end(self, finish: str) -> None:
         """finish: as the backend tells it. Raises ApiError."""
@@ -194,10 +201,10 @@ class _Answer(Response):
 
 
 class _Told:
-    """What of an answer has been sent."""
+    """What of an answer has been sent. A client that does not take it is one that has gone: it would hold its slot."""
 
     def __init__(self, send: Send) -> None:
-        self._send, self._begun = send, False
+        self._to, self._begun = send, False
 
     async def whole(self, body: bytes) -> None:
         await _send(self._send, 200, [(b"content-type", b"application/json")], body)
@@ -216,11 +223,20 @@ class _Told:
         await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": False})
 
     async def error(self, error: ApiError) -> None:
-        """As a response of its own; as an event, without a [DONE], where the answer has begun."""
+        """As a response of its own; as an event, without a [DONE], where the answer has begun; to nobody not at all."""
+        if error.status == GONE:
+            return
         if self._begun:
             await self.end([reply.event(error.body)])
         else:
             await _send_error(error, self._send)
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._to(message)
+        except TimeoutError:
+            raise gone() from None
 
 
 async def _until_gone(receive: Receive, stop: Stop) -> None:
@@ -255,10 +271,6 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
     message = sentence.get(error.status_code, str(error.detail))
     return await _api_error(request, ApiError(error.status_code, message, code=code))
-
-
-async def _our_fault(request: Request, error: Exception) -> Response:
-    return await _api_error(request, ApiError(500, "the server failed", "server_error", "internal_error"))
 
 
 def _shown(path: str) -> str:

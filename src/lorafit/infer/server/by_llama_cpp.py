@@ -145,6 +145,7 @@ def _settings(model: Path, adapters: Sequence[Path], directory: Path, context: i
     made.fit_params = False  # else it may take another context than it is told to
     made.warmup, made.verbosity, made.ui = False, -1, False
     made.endpoint_slots = made.endpoint_props = made.endpoint_metrics = False
+    made.n_threads_http = 1
     made.api_keys = [secrets.token_hex(32)]
     path = directory / "llama.sock"
     if len(str(path).encode()) <= LONGEST_SOCKET_PATH:

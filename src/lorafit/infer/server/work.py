@@ -13,6 +13,8 @@ from lorafit.errors import LorafitError
 from lorafit.infer.server.ask import Ask, Backend, Finish
 from lorafit.infer.server.body import ApiError
 
+GONE = 499  # the status that nginx logs when a client has left
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -54,12 +56,12 @@ class Stop:
 
 def late() -> ApiError:
     """For a request that took too long."""
-    return ApiError(504, "the answer took longer than is allowed here", "server_error", "timeout")
+    return ApiError(504, "the request took longer than is allowed here", "server_error", "timeout")
 
 
 def gone() -> ApiError:
-    """For nobody: the client has left. The number is what nginx logs then."""
-    return ApiError(499, "the client has gone", code="client_gone")
+    """For nobody: the client has left."""
+    return ApiError(GONE, "the client has gone", code="client_gone")
 
 
 def closing() -> ApiError:
