@@ -185,10 +185,12 @@ def _one_base(targets: Sequence[Target]) -> model_spec.ModelSpec:
                 f"{first.text} and {other.text} stand on two base models, {first.found.base} and {other.found.base}",
                 "Serve each by a server of its own, on another --port",
             )
-    storages = sorted({target.found.storage for target in targets if target.found.adapter})
+    # Blocks that were kept hold the same numbers as those that were decoded at once.
+    as_it_is = {"auto": "it is", "keep": "it is"}
+    storages = {as_it_is.get(target.found.storage, target.found.storage) for target in _with_adapters(targets)}
     if len(storages) > 1:
         raise AdapterError(
-            f"these runs were trained on one base that was stored as {' and as '.join(storages)}, which are two models",
+            f"these runs were trained on their base as {' and as '.join(sorted(storages))}, which are two models",
             "Serve each by a server of its own, on another --port",
         )
     return spec

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,12 @@ def test_a_first_space_is_dropped_where_our_decoder_drops_it() -> None:
     backend.decoder = decoders.Metaspace()
     assert drops_first_space(PreTrainedTokenizerFast(tokenizer_object=backend))
     assert not drops_first_space(tiny.tokenizer())
+
+
+def test_the_command_line_does_without_the_servers_libraries_until_it_serves() -> None:
+    code = "import sys; sys.argv = ['lorafit', 'serve', '--help']\ntry:\n  from lorafit.cli import main; main()\n"
+    code += "except SystemExit: pass\nsys.exit(bool({'starlette', 'uvicorn', 'xllamacpp', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(
