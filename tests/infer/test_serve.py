@@ -401,7 +401,25 @@ def test_a_signal_ends_it_in_order(number: int, code: int, made: Path, tmp_path:
     command = [sys.executable, "-m", "lorafit", "serve", str(made / "law"), "--port", "0", "--json", "--grace-s", "0.1"]
     command += ["--type", "f32", "--backend", "llama.cpp" if number == signal.SIGTERM else "transformers"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "LORAFIT_TOKEN": TOKEN}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            errors, port = _interrupted(process, number)
+        finally:
+            process.kill()
+    assert process.returncode == code, errors
+    assert errors.splitlines()[-1].startswith("lorafit: stopped by")
+    assert "Traceback" not in errors
+    assert TOKEN not in errors
+    assert not list(tmp_path.glob("lorafit-serve-*"))
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+
+
+def _interrupted(process: subprocess.Popen[str], number: int) -> tuple[str, int]:
+    """Send the signal in the middle of an answer. Returns what the server said, and its port."""
     assert process.stdout is not None
     up = json.loads(process.stdout.readline())
     ports = {c.laddr.port for c in psutil.Process(process.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN}
@@ -415,11 +433,4 @@ def test_a_signal_ends_it_in_order(number: int, code: int, made: Path, tmp_path:
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert errors.splitlines()[-1].startswith("lorafit: stopped by")
-    assert "Traceback" not in errors
-    assert TOKEN not in errors
-    assert not list(tmp_path.glob("lorafit-serve-*"))
-    with socket.socket() as again:
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("127.0.0.1", up["port"]))
+    return errors, up["port"]
