@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -396,11 +397,18 @@ def test_a_request_has_a_limited_time(dora: Path) -> None:
         assert json.loads(events[-2].removeprefix(b"data: "))["error"]["code"] == "timeout"
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory for temporary files in which the path of a socket finds room."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as directory:
+        yield Path(directory)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_in_order(number: int, code: int, made: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_it_in_order(number: int, code: int, made: Path, short: Path) -> None:
     command = [sys.executable, "-m", "lorafit", "serve", str(made / "law"), "--port", "0", "--json", "--grace-s", "0.1"]
     command += ["--type", "f32", "--backend", "llama.cpp" if number == signal.SIGTERM else "transformers"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "LORAFIT_TOKEN": TOKEN}
+    environment = {**os.environ, "TMPDIR": str(short), "LORAFIT_TOKEN": TOKEN}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -412,7 +420,7 @@ def test_a_signal_ends_it_in_order(number: int, code: int, made: Path, tmp_path:
     assert errors.splitlines()[-1].startswith("lorafit: stopped by")
     assert "Traceback" not in errors
     assert TOKEN not in errors
-    assert not list(tmp_path.glob("lorafit-serve-*"))
+    assert not list(short.iterdir())
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,26 +150,37 @@ def test_models_that_share_weights_keep_their_adapters_apart() -> None:
     assert own <= {parameter.data_ptr() for parameter in copy.parameters()}
 
 
-def test_llama_cpp_ends_at_tokens_that_it_does_not_know_as_ends(tmp_path: Path) -> None:
-    model().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    spec = model_spec.read(str(tmp_path))
+@pytest.fixture(scope="module")
+def in_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("in_gguf")
+    model().save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    spec = model_spec.read(str(directory))
     loaded = model_load.load(spec, torch.float32)
-    export_gguf.write_model(loaded.model, loaded.tokenizer, spec, tmp_path / "model.gguf", "f32")
-    ids = tokenizer()("What is it?").input_ids
+    export_gguf.write_model(loaded.model, loaded.tokenizer, spec, directory / "model.gguf", "f32")
+    return directory / "model.gguf"
 
-    def answered(directory: str, stops: frozenset[int]) -> tuple[str, str]:
-        (tmp_path / directory).mkdir()
-        backend = ByLlamaCpp(
-            tmp_path / "model.gguf", [], tmp_path / directory, context=64, parallel=1, threads=1, stops=stops,
-            tokenizer=loaded.tokenizer,
-        )  # fmt: skip
+
+@contextmanager
+def by_llama_cpp(file: Path, directory: Path, stops: frozenset[int]) -> Iterator[ByLlamaCpp]:
+    directory.mkdir()
+    made = ByLlamaCpp(
+        file, [], directory, context=64, parallel=1, threads=1, stops=stops, tokenizer=tokenizer()
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+def test_llama_cpp_ends_at_tokens_that_it_does_not_know_as_ends(in_gguf: Path, tmp_path: Path) -> None:
+    def answered(name: str, stops: frozenset[int]) -> tuple[str, str]:
         texts: list[str] = []
-        finish = backend.answer(
-            Ask(None, 0.0, ids, stops, 20, 0.0),
-            lambda text, tokens: bool(texts.append(text)),  # type: ignore[func-returns-value]
-        )
-        backend.close()
+
+        def take(text: str, tokens: int) -> bool:
+            texts.append(text)
+            return False
+
+        with by_llama_cpp(in_gguf, tmp_path / name, stops) as backend:
+            finish = backend.answer(Ask(None, 0.0, tokenizer()("What is it?").input_ids, stops, 20, 0.0), take)
         return "".join(texts), finish
 
     whole, finish = answered("a", frozenset({1}))
@@ -172,6 +188,18 @@ def test_llama_cpp_ends_at_tokens_that_it_does_not_know_as_ends(tmp_path: Path) 
     letter = next(one for one in whole[3:] if one.isascii())
     (stop,) = tokenizer()(letter).input_ids
     assert answered("b", frozenset({1, stop})) == (whole[: whole.index(letter)], "stop")
+
+
+def test_llama_cpps_own_port_answers_nobody(in_gguf: Path, tmp_path: Path) -> None:
+    with by_llama_cpp(in_gguf, tmp_path / ("long" * 25), frozenset({1})) as backend:  # no room for a socket's path
+        address = str(backend._server.listening_address)
+        assert address.startswith("http://127.0.0.1:")
+        for path, body in (("/v1/completions", b'{"prompt": "a"}'), ("/lora-adapters", b"[]"), ("/tokenize", b"{}")):
+            with pytest.raises(urllib.error.HTTPError, match="401") as error:
+                urllib.request.urlopen(address + path, body, timeout=30)
+            error.value.close()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, by_llama_cpp(in_gguf, Path(short) / "a", frozenset()) as one:
+        assert str(one._server.listening_address).endswith("llama.sock")
 
 
 def test_a_first_space_is_dropped_where_our_decoder_drops_it() -> None:

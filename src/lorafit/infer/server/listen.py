@@ -125,16 +125,28 @@ class Listener:
     async def _run(self, at: socket.socket, ready: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._server.ready = ready
-        catches = threading.current_thread() is threading.main_thread()
-        for number in SIGNALS if catches else ():
-            self._loop.add_signal_handler(number, self._stop, number)
+        with self._signals_caught(self._loop):
+            try:
+                await self._server.serve(sockets=[at])
+            finally:
+                self._work.stop_all()
+                await asyncio.to_thread(self._work.close)
+
+    @contextmanager
+    def _signals_caught(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        """Let signals stop the server, in the main thread; the handlers before come back."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._stop, number)
         try:
-            await self._server.serve(sockets=[at])
+            yield
         finally:
-            for number in SIGNALS if catches else ():
-                self._loop.remove_signal_handler(number)
-            self._work.stop_all()
-            await asyncio.to_thread(self._work.close)
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
     def _stop(self, number: int) -> None:
         """Take no more requests; end those under way after the grace, and at once when told so a second time."""
