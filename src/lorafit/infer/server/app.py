@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,12 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorafit.infer.server import reply
 from lorafit.infer.server.ask import Served, UntilStop
 from lorafit.infer.server.body import ApiError, Limits, Order, read_order
-from lorafit.infer.server.guard import BODY_SECONDS, Guard, as_response, check_json
+from lorafit.infer.server.guard import BODY_SECONDS, TOO_LARGE, Guard, as_response, check_json
 from lorafit.infer.server.work import GONE, Piece, Stop, Work, gone, late
 
 Log = Callable[[str], None]
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 SHOWN_CHARS = 80  # of a path, in the log
+DRAINED_BYTES, DRAIN_SECONDS = 1 << 24, 5.0  # of a body that is too large, before it is refused
 SEND_SECONDS = 30.0  # for a client to take a part of an answer
 
 
@@ -95,6 +96,7 @@ class Service:
                 async for part in request.stream():
                     raw += part
                     if len(raw) > self.guard.max_body_bytes:
+                        await _drain(request.receive)
                         raise self.guard.too_large()
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time", code="timeout") from None
@@ -124,6 +126,8 @@ class _Guarded:
         try:
             self._service.guard.check(scope["path"], scope["headers"])
         except ApiError as error:
+            if error.status == TOO_LARGE and b"expect" not in dict(scope["headers"]):
+                await _drain(receive)
             await _send_error(error, noting)
         else:
             await self._app(scope, receive, noting)
@@ -237,6 +241,18 @@ class _Told:
                 await self._to(message)
         except TimeoutError:
             raise gone() from None
+
+
+async def _drain(receive: Receive) -> None:
+    """Read on for a little: a client that is cut off while it sends does not see why."""
+    left = DRAINED_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 async def _until_gone(receive: Receive, stop: Stop) -> None:

@@ -13,6 +13,7 @@ from lorafit.infer.server.body import ApiError
 
 OPEN_PATHS = ("/health",)  # says nothing but that the server lives
 LOCAL_NAMES = ("localhost",)
+TOO_LARGE = 413
 BODY_SECONDS = 30.0  # for a body to arrive
 
 
@@ -39,7 +40,7 @@ class Guard:
 
     def too_large(self) -> ApiError:
         """For a body beyond the limit."""
-        return ApiError(413, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
+        return ApiError(TOO_LARGE, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
 
 
 def check_json(headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -84,6 +85,6 @@ def as_response(error: ApiError) -> tuple[int, list[tuple[bytes, bytes]], bytes]
         headers.append((b"www-authenticate", b"Bearer"))
     if error.status == 429:
         headers.append((b"retry-after", b"1"))
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in (408, TOO_LARGE):  # the rest of the body is not read
         headers.append((b"connection", b"close"))
     return error.status, headers, body
