@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from types import TracebackType
@@ -74,6 +75,16 @@ class Running:
     @property
     def said(self) -> str:
         return self._said.getvalue()
+
+    def logged(self, *parts: str) -> str:
+        """The first line with all of these in it; a request's line comes after its answer."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            for line in self.said.splitlines():
+                if all(part in line for part in parts):
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"no line with {parts} in:\n{self.said}")
 
     # --- asking -----------------------------------------------------------------------------------------------------
 

@@ -324,7 +324,7 @@ def test_paths_methods_types_and_hosts_that_are_wrong_are_refused(running: Runni
     assert [status for status, _ in refused] == [404, 404, 405, 415, 403, 403]
     assert all({"message", "type", "code"} <= found["error"].keys() for _, found in refused)
     assert running.raw("GET", "/v1/chat/%1b[31m%0aGET")[0] == 404
-    assert r"GET /v1/chat/\x1b[31m\nGET 404" in running.said
+    assert running.logged(r"GET /v1/chat/\x1b[31m\nGET 404")
     for host in ("localhost", "localhost:1", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
         assert running.raw("GET", "/v1/models", None, Host=host)[0] == 200
     with running.open("GET", "/v1/models", headers={"Origin": "http://evil.example"}) as response:
@@ -387,7 +387,7 @@ def test_the_queue_is_short_and_who_leaves_is_not_answered_any_more(plain: Runni
             status, found = refused.result()
             assert (status, found["error"]["code"]) == (429, "queue_full")
         assert waiting.result()[0] == 200
-    left = next(line for line in plain.said.splitlines() if "not finished" in line and " 429 " not in line)
+    left = plain.logged(" 200 ", "not finished")
     assert int(left.split("+")[1].split()[0]) < 400
 
 

@@ -167,8 +167,10 @@ def by_llama_cpp(file: Path, directory: Path, stops: frozenset[int]) -> Iterator
     made = ByLlamaCpp(
         file, [], directory, context=64, parallel=1, threads=1, stops=stops, tokenizer=tokenizer()
     )  # fmt: skip
-    yield made
-    made.close()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def test_llama_cpp_ends_at_tokens_that_it_does_not_know_as_ends(in_gguf: Path, tmp_path: Path) -> None:

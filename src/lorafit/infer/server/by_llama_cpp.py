@@ -8,6 +8,7 @@ adapter and its scale. Known traps:
 - it opens an HTTP port of its own, without our token: it gets a socket in a directory of ours, and a random key.
 - it sets signal handlers: Python's are put back.
 - in a stream it gives text, no ids; a token that it does not know as an end is seen by its probability's id.
+- closed before its loop runs, it waits for ever.
 - a JSON schema that it does not understand is passed over without a word: each is tried once.
 """
 
@@ -63,7 +64,8 @@ class ByLlamaCpp:
         self._adapters, self._drops_first_space = len(adapters), drops_first_space(tokenizer)
         self._no_json = int(tokenizer(NO_JSON, add_special_tokens=False).input_ids[-1])
         self._server = _start(_settings(model, adapters, directory, context, parallel, threads))
-        self._ends = frozenset(token for token in stops if self._is_end(token))
+        # Asked of one token at least: a server that is closed before its loop has begun to run never ends.
+        self._ends = frozenset(token for token in {self._no_json, *stops} if self._is_end(token))
         self._keeps_to = functools.lru_cache(KNOWN_SCHEMAS)(self._try_schema)
 
     def answer(self, ask: Ask, take: Take) -> Finish:
