@@ -28,6 +28,7 @@ from lorafit.config import (
     MergeConfig,
     PlanConfig,
     ScaleConfig,
+    ServeConfig,
     ShrinkConfig,
     TrainConfig,
     build,
@@ -227,6 +228,25 @@ def chat(given: dict[str, Any]) -> None:
     from lorafit import use
 
     use.chat(resolved, _log(), sys.stdin, sys.stdout)
+
+
+@app.command(rich_help_panel="Use")
+@options_of(ServeConfig, ("runs",))
+def serve(given: dict[str, Any], as_json: JSON = False) -> None:
+    """Answer requests over HTTP as OpenAI's API does: runs of one base model, each under its name, and the base.
+
+    lorafit serve runs/first
+
+    lorafit serve runs/law tone=runs/tone/second --port 9000 --parallel 4
+
+    lorafit serve runs/first --host 0.0.0.0 --token-file token.txt
+    """
+    resolved, _ = build(ServeConfig, {}, given)
+
+    from lorafit.serve import serve as run
+
+    # Flushed: who waits for this line reads it through a pipe.
+    run(resolved, _log(), lambda up: print(json.dumps(up.facts), flush=True) if as_json else None)
 
 
 @app.command(rich_help_panel="Ship")

@@ -370,6 +370,49 @@ class ChatConfig(Frozen):
     """Run Python code that comes with the model."""
 
 
+class ServeConfig(Frozen):
+    """One server."""
+
+    runs: list[str] = Field(min_length=1)
+    """Run directories (or models, adapter directories) of one base model, each as PATH or NAME=PATH."""
+    host: str = "127.0.0.1"
+    """The address to listen on. Any that others can reach needs a token."""
+    port: int = Field(8000, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
+    token_file: str | None = None
+    """A file with the token that every request must bring. Default: the environment's LORAFIT_TOKEN, if it is set."""
+    backend: Literal["auto", "llama.cpp", "transformers"] = "auto"
+    """What computes: auto is llama.cpp where it can hold the base and every adapter, else transformers."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
+    """Type of the GGUF file that llama.cpp gets of a Hugging Face base; a GGUF base stays as it is."""
+    scale: float = 1.0
+    """Multiplies the update where a request has no `scale`: 0 is the base, 1 the tuned model."""
+    max_scale: float = Field(4.0, ge=0)
+    """Largest scale that a request may ask for, above and below 0."""
+    temperature: float = Field(0.0, ge=0, le=2)
+    """Where a request has none: 0 takes the likeliest token each time; higher is more varied."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Longest answer, in tokens; a request may ask for less."""
+    context: int | None = Field(None, ge=16)
+    """Most tokens of a prompt and its answer. Default: what the model can read, at most 4096."""
+    parallel: int = Field(2, ge=1, le=64)
+    """Requests that are answered at the same time (by transformers one)."""
+    queue: int = Field(16, ge=0)
+    """Requests that may wait for their turn; more are refused."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest time of a request, waiting included."""
+    grace_s: float = Field(5.0, ge=0)
+    """How long answers that are under way may go on when the server is told to stop."""
+    max_body: str = "1MiB"
+    """Largest request."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen base, for transformers."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
 class MergeConfig(Frozen):
     """One merge."""
 

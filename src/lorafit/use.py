@@ -112,17 +112,13 @@ def open_target(
         )
     spec = read_base(target, found)
     check_same_model(target, found, spec)
-    chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
-    chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
-    kept = found.storage if storage == "auto" else storage
-    decoded = storage == "auto"
-    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded)
-    loaded.model.requires_grad_(False)
+    loaded, chosen = load_base(found, spec, precision_name, trust_remote_code, storage)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
         saved.load(loaded.model, found.adapter)
         table.of(loaded.model).set_scale(loaded.model, scale)
         tokenizer = tokenizer_of(found.adapter, loaded.model, loaded.tokenizer)
+    decoded = storage == "auto"
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
     rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
     rounded += "" if decoded else f", weights kept as {storage}"
@@ -166,6 +162,18 @@ def read_base(target: str, found: Found) -> model_spec.ModelSpec:
     """The model that a target stands on, from its headers. Raises ModelError."""
     with _naming_the_way(target, found):
         return model_spec.read(found.base)
+
+
+def load_base(
+    found: Found, spec: model_spec.ModelSpec, precision_name: str, trust_remote_code: bool, storage: str = "auto"
+) -> tuple[model_load.Loaded, str]:
+    """The base alone, frozen, and what it computes in; rounded, stored and chosen as `open_target` says."""
+    chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
+    chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
+    kept = found.storage if storage == "auto" else storage
+    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded=storage == "auto")
+    loaded.model.requires_grad_(False)
+    return loaded, chosen
 
 
 def _base_of(adapter: Path) -> str:

@@ -36,17 +36,25 @@ def examples_of(pairs: list[tuple[str, str]]) -> list[Example]:
     return read_examples([Row(tiny.chat_row(*pair), f"rows.jsonl:{n + 1}") for n, pair in enumerate(pairs)])
 
 
-def llama() -> LlamaForCausalLM:
+def llama(more_tokens: int = 0) -> LlamaForCausalLM:
     """The tiny model, able to end: its end token is also its pad token, whose embedding and head begin as zeros."""
     model = tiny.llama()
+    if more_tokens:
+        model.resize_token_embeddings(model.config.vocab_size + more_tokens, mean_resizing=False)
     with torch.no_grad():
-        model.model.embed_tokens.weight[1].normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        for row in (1, *range(258, 258 + more_tokens)):
+            model.model.embed_tokens.weight[row].normal_(std=0.2, generator=generator)
     return model
 
 
-def learn() -> Learned:
+def learn(
+    pairs: list[tuple[str, str]] = LEARNED,
+    model: LlamaForCausalLM | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Learned:
     """Train the adapter for a second."""
-    model, tokenizer, examples = llama(), tiny.tokenizer(), examples_of(LEARNED)
+    model, tokenizer, examples = model or llama(), tokenizer or tiny.tokenizer(), examples_of(pairs)
     attach(
         model, r=8, alpha=24.0, targets="all-linear", variant="lora", rule="alpha/r", init="gaussian", dropout=0.2,
         rank_pattern={}, alpha_pattern={}, layers=None, seed=0,

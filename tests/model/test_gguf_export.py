@@ -22,6 +22,7 @@ from lorafit.export import gguf as export_gguf
 from lorafit.export import peft
 from lorafit.export.merge import merge_into_base
 from lorafit.lora.inject import detach, lora_layers
+from lorafit.lora.tokens import attach_rows
 from lorafit.methods import lora
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
@@ -150,6 +151,10 @@ def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], t
     model, spec = adapted(gguf_of("llama", "F32"), variant="dora")
     with pytest.raises(AdapterError, match="is of variant dora"):
         export_gguf.write_adapter(model, spec, tmp_path / "adapter.gguf")
+    with_rows, spec = adapted(gguf_of("llama", "F32"))
+    attach_rows(with_rows, [3, 4])
+    with pytest.raises(AdapterError, match="trained rows of single tokens"):
+        export_gguf.write_adapter(with_rows, spec, tmp_path / "adapter.gguf")
     plain, _ = adapted(tiny.write_model(tmp_path / "model"))
     peft.save(plain, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(tmp_path / "model"), tokenizer=None)
     settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "what": "adapter"}

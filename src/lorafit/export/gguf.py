@@ -19,6 +19,7 @@ from lorafit.errors import AdapterError, ModelError, listed
 from lorafit.export.gguf_header import write_header
 from lorafit.lora.inject import lora_layers
 from lorafit.lora.layer import LoRALayer
+from lorafit.lora.tokens import token_rows
 from lorafit.model import gguf_header
 from lorafit.model.gguf_names import NOT_PARAMETERS, gguf_name, hf_name
 from lorafit.model.spec import ModelSpec
@@ -78,6 +79,11 @@ def write_adapter(model: nn.Module, spec: ModelSpec, path: Path) -> int:
     import gguf
 
     architecture, layers = architecture_of(spec), lora_layers(model)
+    if token_rows(model):
+        raise AdapterError(
+            "the adapter has trained rows of single tokens, which a GGUF LoRA file cannot hold",
+            "Merge it, and write the merged model",
+        )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= _factors(name, layer, architecture, spec)

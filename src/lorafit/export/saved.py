@@ -65,6 +65,11 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     return config
 
 
+def method_of(directory: Path) -> str:
+    """The method that trained what is in `directory`. Raises AdapterError."""
+    return _read(directory)[1].method if (directory / CONFIG_NAME).is_file() else "lora"
+
+
 def base_of(directory: Path) -> str | None:
     """The model that what is in `directory` belongs to, where it says so. Raises AdapterError."""
     if (directory / CONFIG_NAME).is_file():

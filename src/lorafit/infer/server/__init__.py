@@ -1,0 +1,1 @@
+"""The server behind `lorafit serve`: requests, what computes the answers, and HTTP."""
