@@ -32,7 +32,7 @@ from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.errors import CheckpointError, ConfigError, did_you_mean, listed
-from lorafit.export import card, peft
+from lorafit.export import card, peft, ways
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora.tokens import make_room
 from lorafit.methods import rounding
@@ -41,6 +41,7 @@ from lorafit.methods.table import METHODS
 from lorafit.methods.tokens import attach_tokens
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
+from lorafit.model.licence import licence_of
 from lorafit.plan import machine, memory
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
@@ -139,6 +140,11 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "system": data.system,
             "rows_left_out": data.bad_rows,
             "left_out": list(data.bad),
+            "eval_data": _lasting(config.eval) if config.eval and not config.eval.endswith("%") else None,
+            "base_kind": inputs.spec.kind,
+            "base_path": str(inputs.spec.path.absolute()),
+            "base_license": licence_of(inputs.spec),
+            "not_exported": ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         }
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)

@@ -110,9 +110,7 @@ def open_target(
             f"{target} was trained on a base stored as {found.storage}, and --base-storage {storage} is given",
             "Leave it out: the adapter belongs to the base it was trained on",
         )
-    with _naming_the_way(target, found):
-        spec = model_spec.read(found.base)
-    _check_same_model(target, found, spec)
+    spec = read_spec(target, found)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
     kept = found.storage if storage == "auto" else storage
@@ -161,6 +159,14 @@ def find(target: str, adapter: str | None) -> Found:
             model_sha256=result.get("model_sha256"),
         )
     return Found(_base_of(path), path) if is_adapter else Found(target, None)
+
+
+def read_spec(target: str, found: Found) -> model_spec.ModelSpec:
+    """The headers of the base. Raises ModelError, AdapterError where it is not what the run was trained on."""
+    with _naming_the_way(target, found):
+        spec = model_spec.read(found.base)
+    _check_same_model(target, found, spec)
+    return spec
 
 
 def _base_of(adapter: Path) -> str:

@@ -6,7 +6,7 @@ and `model/gguf_tensors.py`, the other way round. The package gguf writes the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lorafit import files
 from lorafit.errors import AdapterError, ModelError, listed
+from lorafit.export import k_quants
+from lorafit.export.gguf_chat import CHAT_KEYS, write_chat
 from lorafit.export.gguf_header import write_header
 from lorafit.lora.inject import lora_layers
 from lorafit.lora.layer import LoRALayer
@@ -34,7 +36,7 @@ ARCHITECTURES = {
 }
 # Of matrices in blocks. Q4 leaves embeddings and head in Q8_0: llama.cpp's own quantizer gives them more bits as well.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-OUTER = ("token_embd.weight", "output.weight")
+EMBEDDING, OUTPUT = OUTER = ("token_embd.weight", "output.weight")
 ALPHA = 1.0
 
 
@@ -111,11 +113,14 @@ def _factors(name: str, layer: LoRALayer, architecture: str, spec: ModelSpec) ->
 # --- a model --------------------------------------------------------------------------------------------------------
 
 
-def write_like(state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: str) -> dict[str, int]:
+def write_like(
+    state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: str, tokenizer: Any | None = None
+) -> dict[str, int]:
     """A model with the header of the GGUF file it was read from, its matrices in another type, norms in float32.
 
-    state: parameters by transformers' names. kind: one of TYPES. Returns how many tensors have each type. Raises
-    ModelError where a tensor of the file has no parameter.
+    state: parameters by transformers' names. kind: one of TYPES or of the K types. tokenizer: of the training, for what
+    says how conversations are written; None leaves that as it is in the file. Returns how many tensors have each type.
+    Raises ModelError where a tensor of the file has no parameter.
     """
     import gguf
 
@@ -123,51 +128,70 @@ def write_like(state: Mapping[str, Tensor], spec: ModelSpec, path: Path, kind: s
     read = gguf.GGUFReader(spec.path)
     architecture = str(read.fields["general.architecture"].contents())
     counts: dict[str, int] = {}
+    type_of = partial(_type_of, kind=kind, layers=spec.layers, tied=spec.tied)
 
     def fill(file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
-        _copy_fields(read, writer, kind)
+        _copy_fields(read, writer, () if tokenizer is None else CHAT_KEYS)
+        writer.add_file_type(_file_type(kind))
+        if tokenizer is not None:
+            write_chat(writer, tokenizer)
         for tensor in read.tensors:
-            _add(writer, tensor.name, _values(tensor, state, spec, architecture), kind, counts)
+            _add(writer, tensor.name, _values(tensor, state, spec, architecture), type_of, counts)
         _finish(writer)
 
     files.write_file_atomic(path, fill)
     return counts
 
 
-def write_model(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> dict[str, int]:
-    """A plain transformers model with its tokenizer. kind: one of TYPES. Returns how many tensors have each type.
+def write_model(
+    model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str, licence: str | None = None
+) -> dict[str, int]:
+    """A plain transformers model with its tokenizer. kind: one of TYPES or of the K types.
 
-    Of a GGUF file that knows all tokens of the model the header is taken over as it is. Raises ModelError for what such
-    a file cannot state.
+    Of a GGUF file that knows all tokens of the model the header is taken over, but for how conversations are written.
+    licence: of the base, where it is known. Returns how many tensors have each type. Raises ModelError for what such a
+    file cannot state.
     """
     import gguf
 
     rows = model.get_input_embeddings().weight.shape[0]
     if spec.kind == "gguf" and spec.vocab == rows and len(tokenizer) <= rows and not _new_tokens(spec, tokenizer):
-        return write_like(model.state_dict(), spec, path, kind)
+        return write_like(model.state_dict(), spec, path, kind, tokenizer)
     architecture, config = architecture_of(spec), model.config.get_text_config()
     counts: dict[str, int] = {}
+    type_of = partial(_type_of, kind=kind, layers=spec.layers, tied=spec.tied)
 
     def fill(file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
         writer.add_name(Path(spec.name).name)
         writer.add_file_type(_file_type(kind))
+        if licence:
+            writer.add_license(licence)
         for name, more in write_header(writer, config, architecture, tokenizer).items():
             writer.add_tensor(name, more)
         for name, value in model.state_dict().items():
             own = gguf_name(architecture, name)
-            if own == OUTER[1] and spec.tied:
+            if own == OUTPUT and spec.tied:
                 continue
             if own is None:
                 raise ModelError(
                     f"{spec.name} has {name}, which has no name in a GGUF file", "Merge into a plain model"
                 )
-            _add(writer, own, _converted(own, value, spec, architecture), kind, counts)
+            _add(writer, own, _converted(own, value, spec, architecture), type_of, counts)
         _finish(writer)
 
     files.write_file_atomic(path, fill)
     return counts
+
+
+def check_header(model: Any, tokenizer: Any, spec: ModelSpec) -> None:
+    """Raise ModelError, as `write_model` would, for a family or a tokenizer that cannot be stated. Writes nothing."""
+    import gguf
+
+    architecture = architecture_of(spec)
+    if spec.kind != "gguf" or _new_tokens(spec, tokenizer):
+        write_header(gguf.GGUFWriter(None, architecture), model.config.get_text_config(), architecture, tokenizer)
 
 
 def _new_tokens(spec: ModelSpec, tokenizer: Any) -> bool:
@@ -178,17 +202,20 @@ def _new_tokens(spec: ModelSpec, tokenizer: Any) -> bool:
     )
 
 
-def _add(writer: Any, name: str, values: np.ndarray[Any, Any], kind: str, counts: dict[str, int]) -> None:
+def _add(
+    writer: Any, name: str, values: np.ndarray[Any, Any], type_of: Callable[..., str], counts: dict[str, int]
+) -> None:
     """One tensor in the type that it is to have, counted."""
     import gguf
 
-    own = _type_of(name, values.shape[::-1], kind)
+    own = type_of(name, values.shape)
     counts[own] = counts.get(own, 0) + 1
     if own == "F32":
         writer.add_tensor(name, values.astype(np.float32))
-    else:
-        wanted = gguf.GGMLQuantizationType[own]
-        writer.add_tensor(name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+        return
+    wanted = gguf.GGMLQuantizationType[own]
+    blocks = k_quants.quantize if own.endswith("_K") else gguf.quants.quantize
+    writer.add_tensor(name, blocks(values, wanted), raw_dtype=wanted)
 
 
 def _values(tensor: Any, state: Mapping[str, Tensor], spec: ModelSpec, architecture: str) -> np.ndarray[Any, Any]:
@@ -213,23 +240,25 @@ def _converted(name: str, value: Tensor, spec: ModelSpec, architecture: str) -> 
     return changed
 
 
-def _type_of(name: str, shape: Any, kind: str) -> str:
-    """Matrices in the type asked for where their rows are whole blocks; vectors in float32. shape: width first."""
-    if len(shape) < 2:
+def _type_of(name: str, shape: tuple[int, ...], kind: str, layers: int, tied: bool) -> str:
+    """Matrices in the type asked for where their rows are whole blocks; vectors in float32. shape: (rows, width)."""
+    if len(shape) < 2 or name in NOT_PARAMETERS:
         return "F32"
     if kind in ("f32", "f16", "bf16"):
         return kind.upper()
-    own = "Q8_0" if name in OUTER and kind.startswith(("q4", "q5")) else kind.upper()
-    return own if int(shape[0]) % 32 == 0 else "F16"
+    if kind in k_quants.MIXES:
+        own = k_quants.type_of(name, shape[-1], kind, layers, name == (EMBEDDING if tied else OUTPUT))
+    else:
+        own = "Q8_0" if name in OUTER and kind.startswith(("q4", "q5")) else kind.upper()
+    return own if own.endswith("_K") or shape[-1] % 32 == 0 else "F16"
 
 
-def _copy_fields(read: Any, writer: Any, kind: str) -> None:
+def _copy_fields(read: Any, writer: Any, left_out: Collection[str]) -> None:
     for name, field in read.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type", *left_out):
             continue
         inner = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(_file_type(kind))
 
 
 def _file_type(kind: str) -> Any:
