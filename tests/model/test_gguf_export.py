@@ -152,11 +152,11 @@ def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], t
         export_gguf.write_adapter(model, spec, tmp_path / "adapter.gguf")
     plain, _ = adapted(tiny.write_model(tmp_path / "model"))
     peft.save(plain, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(tmp_path / "model"), tokenizer=None)
-    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "what": "adapter"}
+    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "format": "gguf-lora"}
     console = Console(file=io.StringIO())
-    with pytest.raises(ConfigError, match="--scale is given with --what adapter"):
+    with pytest.raises(ConfigError, match="--scale is given with --format gguf-lora"):
         export(ExportConfig(**settings, scale=0.5), console)
-    with pytest.raises(ConfigError, match="is a directory"):
+    with pytest.raises(ConfigError, match="exists already"):
         export(ExportConfig(**settings | {"output": str(tmp_path)}), console)
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

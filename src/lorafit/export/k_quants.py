@@ -81,7 +81,7 @@ def _library() -> Any:
         what = f"and xllamacpp here has none ({error})" if found else "and xllamacpp is not installed"
         raise ConfigError(
             f"K types are written by ggml's library, {what}",
-            "Install it: pip install 'xllamacpp>=2026.10'. Or write --type f16, and then `llama-quantize F16.gguf "
+            "Install it: pip install 'lorafit[llamacpp]'. Or write --type f16, and then `llama-quantize F16.gguf "
             "OUT.gguf Q4_K_M` with llama.cpp",
         ) from None
     function.restype = ctypes.c_size_t

@@ -15,7 +15,7 @@ def licence_of(spec: ModelSpec) -> str | None:
     """Its name as Hugging Face knows it (`apache-2.0`), from the GGUF header or the README's front matter."""
     if spec.kind == "gguf":
         stated = gguf_header.read_header(spec.path).metadata.get("general.license")
-        return stated if isinstance(stated, str) and stated else None
+        return str(stated) if stated else None
     readme = spec.path / "README.md"
     if not readme.is_file():
         return None
