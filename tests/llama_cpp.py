@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 import xllamacpp
 from torch import Tensor, nn
+
+from lorafit.model import gguf_header
 
 BEST = 40
 
@@ -32,7 +33,7 @@ class LlamaCpp:
             settings.lora_adapters = [laid]
         self.server = xllamacpp.Server(settings)
         # A token that is a character of its own is drawn, or nothing is told; the probabilities are those before that.
-        self.letter = gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].contents().index("a")
+        self.letter = gguf_header.read_header(model).array("tokenizer.ggml.tokens").index("a")
 
     def next_tokens(
         self, ids: Sequence[int], first: int, scale: float | None = None, best: int = BEST
