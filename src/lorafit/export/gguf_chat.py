@@ -50,6 +50,30 @@ def begins_with_bos(tokenizer: Any) -> bool:
     return not tokenizer.chat_template or writes_bos(tokenizer)
 
 
+def chat_remarks(tokenizer: Any) -> list[str]:
+    """Lines for the user: where llama.cpp will not do with a text what training did."""
+    if not tokenizer.chat_template:
+        return ["the model has no chat template: llama.cpp would write conversations in ChatML"]
+    remarks = []
+    if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] and not begins_with_bos(tokenizer):
+        remarks.append(
+            "the chat template writes no beginning-of-sequence token, so the file asks for none, also for text without "
+            "a conversation, where training had one"
+        )
+    if not _takes_system(tokenizer):
+        remarks.append("the chat template has no place for system messages: llama.cpp puts one into the first question")
+    return remarks
+
+
+def _takes_system(tokenizer: Any) -> bool:
+    mark = "ZqsystemqZ"
+    asked: list[Message] = [{"role": "system", "content": mark}, {"role": "user", "content": "a"}]
+    try:
+        return mark in render(tokenizer, asked, add_generation_prompt=True)
+    except DataError:
+        return False
+
+
 def writes_bos(tokenizer: Any) -> bool:
     """Whether the template itself begins with bos."""
     asked: list[Message] = [{"role": "user", "content": "a"}]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.export import gguf, k_quants
+from lorafit.export.gguf_chat import chat_remarks
 from lorafit.export.gguf_limits import context_remark
 from lorafit.export.merge import merge_into_base
 from lorafit.export.request import Opened, Request
@@ -15,7 +16,10 @@ def write(request: Request) -> dict[str, Any]:
     """Returns the type, how exact the merge was, and how many tensors have each type. Raises LorafitError."""
     request.refuse_given(("num_ctx",), "It belongs to --format ollama; llama.cpp takes -c")
     check(request)
-    written = write_merged(request, request.open(), request.output)
+    opened = request.open()
+    written = write_merged(request, opened, request.output)
+    for remark in chat_remarks(opened.tokenizer):
+        request.say(remark)
     return written | {"next": [f"llama-cli -m {request.output}"]}
 
 
