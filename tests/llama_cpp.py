@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +57,28 @@ class LlamaCpp:
             found.append({token["id"]: token["logprob"] for token in top})
         return found
 
+
+class ServerProcess:
+    """The same server, asked over HTTP as any client of llama-server asks it, in a process that is ended by force."""
+
+    def __init__(self, model: Path) -> None:
+        command = [sys.executable, "-m", "tests.llama_cpp", str(model)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+        assert self.address.startswith("http://127.0.0.1:"), "the server did not start"
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A request over HTTP, as any client of llama-server would make it."""
         request = urllib.request.Request(
-            f"{self.server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             found: dict[str, Any] = json.load(answer)
@@ -111,3 +132,8 @@ def _in_bytes(x: Tensor) -> Tensor:
     blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-8)
     return ((blocks / scale).round() * scale.half().float()).reshape(x.shape)
+
+
+if __name__ == "__main__":
+    print(LlamaCpp(Path(sys.argv[1])).server.listening_address, flush=True)
+    time.sleep(600)

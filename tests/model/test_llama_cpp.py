@@ -21,7 +21,7 @@ from lorafit.methods import lora
 from lorafit.methods.tokens import attach_tokens
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
-from tests.llama_cpp import LlamaCpp, differences, log_probabilities, ours_with_bytes
+from tests.llama_cpp import LlamaCpp, ServerProcess, differences, log_probabilities, ours_with_bytes
 
 FIRST, LAST = 4, 12
 SCALES = (0.0, 0.5, 1.0, 1.5)
@@ -134,7 +134,8 @@ def test_tokens_of_ones_own_are_there(
     server = LlamaCpp(tmp_path / "out.gguf")
     found = server.next_tokens(ids, FIRST)
     assert float(differences(ours, found, FIRST).max()) < spec.layers * ROUNDING * float(ours.abs().max())
-    cut = server.post("/tokenize", {"content": "a<call>b</call>", "parse_special": True})["tokens"]
+    with ServerProcess(tmp_path / "out.gguf") as process:
+        cut = process.post("/tokenize", {"content": "a<call>b</call>", "parse_special": True})["tokens"]
     assert cut == loaded.tokenizer("a<call>b</call>").input_ids and {known, known + 1} < set(cut)
 
 
@@ -165,8 +166,8 @@ def test_a_window_that_llama_cpp_has_not_becomes_the_context(
     ids = torch.randint(20, 250, (41,), generator=torch.Generator().manual_seed(2)).tolist()
     server = LlamaCpp(tmp_path / "out.gguf")
     assert_same(loaded.model, server.next_tokens(ids[:16], FIRST), ids[:16], spec.layers)
-    with pytest.raises(HTTPError, match="400"):  # more than that the server does not take
-        server.post("/completion", {"prompt": ids, "n_predict": 1})
+    with ServerProcess(tmp_path / "out.gguf") as process, pytest.raises(HTTPError, match="400"):  # more it won't take
+        process.post("/completion", {"prompt": ids, "n_predict": 1})
 
 
 # --- SmolLM2 --------------------------------------------------------------------------------------------------------

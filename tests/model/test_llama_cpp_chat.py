@@ -16,7 +16,7 @@ from lorafit.export.gguf_chat import chat_remarks
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from tests.data.test_families import FAMILIES, Family
-from tests.llama_cpp import LlamaCpp
+from tests.llama_cpp import ServerProcess
 
 OWN = {name: Family(read_template(name), "<|im_end|>", ("<|im_start|>",)) for name in built_in()}
 TALKS = [
@@ -44,6 +44,11 @@ def written(family: Family, hf_of: Callable[[str], Path], gguf_of: Callable[...,
     return tokenizer
 
 
+def chat_ids(model: Path, messages: list[dict[str, str]]) -> list[int]:
+    with ServerProcess(model) as server:
+        return server.chat_ids(messages)
+
+
 WITHOUT_SYSTEM = ("mistral", "gemma", "drops the system message")
 
 
@@ -52,15 +57,15 @@ def test_a_conversation_has_the_ids_of_training(
     name: str, hf_of: Callable[[str], Path], gguf_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     tokenizer = written((FAMILIES | OWN)[name], hf_of, gguf_of, tmp_path / "out.gguf")
-    server = LlamaCpp(tmp_path / "out.gguf")
-    for talk in TALKS:
-        messages = [{"role": role, "content": content} for role, content in talk]
-        if name in WITHOUT_SYSTEM and talk[0][0] == "system":
-            continue
-        expected = encode_prompt(messages, tokenizer)
-        assert server.chat_ids(messages) == expected, talk
-        if name != "gpt-oss":  # a random model's reply is in none of its channels, which the server finds an error
-            assert server.chat_count(messages) == len(expected)
+    with ServerProcess(tmp_path / "out.gguf") as server:
+        for talk in TALKS:
+            messages = [{"role": role, "content": content} for role, content in talk]
+            if name in WITHOUT_SYSTEM and talk[0][0] == "system":
+                continue
+            expected = encode_prompt(messages, tokenizer)
+            assert server.chat_ids(messages) == expected, talk
+            if name != "gpt-oss":  # a random model's reply is in none of its channels, which the server finds an error
+                assert server.chat_count(messages) == len(expected)
 
 
 @pytest.mark.parametrize("name", WITHOUT_SYSTEM)
@@ -70,7 +75,7 @@ def test_a_system_message_without_a_place_goes_into_the_question_there_and_expor
     tokenizer = written(FAMILIES[name], hf_of, gguf_of, tmp_path / "out.gguf")
     joined = [{"role": "user", "content": "Be brief.\nhello"}]
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
-    assert LlamaCpp(tmp_path / "out.gguf").chat_ids(asked) == encode_prompt(joined, tokenizer)
+    assert chat_ids(tmp_path / "out.gguf", asked) == encode_prompt(joined, tokenizer)
     (remark,) = chat_remarks(tokenizer)
     assert "llama.cpp puts one into the first question" in remark
     assert chat_remarks(model_load.load_tokenizer(model_spec.read("smollm2-135m"))) == []
@@ -79,12 +84,13 @@ def test_a_system_message_without_a_place_goes_into_the_question_there_and_expor
 def test_smollm2s_conversations_have_the_ids_of_training() -> None:
     """In its own file: what an export of it takes over."""
     spec = model_spec.read("smollm2-135m")
-    tokenizer, server = model_load.load_tokenizer(spec), LlamaCpp(spec.path)
-    for talk in TALKS:
-        messages = [{"role": role, "content": content} for role, content in talk]
-        expected = encode_prompt(messages, tokenizer)
-        assert server.chat_ids(messages) == expected
-    assert server.chat_count(messages) == len(expected)
+    tokenizer = model_load.load_tokenizer(spec)
+    with ServerProcess(spec.path) as server:
+        for talk in TALKS:
+            messages = [{"role": role, "content": content} for role, content in talk]
+            expected = encode_prompt(messages, tokenizer)
+            assert server.chat_ids(messages) == expected
+        assert server.chat_count(messages) == len(expected)
 
 
 def test_the_template_of_the_training_goes_into_the_file(
@@ -97,7 +103,7 @@ def test_the_template_of_the_training_goes_into_the_file(
     export_gguf.write_model(loaded.model, loaded.tokenizer, spec, tmp_path / "out.gguf", "f32")
     messages = [{"role": "user", "content": "hello"}]
     assert "### Instruction" in loaded.tokenizer.decode(encode_prompt(messages, loaded.tokenizer))
-    assert LlamaCpp(tmp_path / "out.gguf").chat_ids(messages) == encode_prompt(messages, loaded.tokenizer)
+    assert chat_ids(tmp_path / "out.gguf", messages) == encode_prompt(messages, loaded.tokenizer)
 
 
 def test_a_tokenizers_bos_that_the_template_does_not_write_is_left_out_there(
@@ -108,5 +114,5 @@ def test_a_tokenizers_bos_that_the_template_does_not_write_is_left_out_there(
     tokenizer = written(family, hf_of, gguf_of, tmp_path / "out.gguf")
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     messages = [{"role": "user", "content": "hello"}]
-    assert LlamaCpp(tmp_path / "out.gguf").chat_ids(messages) == encode_prompt(messages, tokenizer)
+    assert chat_ids(tmp_path / "out.gguf", messages) == encode_prompt(messages, tokenizer)
     assert any("text without a conversation" in remark for remark in chat_remarks(tokenizer))
