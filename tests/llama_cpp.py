@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xllamacpp
 from torch import Tensor, nn
 
 from lorafit.model import gguf_header
+from tests.llama_server import start
 
 BEST = 40
 
@@ -24,17 +23,7 @@ class LlamaCpp:
     """A server for one model file, and an adapter laid over it. Keys and values are kept in float32."""
 
     def __init__(self, model: Path, adapter: Path | None = None, n_ctx: int = 256) -> None:
-        settings = xllamacpp.CommonParams()
-        settings.model.path, settings.n_ctx, settings.n_parallel = str(model), n_ctx, 1
-        settings.warmup, settings.fit_params, settings.verbosity = False, False, -1
-        # Its threads wait for each other in a busy loop: with others at work, one is faster than two.
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        if adapter is not None:
-            laid = xllamacpp.CommonAdapterLoraInfo()
-            laid.path, laid.scale = str(adapter), 1.0
-            settings.lora_adapters = [laid]
-        self.server = xllamacpp.Server(settings)
+        self.server = start(model, adapter, n_ctx)
         # A token that is a character of its own is drawn, or nothing is told; the probabilities are those before that.
         self.letter = gguf_header.read_header(model).array("tokenizer.ggml.tokens").index("a")
 
@@ -62,7 +51,7 @@ class ServerProcess:
     """The same server, asked over HTTP as any client of llama-server asks it, in a process that is ended by force."""
 
     def __init__(self, model: Path) -> None:
-        command = [sys.executable, "-m", "tests.llama_cpp", str(model)]
+        command = [sys.executable, "-m", "tests.llama_server", str(model)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
@@ -132,8 +121,3 @@ def _in_bytes(x: Tensor) -> Tensor:
     blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-8)
     return ((blocks / scale).round() * scale.half().float()).reshape(x.shape)
-
-
-if __name__ == "__main__":
-    print(LlamaCpp(Path(sys.argv[1])).server.listening_address, flush=True)
-    time.sleep(600)
