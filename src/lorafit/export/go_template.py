@@ -29,9 +29,9 @@ def write(turns: Turns) -> str:
     ]
     body = "{{ " + "{{ else ".join(branches) + "{{ end }}"
     opening = f'{{{{ {LAST} := "" }}}}{{{{ range $i, $_ := .Messages }}}}'
-    # A system message that goes elsewhere is no turn of its own.
+    # A system message that goes elsewhere, or nowhere, is no turn of its own.
     remembered = f"{{{{ {LAST} = .Role }}}}"
-    if turns.around_system:
+    if SYSTEM not in roles:
         remembered = f'{{{{ if ne .Role "system" }}}}{remembered}{{{{ end }}}}'
     reply = literal(turns.between[USER, REPLY])
     return f'{opening}{body}{remembered}{{{{ end }}}}{{{{ if ne {LAST} "assistant" }}}}{reply}{{{{ end }}}}'

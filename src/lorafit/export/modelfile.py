@@ -46,20 +46,18 @@ def template_of(tokenizer: Any) -> Template:
     differing: list[str] = []
     for turns in candidates:
         text = go_template.write(turns)
-        differing = [name for name, messages in conversations(turns).items() if not _same(text, messages, tokenizer)]
+        differing = [name for name, messages in conversations().items() if not _same(text, messages, tokenizer)]
         if not differing:
             return Template(text, turns.takes_system, _notes(turns, tokenizer))
     raise _impossible(f"a template of fixed texts between messages writes {differing[0]} otherwise")
 
 
-def conversations(turns: Turns) -> dict[str, list[dict[str, str]]]:
+def conversations() -> dict[str, list[dict[str, str]]]:
     """What a Go template is held against the chat template on."""
     talk = [{**(REPLY if number % 2 else QUESTION), "content": text} for number, text in enumerate(TEXTS)]
     found = {"a question": talk[:1], "a second question": talk[:3], "a third question": talk}
-    if turns.takes_system:
-        system = {"role": SYSTEM, "content": "Be brief.\nBe kind."}
-        found |= {f"{name} after a system message": [system, *own] for name, own in found.items()}
-    return found
+    system = {"role": SYSTEM, "content": "Be brief.\nBe kind."}
+    return found | {f"{name} after a system message": [system, *own] for name, own in found.items()}
 
 
 def _same(text: str, messages: list[dict[str, str]], tokenizer: Any) -> bool:
