@@ -141,6 +141,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "rows_left_out": data.bad_rows,
             "left_out": list(data.bad),
             "eval_data": _lasting(config.eval) if config.eval and not config.eval.endswith("%") else None,
+            "settings": config.model_dump(include=set(card.TRAINING)),
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
             "base_license": licence_of(inputs.spec),

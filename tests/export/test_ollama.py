@@ -32,7 +32,7 @@ DEFAULT_SYSTEM = (
 )
 # Text that means something to Go or in a Modelfile, or that a Modelfile would drop.
 ODD = (
-    "{% for m in messages %}{{ '{{ \u00a0\"\"\"' }}{{ m.role }}\u200d\U0001f600{-\n{{ m.content }}<|im_end|>{% endfor %}"
+    '{% for m in messages %}{{ \'{{ \u00a0"""\' }}{{ m.role }}\u200d\U0001f600{-\n{{ m.content }}<|im_end|>{% endfor %}'
     "{a\n"
 )
 TEMPLATES = {

@@ -11,7 +11,7 @@ from lorafit.units import format_bytes, format_count, format_seconds, format_sha
 
 SETTINGS = {
     "model": "base model",
-    "base_license": "its licence",
+    "base_license": "licence of the base",
     "data": "data",
     "method": "method",
     "variant": "variant",
@@ -22,6 +22,18 @@ SETTINGS = {
     "base_storage": "storage of the frozen base",
     "threads": "threads",
     "system": "system message of all rows",
+}
+
+TRAINING = {
+    "targets": "targets",
+    "lr": "learning rate",
+    "schedule": "schedule",
+    "epochs": "epochs",
+    "max_steps": "most steps",
+    "batch_size": "rows a step",
+    "dropout": "dropout",
+    "init": "init",
+    "scaling_rule": "scaling",
 }
 
 
@@ -38,13 +50,19 @@ def render(result: dict[str, Any], adapter: str = "adapter") -> str:
         _front_matter(result),
         f"# {result['variant']} adapter for {result['model']}",
         told,
-        _table("Settings", {label: result.get(key) for key, label in SETTINGS.items()}),
+        _table("Settings", _settings(result)),
         _table("Measured", _measured(result)),
         _usage(result, adapter),
         _table("Made with", result.get("versions", {})),
         _table("Inputs (SHA-256)", {"model": result.get("model_sha256"), "data": result.get("data_sha256")}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    chosen = result.get("settings", {})
+    shown = {label: result.get(key) for key, label in SETTINGS.items()}
+    return shown | {label: chosen.get(key) for key, label in TRAINING.items()}
 
 
 def _front_matter(result: dict[str, Any]) -> str:
@@ -116,7 +134,8 @@ def _in_peft(result: dict[str, Any], adapter: str) -> str:
         named = json.dumps(result["model"])
     room = ""
     if result.get("added_tokens"):
-        room = "base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))\n"
+        room = "rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)\n"
+        room += "base.resize_token_embeddings(rows, mean_resizing=False)\n"
     rounded = ""
     if result.get("base_storage") in ("nf4", "int8"):
         rounded = (
