@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks" / "train_speed"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_speed"))
 from engines import revision
 from run import machine
 
@@ -34,6 +34,7 @@ from lorafit.model import spec as model_spec
 from tests.llama_cpp import LlamaCpp, differences, log_probabilities
 from tests.model import conftest as families
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 SMOLLM2 = "smollm2-135m"
 SCALES = (0.0, 0.5, 1.0, 1.5)

@@ -15,7 +15,7 @@ from lorafit.data.template import render
 from lorafit.errors import DataError
 
 CHAT_KEYS = ("tokenizer.chat_template", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.eot_token_id")
-# transformers' own tags, which mark replies for training and write nothing; llama.cpp does not know them.
+# transformers' own tags, which mark replies for training and write nothing; older readers stumble over them.
 MARKS = {
     re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"): r"{%\1 if true \2%}",
     re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}"): r"{%\1 endif \2%}",
