@@ -20,7 +20,7 @@ def licence_of(spec: ModelSpec) -> str | None:
     if not readme.is_file():
         return None
     matter = FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
-    found = {name: value.strip() for name, value in FIELD.findall(matter[1])} if matter else {}
+    found: dict[str, str] = {name: value.strip() for name, value in FIELD.findall(matter[1])} if matter else {}
     if found.get("") == "other":  # its own name is more telling
         return found.get("_name", "other")
     return found.get("") or None
