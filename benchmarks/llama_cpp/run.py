@@ -11,6 +11,7 @@ with the adapter unmerged; `read back` is the written file in float32, so that w
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import sys
 import tempfile
@@ -134,6 +135,12 @@ def table() -> str:
     )
 
 
+def versions() -> dict[str, str]:
+    return {
+        name: importlib.metadata.version(name) for name in ("lorafit", "torch", "transformers", "gguf", "xllamacpp")
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=("measure", "table"))
@@ -146,7 +153,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=given.scratch, prefix="llama_cpp.") as scratch:
         runs = measure(Path(scratch))
-    found = {**revision(), "machine": machine(), "text": TEXT, "runs": runs}
+    found = {**revision(), "versions": versions(), "machine": machine(), "text": TEXT, "runs": runs}
     given.out.parent.mkdir(exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
 
