@@ -111,6 +111,7 @@ def open_target(
             "Leave it out: the adapter belongs to the base it was trained on",
         )
     spec = read_spec(target, found)
+    _check_same_model(target, found, spec)
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
     kept = found.storage if storage == "auto" else storage
@@ -162,11 +163,9 @@ def find(target: str, adapter: str | None) -> Found:
 
 
 def read_spec(target: str, found: Found) -> model_spec.ModelSpec:
-    """The headers of the base. Raises ModelError, AdapterError where it is not what the run was trained on."""
+    """The headers of the base; that it is the one trained on, `open_target` checks. Raises ModelError."""
     with _naming_the_way(target, found):
-        spec = model_spec.read(found.base)
-    _check_same_model(target, found, spec)
-    return spec
+        return model_spec.read(found.base)
 
 
 def _base_of(adapter: Path) -> str:

@@ -28,6 +28,7 @@ from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.ship import export
 from tests import tiny
+from tests.data.test_families import FAMILIES
 from tests.export.adapters import adapted
 
 
@@ -149,6 +150,32 @@ def test_ollamas_directory_holds_a_model_and_its_modelfile(adapter_of: Callable[
     assert model_spec.read(str(tmp_path / "tuned" / "model.gguf")).storage["F16"] > 0
 
 
+@pytest.mark.parametrize(
+    ("system", "template", "line"),
+    [
+        ("Be brief.", None, 'SYSTEM """Be brief."""'),
+        ("Be\u200d brief.", None, "has U+200D, which a Modelfile drops: send it with each request"),
+        ("Be brief.", FAMILIES["mistral"].template, "has no place in the chat template: send it with each request"),
+    ],
+)
+def test_the_system_message_of_the_training_is_kept_or_its_loss_is_said(
+    system: str, template: str | None, line: str, adapter_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter, run = adapter_of(), tmp_path / "run"
+    if template:
+        (adapter / "chat_template.jinja").write_text(template)
+    run.mkdir()
+    adapter.rename(run / "adapter")
+    (run / "run.toml").write_text("")
+    (run / "run.json").write_text(
+        json.dumps({"model": str(tmp_path / "model"), "system": system, "base_license": "mit"})
+    )
+    found, heard = exported(run, tmp_path / "out", format="ollama")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert line in text + heard and ("SYSTEM" in text) == (found["system"] is not None) == line.startswith("SYSTEM")
+    assert 'LICENSE """mit"""' in text
+
+
 def test_every_exporter_says_what_to_type_next(adapter_of: Callable[..., Path], tmp_path: Path) -> None:
     run = adapter_of()
     for format in EXPORTERS:
@@ -201,6 +228,12 @@ def test_k_types_without_their_library_are_refused_with_the_way_out(
 # --- what llama.cpp cannot be told ----------------------------------------------------------------------------------
 
 
+OTHER_LOCAL_BASE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "sentence"),
     [
@@ -208,6 +241,7 @@ def test_k_types_without_their_library_are_refused_with_the_way_out(
         ("gemma3", {"query_pre_attn_scalar": 100}, "its queries are scaled by 100, and there by 256"),
         ("gemma3", {"layer_types": ["full_attention"] * 26}, "not every 6th of its layers"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "its logits are capped"),
+        ("gemma3", {"rope_parameters": OTHER_LOCAL_BASE}, "its sliding layers rotate positions by a base of 5000"),
     ],
 )
 def test_a_model_that_llama_cpp_would_take_for_another_is_refused(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.model.gguf_config import GEMMA3_27B_LAYERS, GEMMA3_PATTERN
+from lorafit.model.gguf_config import GEMMA3_27B_LAYERS, GEMMA3_LOCAL_THETA, GEMMA3_PATTERN
 
 ACTIVATIONS = {"gemma3": ("gelu_pytorch_tanh",)}  # all others: silu
 GEMMA3 = "gemma3"
@@ -34,6 +34,9 @@ def _check_gemma3(config: Any) -> None:
     full = [kind != SLIDING for kind in config.layer_types]
     if full != [(layer + 1) % GEMMA3_PATTERN == 0 for layer in range(layers)]:
         raise _unlike(f"not every {GEMMA3_PATTERN}th of its layers alone attends to everything")
+    local = config.rope_parameters["sliding_attention"]
+    if (local["rope_theta"], local.get("rope_type", "default")) != (GEMMA3_LOCAL_THETA, "default"):
+        raise _unlike(f"its sliding layers rotate positions by a base of {local['rope_theta']:g}")
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):
         raise _unlike("its logits are capped")
 
