@@ -88,6 +88,11 @@ def test_a_template_that_counts_is_refused():
         modelfile.template_of(tiny.tokenizer("{{ messages[-1].content }}{{ messages[0].content | upper }}"))
 
 
+def test_a_model_without_a_chat_template_is_given_the_bare_prompt():
+    made = modelfile.template_of(tiny.tokenizer(None))
+    assert made.text == "{{ .Prompt }}" and "no chat template" in made.notes[0] and not made.takes_system
+
+
 def test_what_the_language_cannot_say_is_told():
     notes = {name: " ".join(modelfile.template_of(tokenizer_of(TEMPLATES[name])).notes) for name in TEMPLATES}
     assert "trims messages" in notes["llama 3"] and "trims" not in notes["chatml"]

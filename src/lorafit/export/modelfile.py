@@ -25,6 +25,7 @@ TEXTS = (
     "Über 12 €.",
     "So?",
 )
+BARE = "{{ .Prompt }}"  # which is Ollama's own default
 CLOCK = ("strftime_now", "date_string")
 
 
@@ -39,6 +40,8 @@ class Template:
 
 def template_of(tokenizer: Any) -> Template:
     """The chat template in Go's language. Raises ModelError where none was found that writes the same."""
+    if not tokenizer.chat_template:
+        return Template(BARE, False, ["the model has no chat template: Ollama gives it the bare prompt"])
     try:
         candidates = find_turns(tokenizer)
     except (DataError, ModelError) as error:
