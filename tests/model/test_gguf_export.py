@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.config import ExportConfig, LoRAConfig
+from lorafit.data.template import read_template
 from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import gguf as export_gguf
 from lorafit.export import peft
@@ -167,3 +168,19 @@ def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], t
     found = export(ExportConfig(**settings), console)
     assert found["layers"] == 14 and (tmp_path / "out.gguf").is_file()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("template", ["alpaca", None])
+def test_an_adapter_for_another_chat_template_than_its_bases_is_said_to_be(
+    template: str | None, gguf_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = gguf_of("llama", "F32")
+    model, spec = adapted(base)
+    tokenizer = model_load.load_tokenizer(spec)
+    if template:
+        tokenizer.chat_template = read_template(template)
+    peft.save(model, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(base), tokenizer=tokenizer)
+    heard = io.StringIO()
+    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "format": "gguf-lora"}
+    export(ExportConfig(**settings), Console(file=heard, width=2000))
+    assert ("--chat-template-file" in heard.getvalue()) == (template is not None)

@@ -8,9 +8,11 @@ from lorafit.errors import AdapterError
 from lorafit.export import gguf, peft
 from lorafit.export.peft_tensors import PREFIX
 from lorafit.export.request import Request
-from lorafit.model import safetensors_header
+from lorafit.model import gguf_header, safetensors_header
 from lorafit.model.gguf_names import gguf_name
 from lorafit.model.spec import ModelSpec
+
+TEMPLATE = "tokenizer.chat_template"
 
 
 def write(request: Request) -> dict[str, Any]:
@@ -20,8 +22,15 @@ def write(request: Request) -> dict[str, Any]:
     check(request)
     opened = request.open()
     layers = gguf.write_adapter(opened.model, request.spec, request.output)
+    if request.spec.kind == "gguf" and _other_template(request.spec, opened.tokenizer.chat_template):
+        where = request.adapter / "chat_template.jinja"
+        request.say(f"trained with another chat template than the base's file has: --chat-template-file {where}")
     base = request.spec.path if request.spec.kind == "gguf" else "BASE.gguf"
     return {"layers": layers, "next": [f"llama-cli -m {base} --lora {request.output}"]}
+
+
+def _other_template(spec: ModelSpec, trained: Any) -> bool:
+    return isinstance(trained, str) and gguf_header.read_header(spec.path).metadata.get(TEMPLATE) != trained
 
 
 def check(request: Request) -> None:
