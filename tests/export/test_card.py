@@ -133,3 +133,8 @@ def test_an_adapter_beside_its_card_is_named_so():
 def test_the_settings_of_the_training_are_there():
     card = render(RESULT | {"settings": {"lr": 0.002, "targets": "all-linear", "max_steps": None}})
     assert "| learning rate | 0.002 |" in card and "| targets | all-linear |" in card and "most steps" not in card
+
+
+def test_a_method_that_peft_does_not_read_is_not_shown_in_peft():
+    card = render(RESULT | {"method": "prefix", "variant": "lora"})
+    assert "in lorafit's own format" in card and "PeftModel" not in card and "lorafit chat ." in card

@@ -43,7 +43,8 @@ def render(result: dict[str, Any], adapter: str = "adapter") -> str:
     adapter: its directory, as seen from where the card lies.
     """
     where = "beside this file" if adapter == "." else f"in `{adapter}/`"
-    told = f"Trained on `{result['data']}` with lorafit. The adapter is {where}, in PEFT's format."
+    form = "PEFT's format" if result["method"] == "lora" else "lorafit's own format"
+    told = f"Trained on `{result['data']}` with lorafit. The adapter is {where}, in {form}."
     if not result.get("base_license"):
         told += " The files of the base model state no licence; look for it where the model came from."
     sections = [
@@ -108,8 +109,12 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(result: dict[str, Any], adapter: str) -> str:
-    """How to load it in four programs; the commands run in the card's directory as they stand."""
-    parts = ["## Use", "All commands are for this directory.", _in_lorafit(result), _in_peft(result, adapter)]
+    """How to load it in four programs; the commands run in the card's directory as they stand.
+
+    PEFT reads what `lora` trains; other methods are in a format of lorafit's own.
+    """
+    parts = ["## Use", "All commands are for this directory.", _in_lorafit(result)]
+    parts += [_in_peft(result, adapter)] if result["method"] == "lora" else []
     parts += [_in_llama_cpp(result), _in_ollama(result)] if "not_exported" in result else []
     return "\n\n".join(parts)
 

@@ -11,6 +11,8 @@ from lorafit.lora.inject import lora_layers
 from lorafit.lora.tokens import token_rows
 from lorafit.model.spec import ModelSpec
 
+FORMATS = ("gguf", "gguf-lora", "ollama")
+
 
 def refusals(model: Any, tokenizer: Any, spec: ModelSpec) -> dict[str, str]:
     """Format -> why it is refused, for those that are. model: with its adapter. Nothing is written."""
@@ -27,6 +29,8 @@ def refusals(model: Any, tokenizer: Any, spec: ModelSpec) -> dict[str, str]:
         as_gguf()
         modelfile.template_of(tokenizer)
 
+    if not lora_layers(model):
+        return dict.fromkeys(FORMATS, "what was trained is no LoRA adapter, and only those are merged and exported")
     asked = {"gguf": as_gguf, "gguf-lora": as_adapter, "ollama": as_ollama}
     found = {name: _refusal(check) for name, check in asked.items()}
     return {name: why for name, why in found.items() if why}
