@@ -328,11 +328,15 @@ def shrink(given: dict[str, Any], as_json: JSON = False) -> None:
 @app.command(rich_help_panel="Ship")
 @options_of(ExportConfig, ("run",))
 def export(given: dict[str, Any], as_json: JSON = False) -> None:
-    """Write a GGUF file for llama.cpp: the merged model in one of its types, or the adapter alone.
+    """Write a run for other programs: llama.cpp, Ollama, and what reads PEFT's format.
 
     lorafit export runs/first -o tuned.gguf --type q8_0
 
-    lorafit export runs/first -o adapter.gguf --what adapter
+    lorafit export runs/first --format gguf-lora -o adapter.gguf
+
+    lorafit export runs/first --format ollama -o first-ollama --type q4_k_m
+
+    lorafit export runs/first --format peft -o first-peft
     """
     resolved, _ = build(ExportConfig, {}, given)
 

@@ -443,18 +443,22 @@ class MergeConfig(Frozen):
 
 
 class ExportConfig(Frozen):
-    """One GGUF file."""
+    """One export."""
 
     run: str
     """A run directory, or an adapter directory in PEFT's format that names its base."""
     output: str
-    """The .gguf file to write."""
-    what: Literal["model", "adapter"] = "model"
-    """The merged model, or the adapter alone, to be laid over the base's own GGUF file."""
-    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
-    """Type of a model's matrices."""
+    """The file to write (gguf, gguf-lora), or the directory (ollama, peft)."""
+    format: str = "gguf"
+    """gguf: the merged model; gguf-lora: the adapter alone, for llama.cpp; ollama: the model and a Modelfile; peft."""
+    type: Literal[
+        "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"
+    ] = "q8_0"  # fmt: skip
+    """Type of a merged model's matrices."""
     scale: float = 1.0
     """Multiplies the update before it is added to a model."""
+    num_ctx: int = Field(4096, ge=1)
+    """Tokens that Ollama keeps in view; never more than the model can."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

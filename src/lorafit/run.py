@@ -32,7 +32,7 @@ from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.errors import CheckpointError, ConfigError
-from lorafit.export import card, saved
+from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora.tokens import make_room
 from lorafit.methods import rounding, spectral, table
@@ -42,6 +42,7 @@ from lorafit.methods.tokens import attach_tokens
 from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
+from lorafit.model.licence import licence_of
 from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
@@ -149,6 +150,12 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "system": data.system,
             "rows_left_out": data.bad_rows,
             "left_out": list(data.bad),
+            "eval_data": _lasting(config.eval) if config.eval and not config.eval.endswith("%") else None,
+            "settings": config.model_dump(include=set(card.TRAINING)),
+            "base_kind": inputs.spec.kind,
+            "base_path": str(inputs.spec.path.absolute()),
+            "base_license": licence_of(inputs.spec),
+            "not_exported": ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         }
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)

@@ -302,7 +302,7 @@ def _by_llama_cpp(
         precision = "bf16" if base_file.is_file() else "fp32"
         loaded, _ = load_base(_rounded(targets), spec, precision, config.trust_remote_code)
         if not base_file.is_file():
-            export_gguf.write_model(loaded.model, loaded.tokenizer, spec, base_file, export_gguf.InOneType(config.type))
+            export_gguf.write_model(loaded.model, loaded.tokenizer, spec, base_file, config.type)
             size = format_bytes(base_file.stat().st_size)
             say(console, f"wrote {base_file} ({size}), {spec.name} for llama.cpp; kept for the next time")
     told = []

@@ -1,7 +1,8 @@
-"""`merge` and `export`: a run becomes a model that needs no adapter, or a file for llama.cpp."""
+"""`merge` and `export`: a run becomes a model that needs no adapter, or files for other programs."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from rich.console import Console
 from lorafit import shipping
 from lorafit.config import ExportConfig, MergeConfig
 from lorafit.engine import precision
-from lorafit.errors import AdapterError, ConfigError
-from lorafit.export import gguf as export_gguf
+from lorafit.errors import AdapterError, ConfigError, did_you_mean, listed
 from lorafit.export import gguf_same
 from lorafit.export import merge as export_merge
+from lorafit.export.exporters import EXPORTERS
+from lorafit.export.request import Request
 from lorafit.plan import machine
+from lorafit.rundir import RunDir
 from lorafit.shipping import Task
 from lorafit.units import format_bytes
 from lorafit.use import find, open_target, read_base
@@ -86,25 +89,33 @@ def _open(config: MergeConfig, console: Console, full: bool = False) -> Any:
 
 
 def export(config: ExportConfig, console: Console) -> dict[str, Any]:
-    """Write a GGUF file. Returns what was written. Raises LorafitError for whatever the user can mend."""
+    """Write a run for another program. Returns what was written. Raises LorafitError for whatever the user can mend."""
     torch.set_num_threads(machine.physical_cores())
-    output = Path(config.output)
-    if config.what == "adapter" and config.scale != 1:
-        raise ConfigError("--scale is given with --what adapter", "llama.cpp takes the scale where the adapter is used")
-    shipping.check_file(output)
-    opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console)
-    if not opened.has_adapter:
+    write = EXPORTERS.get(config.format)
+    if write is None:
+        hint = did_you_mean(config.format, EXPORTERS) or f"Known: {listed(EXPORTERS)}"
+        raise ConfigError(f"--format {config.format!r} is unknown", hint)
+    if Path(config.output).exists():
+        raise ConfigError(f"{config.output} exists already", "Remove it, or choose another name with -o")
+    found, run = find(config.run, None), RunDir(config.run)
+    if found.adapter is None:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
-    found: dict[str, Any] = {"run": config.run, "base": opened.base, "output": config.output, "what": config.what}
-    if config.what == "adapter":
-        found["layers"] = export_gguf.write_adapter(opened.model, opened.spec, output)
-        command = f"llama-cli -m BASE.gguf --lora {output}"
-    else:
-        merged = export_merge.merge_into_base(opened.model, opened.tokenizer)
-        found |= {"type": config.type, "scale": config.scale, "difference": merged.difference}
-        form = export_gguf.InOneType(config.type)
-        found["tensors"] = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, output, form)
-        command = f"llama-cli -m {output}"
-    size = format_bytes(output.stat().st_size)
-    console.print(f"wrote {output} ({size}). Next:\n  {command}", highlight=False, markup=False, soft_wrap=True)
-    return found
+    request = Request(
+        config=config,
+        output=Path(config.output),
+        adapter=found.adapter,
+        spec=read_base(config.run, found),
+        result=run.read_result() if run.exists else {},
+        open=partial(open_target, config.run, None, config.scale, "fp32", config.trust_remote_code, console),
+        say=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+    )
+    written = write(request)
+    request.say(f"wrote {config.output} ({format_bytes(_size(request.output))}). Next:")
+    for command in written.pop("next"):
+        request.say(f"  {command}")
+    return {"run": config.run, "base": found.base, "output": config.output, "format": config.format, **written}
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())

@@ -146,12 +146,12 @@ def write_same(
     Raises MergeError, before the file has its name, where rounding moves them further than that, unless --force.
     """
     tensors = gguf_same.AsInFile(opened.spec, changed)
-    template = _template_of_training(opened)
     before = export_merge.probe_logits(opened.model, opened.tokenizer)
     found: dict[str, Any] = {}
 
     def fill(file: Path) -> None:
-        counts = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, file, tensors, template)
+        anew = _template_of_training(opened) is not None
+        counts = export_gguf.write_model(opened.model, opened.tokenizer, opened.spec, file, tensors, own_chat=anew)
         written = model_load.load(replace(opened.spec, path=file, files=(file,)), torch.float32).model.requires_grad_(
             False
         )

@@ -97,9 +97,44 @@ def test_text_of_the_user_does_not_break_the_table():
 def test_the_commands_to_use_it_are_there():
     card = render(RESULT)
     for command in (
-        "lorafit eval . TEST.jsonl",
+        "lorafit eval . train.jsonl --rows 100",
         "lorafit chat .",
-        "lorafit merge . -o DIR",
+        "lorafit merge . -o merged",
         "PeftModel.from_pretrained",
     ):
         assert command in card
+
+
+SHIPPED = {"base_path": "/m/base.gguf", "base_kind": "gguf", "base_license": "mit", "not_exported": {}}
+
+
+def test_the_licence_of_the_base_is_stated_or_said_to_be_missing():
+    assert front_matter(render(RESULT | SHIPPED))["license"] == "mit"
+    assert "| licence of the base | mit |" in render(RESULT | SHIPPED)
+    bare = render(RESULT)
+    assert "license" not in front_matter(bare) and "state no licence" in bare
+
+
+def test_what_cannot_be_exported_is_said_in_place_of_a_command():
+    refused = {"gguf-lora": "the adapter is of variant dora", "ollama": "the chat template counts"}
+    card = render(RESULT | SHIPPED | {"not_exported": refused})
+    assert "lorafit export . -o tuned.gguf" in card and "--format gguf-lora" not in card
+    assert "Merged only: the adapter is of variant dora." in card
+    assert "Not as it is: the chat template counts." in card and "ollama create" not in card
+    none = render(RESULT | SHIPPED | {"not_exported": dict.fromkeys(("gguf", "gguf-lora", "ollama"), "it is a gpt2")})
+    assert "lorafit export" not in none
+
+
+def test_an_adapter_beside_its_card_is_named_so():
+    card = render(RESULT | SHIPPED, adapter=".")
+    assert 'from_pretrained(base, ".")' in card and "beside this file" in card
+
+
+def test_the_settings_of_the_training_are_there():
+    card = render(RESULT | {"settings": {"lr": 0.002, "targets": "all-linear", "max_steps": None}})
+    assert "| learning rate | 0.002 |" in card and "| targets | all-linear |" in card and "most steps" not in card
+
+
+def test_a_method_that_peft_does_not_read_is_not_shown_in_peft():
+    card = render(RESULT | {"method": "prefix", "variant": "lora"})
+    assert "in lorafit's own format" in card and "PeftModel" not in card and "lorafit chat ." in card

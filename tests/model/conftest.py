@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> GGUF architect
         "llama", "LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
     "mistral": ("llama", "MistralConfig", {"sliding_window": None}),
+    "mistral_window": ("llama", "MistralConfig", {"sliding_window": 16}),
     "qwen2": ("qwen2", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2_yarn": (
         "qwen2", "Qwen2Config",

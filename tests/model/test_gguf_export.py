@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.config import ExportConfig, LoRAConfig
+from lorafit.data.template import read_template
 from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import gguf as export_gguf
 from lorafit.export import peft
@@ -70,7 +71,7 @@ def test_an_adapter_holds_the_updates_in_the_order_of_the_file(
     assert len(factors) == 2 * count == 2 * len(lora_layers(model))
     merge_into_base(model, None)
     merged = tmp_path / "merged.gguf"
-    export_gguf.write_like(model.state_dict(), spec, merged, export_gguf.InOneType("f32"))
+    export_gguf.write_like(model.state_dict(), spec, merged, "f32")
     after = {tensor.name: tensor.data for tensor in gguf.GGUFReader(merged).tensors}
     for tensor in gguf.GGUFReader(base).tensors:
         expected = tensor.data.astype(np.float64)
@@ -84,7 +85,7 @@ def test_an_adapter_holds_the_updates_in_the_order_of_the_file(
 def test_a_merged_model_is_read_back_within_its_type(kind: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     model, spec = adapted(gguf_of("llama", "F32"))
     merge_into_base(model, None)
-    counts = export_gguf.write_like(model.state_dict(), spec, tmp_path / "merged.gguf", export_gguf.InOneType(kind))
+    counts = export_gguf.write_like(model.state_dict(), spec, tmp_path / "merged.gguf", kind)
     assert set(counts) <= {"F32", kind.upper(), "Q8_0"} and sum(counts.values()) == len(
         gguf.GGUFReader(spec.path).tensors
     )
@@ -113,7 +114,7 @@ def test_a_hugging_face_model_is_read_back_the_same(name: str, hf_of: Callable[[
     tiny.tokenizer().save_pretrained(path)
     spec = model_spec.read(str(path))
     theirs = model_load.load(spec, torch.float32)
-    export_gguf.write_model(theirs.model, theirs.tokenizer, spec, tmp_path / "out.gguf", export_gguf.InOneType("f32"))
+    export_gguf.write_model(theirs.model, theirs.tokenizer, spec, tmp_path / "out.gguf", "f32")
     ours = model_load.load(model_spec.read(str(tmp_path / "out.gguf")), torch.float32)
     ids = torch.arange(2, 42).view(2, 20)
     torch.testing.assert_close(ours.model(ids).logits, theirs.model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -140,7 +141,7 @@ def test_a_tokenizer_with_byte_fallback_comes_back(hf_of: Callable[[str], Path],
     spec = model_spec.read(str(path))
     model = model_load.load(spec, torch.float32).model
     model.resize_token_embeddings(len(pieces) + 3, mean_resizing=False)
-    export_gguf.write_model(model, theirs, spec, tmp_path / "out.gguf", export_gguf.InOneType("f32"))
+    export_gguf.write_model(model, theirs, spec, tmp_path / "out.gguf", "f32")
     ours = model_load.load(model_spec.read(str(tmp_path / "out.gguf")), torch.float32).tokenizer
     for text in ("hello hello", "hell, ho ", "  héllo\n", "</s>hello"):
         assert ours(text, add_special_tokens=False).input_ids == theirs(text, add_special_tokens=False).input_ids
@@ -157,18 +158,34 @@ def test_what_such_a_file_cannot_hold_is_refused(gguf_of: Callable[..., Path], t
         export_gguf.write_adapter(with_rows, spec, tmp_path / "adapter.gguf")
     plain, _ = adapted(tiny.write_model(tmp_path / "model"))
     peft.save(plain, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(tmp_path / "model"), tokenizer=None)
-    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "what": "adapter"}
+    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "format": "gguf-lora"}
     console = Console(file=io.StringIO())
-    with pytest.raises(ConfigError, match="--scale is given with --what adapter"):
+    with pytest.raises(ConfigError, match="--scale is given with --format gguf-lora"):
         export(ExportConfig(**settings, scale=0.5), console)
-    with pytest.raises(ConfigError, match="is a directory"):
+    with pytest.raises(ConfigError, match="exists already"):
         export(ExportConfig(**settings | {"output": str(tmp_path)}), console)
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ModelError, match=r"a way to cut texts \(Whitespace\) that is not written"):
         detach(plain)
         hf = model_spec.read(str(tmp_path / "model"))
-        export_gguf.write_model(plain, tokenizer, hf, tmp_path / "merged.gguf", export_gguf.InOneType("f32"))
+        export_gguf.write_model(plain, tokenizer, hf, tmp_path / "merged.gguf", "f32")
     found = export(ExportConfig(**settings), console)
     assert found["layers"] == 14 and (tmp_path / "out.gguf").is_file()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("template", ["alpaca", None])
+def test_an_adapter_for_another_chat_template_than_its_bases_is_said_to_be(
+    template: str | None, gguf_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = gguf_of("llama", "F32")
+    model, spec = adapted(base)
+    tokenizer = model_load.load_tokenizer(spec)
+    if template:
+        tokenizer.chat_template = read_template(template)
+    peft.save(model, tmp_path / "adapter", LoRAConfig(**SETTINGS), base=str(base), tokenizer=tokenizer)
+    heard = io.StringIO()
+    settings = {"run": str(tmp_path / "adapter"), "output": str(tmp_path / "out.gguf"), "format": "gguf-lora"}
+    export(ExportConfig(**settings), Console(file=heard, width=2000))
+    assert ("--chat-template-file" in heard.getvalue()) == (template is not None)

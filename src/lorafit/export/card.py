@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 from lorafit.units import format_bytes, format_count, format_seconds, format_share
 
 SETTINGS = {
     "model": "base model",
+    "base_license": "licence of the base",
     "data": "data",
     "method": "method",
     "variant": "variant",
@@ -16,30 +19,59 @@ SETTINGS = {
     "alpha": "alpha",
     "seed": "seed",
     "precision": "precision of the frozen base",
+    "base_storage": "storage of the frozen base",
     "threads": "threads",
     "system": "system message of all rows",
 }
 
+TRAINING = {
+    "targets": "targets",
+    "lr": "learning rate",
+    "schedule": "schedule",
+    "epochs": "epochs",
+    "max_steps": "most steps",
+    "batch_size": "rows a step",
+    "dropout": "dropout",
+    "init": "init",
+    "scaling_rule": "scaling",
+}
 
-def render(result: dict[str, Any]) -> str:
-    """The card as Markdown. result: the content of run.json; what it lacks, or has as None, is left out."""
+
+def render(result: dict[str, Any], adapter: str = "adapter") -> str:
+    """The card as Markdown. result: the content of run.json; what it lacks, or has as None, is left out.
+
+    adapter: its directory, as seen from where the card lies.
+    """
+    where = "beside this file" if adapter == "." else f"in `{adapter}/`"
+    form = "PEFT's format" if result["method"] == "lora" else "lorafit's own format"
+    told = f"Trained on `{result['data']}` with lorafit. The adapter is {where}, in {form}."
+    if not result.get("base_license"):
+        told += " The files of the base model state no licence; look for it where the model came from."
     sections = [
         _front_matter(result),
         f"# {result['variant']} adapter for {result['model']}",
-        f"Trained on `{result['data']}` with lorafit. The adapter is in `adapter/`, in PEFT's format.",
-        _table("Settings", {label: result.get(key) for key, label in SETTINGS.items()}),
+        told,
+        _table("Settings", _settings(result)),
         _table("Measured", _measured(result)),
-        _usage(result),
+        _usage(result, adapter),
         _table("Made with", result.get("versions", {})),
         _table("Inputs (SHA-256)", {"model": result.get("model_sha256"), "data": result.get("data_sha256")}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    chosen = result.get("settings", {})
+    shown = {label: result.get(key) for key, label in SETTINGS.items()}
+    return shown | {label: chosen.get(key) for key, label in TRAINING.items()}
+
+
 def _front_matter(result: dict[str, Any]) -> str:
     tags = dict.fromkeys(["lorafit", "lora", result["method"], result["variant"]])
+    licence = result.get("base_license")
     lines = [
         "---",
+        *([f"license: {json.dumps(licence, ensure_ascii=False)}"] if licence else []),
         f"base_model: {json.dumps(result['model'], ensure_ascii=False)}",  # a JSON string is a YAML string
         "library_name: peft",
         "pipeline_tag: text-generation",
@@ -76,25 +108,90 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _usage(result: dict[str, Any]) -> str:
-    return f"""## Use
+def _usage(result: dict[str, Any], adapter: str) -> str:
+    """How to load it in four programs; the commands run in the card's directory as they stand.
 
-In this directory:
+    PEFT reads what `lora` trains; other methods are in a format of lorafit's own.
+    """
+    parts = ["## Use", "All commands are for this directory.", _in_lorafit(result)]
+    parts += [_in_peft(result, adapter)] if result["method"] == "lora" else []
+    parts += [_in_llama_cpp(result), _in_ollama(result)] if "not_exported" in result else []
+    return "\n\n".join(parts)
+
+
+def _in_lorafit(result: dict[str, Any]) -> str:
+    rows = shlex.quote(result.get("eval_data") or result["data"])
+    told = "" if result.get("eval_data") else "  # the rows of the training: give others"
+    return f"""### lorafit
 
 ```bash
-lorafit eval . TEST.jsonl     # loss and exact match on other rows
-lorafit chat .                # a conversation; /scale 0 is the base model, /scale 1 this one
-lorafit merge . -o DIR        # a plain Hugging Face model, without adapter
-```
+lorafit eval . {rows} --rows 100{told}
+lorafit chat .  # /scale 0 is the base model, /scale 1 this one
+lorafit merge . -o merged  # a plain Hugging Face model, without adapter
+```"""
 
-With PEFT (`BASE` is {result["model"]} as a Hugging Face directory or hub id):
+
+def _in_peft(result: dict[str, Any], adapter: str) -> str:
+    path = Path(result.get("base_path") or result["model"])
+    if result.get("base_kind") == "gguf":
+        named = f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
+    else:
+        named = json.dumps(result["model"])
+    room = ""
+    if result.get("added_tokens"):
+        room = "rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)\n"
+        room += "base.resize_token_embeddings(rows, mean_resizing=False)\n"
+    rounded = ""
+    if result.get("base_storage") in ("nf4", "int8"):
+        rounded = (
+            f"\n\nIt was trained on a base rounded to {result['base_storage']}; this loads the base as it was before."
+        )
+    return f"""### PEFT
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "adapter")
-tokenizer = AutoTokenizer.from_pretrained("adapter")
+tokenizer = AutoTokenizer.from_pretrained("{adapter}")
+base = AutoModelForCausalLM.from_pretrained({named})
+{room}model = PeftModel.from_pretrained(base, "{adapter}")
+```{rounded}"""
+
+
+def _in_llama_cpp(result: dict[str, Any]) -> str:
+    refused = result["not_exported"]
+    if "gguf" in refused:
+        return f"### llama.cpp\n\nNot as it is: {refused['gguf']}."
+    merged = "lorafit export . -o tuned.gguf --type q8_0\nllama-cli -m tuned.gguf"
+    if "gguf-lora" in refused:
+        return f"### llama.cpp\n\n```bash\n{merged}\n```\n\nMerged only: {refused['gguf-lora']}."
+    is_gguf = result.get("base_kind") == "gguf"
+    base = shlex.quote(str(result["base_path"])) if is_gguf else "base.gguf"
+    written = "" if is_gguf else "lorafit export . -o base.gguf --type q8_0 --scale 0  # the base model\n"
+    return f"""### llama.cpp
+
+```bash
+{merged}
+```
+
+Or the adapter alone, over the base at any scale:
+
+```bash
+{written}lorafit export . --format gguf-lora -o adapter.gguf
+llama-cli -m {base} --lora-scaled adapter.gguf:0.5
+```"""
+
+
+def _in_ollama(result: dict[str, Any]) -> str:
+    refused = result["not_exported"]
+    if "ollama" in refused:
+        return f"### Ollama\n\nNot as it is: {refused['ollama']}."
+    return """### Ollama
+
+```bash
+lorafit export . --format ollama -o ollama
+ollama create tuned -f ollama/Modelfile
+ollama run tuned
 ```"""
 
 

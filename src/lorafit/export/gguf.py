@@ -6,7 +6,7 @@ and `model/gguf_tensors.py`, the other way round. The package gguf writes the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lorafit import files
 from lorafit.errors import AdapterError, ModelError, listed
+from lorafit.export import k_quants
+from lorafit.export.gguf_chat import CHAT_KEYS, write_chat
 from lorafit.export.gguf_header import write_header
 from lorafit.lora.inject import lora_layers
 from lorafit.lora.layer import LoRALayer
@@ -37,7 +39,7 @@ ARCHITECTURES = {
 }
 # Of matrices in blocks. Q4 leaves embeddings and head in Q8_0: llama.cpp's own quantizer gives them more bits as well.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-OUTER = ("token_embd.weight", "output.weight")
+EMBEDDING, OUTPUT = OUTER = ("token_embd.weight", "output.weight")
 ALPHA = 1.0
 
 
@@ -131,33 +133,42 @@ class Tensors(Protocol):
 
 
 class InOneType:
-    """Matrices in the type asked for where their rows are whole blocks; vectors in float32. kind: one of TYPES."""
+    """Matrices in the type asked for where their rows are whole blocks; vectors in float32.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    kind: one of TYPES or of the K types. layers: of the model. tied: whether its head is the embedding.
+    """
+
+    def __init__(self, kind: str, layers: int, tied: bool) -> None:
+        self.kind, self.layers, self.tied = kind, layers, tied
         self.file_type: int | None = _file_type(kind)
 
     def form(self, name: str, values: Callable[[], Array]) -> tuple[Array, str]:
         """In that type."""
         numbers = values()
         own = self._type_of(name, numbers.shape)
-        return quantized(numbers, own), own
+        return k_quants.quantize(numbers, own) if own.endswith("_K") else quantized(numbers, own), own
 
     def _type_of(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) < 2:
+        """shape: (rows, width)."""
+        if len(shape) < 2 or name in NOT_PARAMETERS:
             return "F32"
         if self.kind in ("f32", "f16", "bf16"):
             return self.kind.upper()
-        own = "Q8_0" if name in OUTER and self.kind.startswith(("q4", "q5")) else self.kind.upper()
-        return own if shape[-1] % 32 == 0 else "F16"
+        if self.kind in k_quants.MIXES:
+            outer = name == (EMBEDDING if self.tied else OUTPUT)
+            own = k_quants.type_of(name, shape[-1], self.kind, self.layers, outer)
+        else:
+            own = "Q8_0" if name in OUTER and self.kind.startswith(("q4", "q5")) else self.kind.upper()
+        return own if own.endswith("_K") or shape[-1] % 32 == 0 else "F16"
 
 
 def write_like(
-    state: Mapping[str, Tensor], spec: ModelSpec, path: Path, tensors: Tensors, template: str | None = None
+    state: Mapping[str, Tensor], spec: ModelSpec, path: Path, form: Tensors | str, tokenizer: Any | None = None
 ) -> dict[str, int]:
     """A model with the header of the GGUF file it was read from.
 
-    state: parameters by transformers' names. template: a chat template in the place of the file's own. Returns how many
+    state: parameters by transformers' names. form: of its tensors, or the type of its matrices. tokenizer: of the
+    training, for what says how conversations are written; None leaves that as it is in the file. Returns how many
     tensors have each type. Raises ModelError where a tensor of the file has no parameter.
     """
     import gguf
@@ -165,11 +176,18 @@ def write_like(
     architecture_of(spec)
     read = gguf.GGUFReader(spec.path)
     architecture = str(read.fields["general.architecture"].contents())
+    tensors = InOneType(form, spec.layers, spec.tied) if isinstance(form, str) else form
     counts: dict[str, int] = {}
 
     def fill(file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
-        _copy_fields(read, writer, tensors.file_type, template)
+        anew = ["general.architecture", *(() if tokenizer is None else CHAT_KEYS)]
+        if tensors.file_type is not None:
+            anew.append("general.file_type")
+            writer.add_file_type(tensors.file_type)
+        _copy_fields(read, writer, anew)
+        if tokenizer is not None:
+            write_chat(writer, tokenizer)
         for tensor in read.tensors:
             _add(writer, tensor.name, partial(_values, tensor, state, spec, architecture), tensors, counts)
         _finish(writer)
@@ -179,30 +197,40 @@ def write_like(
 
 
 def write_model(
-    model: Any, tokenizer: Any, spec: ModelSpec, path: Path, tensors: Tensors, template: str | None = None
+    model: Any,
+    tokenizer: Any,
+    spec: ModelSpec,
+    path: Path,
+    form: Tensors | str,
+    licence: str | None = None,
+    own_chat: bool = True,
 ) -> dict[str, int]:
-    """A plain transformers model with its tokenizer. Returns how many tensors have each type.
+    """A plain transformers model with its tokenizer. form: of its tensors, or the type of its matrices.
 
-    Of a GGUF file that knows all tokens of the model the header is taken over, with the chat template given. Raises
+    Of a GGUF file that knows all tokens of the model the header is taken over, but for how conversations are written;
+    own_chat: off, that too. licence: of the base, where it is known. Returns how many tensors have each type. Raises
     ModelError for what such a file cannot state.
     """
     import gguf
 
     if _header_fits(model, tokenizer, spec):
-        return write_like(model.state_dict(), spec, path, tensors, template)
+        return write_like(model.state_dict(), spec, path, form, tokenizer if own_chat else None)
     architecture, config = architecture_of(spec), model.config.get_text_config()
     tied, counts = is_tied(model), dict[str, int]()
+    tensors = InOneType(form, spec.layers, tied) if isinstance(form, str) else form
 
     def fill(file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
         writer.add_name(Path(spec.name).name)
         if tensors.file_type is not None:
             writer.add_file_type(tensors.file_type)
+        if licence:
+            writer.add_license(licence)
         for name, more in write_header(writer, config, architecture, tokenizer).items():
             writer.add_tensor(name, more)
         for name, value in model.state_dict().items():
             own = gguf_name(architecture, name)
-            if own == OUTER[1] and tied:
+            if own == OUTPUT and tied:
                 continue
             if own is None:
                 raise ModelError(
@@ -213,6 +241,15 @@ def write_model(
 
     files.write_file_atomic(path, fill)
     return counts
+
+
+def check_header(model: Any, tokenizer: Any, spec: ModelSpec) -> None:
+    """Raise ModelError, as `write_model` would, for a family or a tokenizer that cannot be stated. Writes nothing."""
+    import gguf
+
+    architecture = architecture_of(spec)
+    if spec.kind != "gguf" or _new_tokens(spec, tokenizer):
+        write_header(gguf.GGUFWriter(None, architecture), model.config.get_text_config(), architecture, tokenizer)
 
 
 def is_tied(model: Any) -> bool:
@@ -275,17 +312,8 @@ def _converted(name: str, value: Tensor, spec: ModelSpec, architecture: str) -> 
     return changed
 
 
-def _copy_fields(read: Any, writer: Any, file_type: int | None, template: str | None) -> None:
+def _copy_fields(read: Any, writer: Any, anew: Collection[str]) -> None:
     """The header of a file, but for what is said anew."""
-    import gguf
-
-    anew = {"general.architecture"}
-    if file_type is not None:
-        anew.add("general.file_type")
-        writer.add_file_type(file_type)
-    if template is not None:
-        anew.add(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
-        writer.add_chat_template(template)
     for name, field in read.fields.items():
         if not name.startswith("GGUF.") and name not in anew:
             inner = field.types[1] if len(field.types) > 1 else None

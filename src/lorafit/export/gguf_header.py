@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.errors import ModelError
+from lorafit.export import gguf_limits
+from lorafit.export.gguf_chat import write_chat
 from lorafit.model.gguf_config import ROPE_FREQS, llama3_divisors
 from lorafit.model.gguf_tokenizer import CONTROL, NAMED, SPACE, SPLITS, USER_DEFINED
 
@@ -23,10 +25,11 @@ def write_header(writer: Any, config: Any, architecture: str, tokenizer: Any) ->
 
     Raises ModelError for positions or a tokenizer that cannot be stated in such a file.
     """
+    gguf_limits.check(config, architecture)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(gguf_limits.context_length(config, architecture))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
@@ -87,14 +90,11 @@ def _write_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    ids = tokenizer("a").input_ids
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
+    write_chat(writer, tokenizer)
     for name, key in NAMED.items():
         number = getattr(tokenizer, f"{name}_id", None)
         if number is not None:
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _tokens(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:

