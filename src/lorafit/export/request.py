@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorafit.config import ExportConfig
-from lorafit.errors import ConfigError
+from lorafit.errors import AdapterError, ConfigError
+from lorafit.export import saved
 from lorafit.model.spec import ModelSpec
 
 
@@ -28,7 +29,7 @@ class Opened(Protocol):
 class Request:
     """One export. Exporters refuse what they can before they call `open`, which loads the model.
 
-    adapter: its directory, in PEFT's format. spec: of the base. result: the content of run.json, empty for an adapter
+    adapter: its directory. spec: of the base. result: the content of run.json, empty for an adapter
     that is no run's. say: prints one line for the user.
     """
 
@@ -46,3 +47,12 @@ class Request:
         if given:
             flag = "--" + given[0].replace("_", "-")
             raise ConfigError(f"{flag} is given with --format {self.config.format}", why)
+
+    def need_lora(self) -> None:
+        """Raise AdapterError for a run of another method."""
+        method = saved.method_of(self.adapter)
+        if method != "lora":
+            raise AdapterError(
+                f"--format {self.config.format} is given, and this run was trained by --method {method}",
+                "It writes LoRA adapters; the merged model is written by --format gguf, or by lorafit merge",
+            )

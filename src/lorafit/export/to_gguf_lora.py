@@ -19,6 +19,7 @@ def write(request: Request) -> dict[str, Any]:
     """Returns how many layers were written. Raises AdapterError, before the model is loaded, for what cannot be."""
     request.refuse_given(("type", "num_ctx"), "llama.cpp takes adapters in float32")
     request.refuse_given(("scale",), "llama.cpp takes the scale where the adapter is used: --lora-scaled FILE:0.5")
+    request.need_lora()
     check(request)
     opened = request.open()
     layers = gguf.write_adapter(opened.model, request.spec, request.output)

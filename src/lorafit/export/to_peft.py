@@ -16,6 +16,7 @@ def write(request: Request) -> dict[str, Any]:
     """Copies what the run holds, once it was read and found whole; no model is loaded. Raises LorafitError."""
     request.refuse_given(("type", "num_ctx"), "PEFT's adapters are written in float32, as they were trained")
     request.refuse_given(("scale",), "PEFT takes the scale where the adapter is used: model.set_scale")
+    request.need_lora()
     peft.read_config(request.adapter)
     read_tensors(request.adapter / peft.WEIGHTS_NAME)
     names = sorted(file.name for file in request.adapter.iterdir() if file.is_file())

@@ -66,6 +66,11 @@ class Adapted(nn.Module):
         if merged:
             self.merge()
 
+    @property
+    def why_not_merged(self) -> str | None:
+        """Why no weight of the base can hold this, as a sentence without its end; None where one can."""
+        return None
+
     @abstractmethod
     def merge(self) -> None:
         """Write the update into the base's weight, for all modules that share it. Twice is once."""

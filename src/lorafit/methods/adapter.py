@@ -138,11 +138,15 @@ class Bottleneck(Adapted):
         factor = self.scaling * self.scale
         return factor * F.linear(inner, up.to(x.dtype), c.to(x.dtype))
 
+    @property
+    def why_not_merged(self) -> str:
+        """A network of its own does what no weight does."""
+        return "bottleneck adapters are networks of their own, which no weight of the base can hold"
+
     def merge(self) -> None:
-        """Raises MergeError: no weight of the base does what a network of its own does."""
+        """Raises MergeError."""
         raise MergeError(
-            "bottleneck adapters are networks of their own, which no weight of the base can hold",
-            "Use the run as it is, or train with --method lora for a model without overhead",
+            self.why_not_merged, "Use the run as it is, or train with --method lora for a model without overhead"
         )
 
     def unmerge(self) -> None:

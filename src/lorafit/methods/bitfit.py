@@ -40,17 +40,21 @@ class Shifted(Adapted):
         y = cast(Tensor, self.base(x))
         return y + (self.scale * self.shift).to(y.dtype) if self.is_active else y
 
+    @property
+    def why_not_merged(self) -> str | None:
+        """A bias that the model has not."""
+        if getattr(self.base, "bias", None) is not None:
+            return None
+        return f"{self.name} has no bias in the model, so its trained one has no place there"
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the shift to the bias. Twice is once. Raises MergeError where there is none to add it to."""
         if self.merged:
             return
-        bias = cast("Tensor | None", getattr(self.base, "bias", None))
-        if bias is None:
-            raise MergeError(
-                f"{self.name} has no bias in the model, so its trained one has no place there",
-                "Use the run as it is; other tools could not hold it either",
-            )
+        if self.why_not_merged:
+            raise MergeError(self.why_not_merged, "Use the run as it is; other tools could not hold it either")
+        bias = cast(Tensor, self.base.bias)
         self.shared.original = bias.detach().to("cpu", copy=True)
         bias.copy_(bias.to(self.shift.dtype) + self.scale * self.shift)
 

@@ -27,6 +27,7 @@ from lorafit.lora.inject import attached_layers
 from lorafit.lora.layer import LoRALayer
 from lorafit.methods.method import Beginning
 from lorafit.quant.modules import Quantized
+from lorafit.slabs import trim_heap
 
 # Singular values beyond the rank that are looked for too, and passes over the matrix.
 MORE, PASSES = 16, 4
@@ -54,6 +55,7 @@ def start(model: nn.Module, beginning: Beginning) -> list[str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(beginning.config.seed)
         told = STARTS[name](layers, beginning)
+    trim_heap()  # decompositions leave it full of holes
     return [f"{len(layers)} layers start from {told}"]
 
 
@@ -89,6 +91,7 @@ def _give_up(layer: LoRALayer, A: Tensor, B: Tensor) -> float:
     W = _weight(layer)
     delta = layer.delta_weight()
     layer.kind.write_weight(W - delta)
+    trim_heap()
     layer.started_at = (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
     size = float(W.norm())
     return float(delta.norm()) / size if size else 0.0

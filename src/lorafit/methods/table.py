@@ -58,6 +58,11 @@ def changed_names(model: nn.Module) -> set[str]:
     return found or set(full.trainable(model) if full.trained(model) else ())
 
 
+def why_not_merged(model: nn.Module) -> str | None:
+    """Why what was trained cannot become part of the base's weights; None where it can."""
+    return next((why for module in adapted_modules(model).values() if (why := module.why_not_merged)), None)
+
+
 def forget(model: nn.Module) -> None:
     """Take off what was merged, and keep the weights: the model is a plain one then."""
     of(model).forget(model)

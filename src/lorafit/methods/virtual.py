@@ -42,11 +42,15 @@ class Virtual(Adapted):
             )
         super().set_scale(scale)
 
+    @property
+    def why_not_merged(self) -> str:
+        """What a token says is no weight."""
+        return "virtual tokens are read by the model, and no weight of it can hold them"
+
     def merge(self) -> None:
-        """Raises MergeError: what a token says is no weight."""
+        """Raises MergeError."""
         raise MergeError(
-            "virtual tokens are read by the model, and no weight of it can hold them",
-            "Use the run as it is, or train with --method lora for a model without overhead",
+            self.why_not_merged, "Use the run as it is, or train with --method lora for a model without overhead"
         )
 
     def unmerge(self) -> None:

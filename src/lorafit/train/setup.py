@@ -35,6 +35,8 @@ from lorafit.units import format_bytes, format_count
 STEPS_SAMPLED = 32
 # Of the first step's rows, where what layers are given is measured before training.
 BATCHES_LOOKED_AT = 8
+# Of the one pass whose gradients are looked at: the model runs as it was there, which keeps several times as much.
+GRADIENT_TOKENS = 512
 
 
 def fit_to_memory(
@@ -139,7 +141,7 @@ def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConf
 def gradients_of_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
     """Forward and back over some rows of the first step, in one pass. Leaves no gradients."""
     engine = plain(model)
-    batch = _first_batches(rows, config, BATCHES_LOOKED_AT * LEAST_MICRO_TOKENS, engine)[0]
+    batch = _first_batches(rows, config, GRADIENT_TOKENS, engine)[0]
     (engine.loss(batch) / batch.supervised_tokens).backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.grad = None
