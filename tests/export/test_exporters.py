@@ -192,7 +192,7 @@ def test_k_types_are_written_within_their_step(kind: str) -> None:
     """Of a sub-block of 16 or 32 numbers in q bits: at most a step of its range, with the scale's own 6 bits."""
     values = np.random.default_rng(0).standard_normal((3 * k_quants.CHUNK_ROWS + 5, 512), np.float32)
     number = gguf.GGMLQuantizationType[kind]
-    read = gguf.quants.dequantize(k_quants.quantize(values, number), number)
+    read = gguf.quants.dequantize(k_quants.quantize(values, kind), number)
     bits, size = int(kind[1]), 16 if kind == "Q6_K" else 32
     blocks = values.reshape(-1, size)
     step = (blocks.max(1) - blocks.min(1)).max() / (2**bits - 1)
