@@ -3,9 +3,10 @@
     python benchmarks/latency/run.py measure [--repeats 15]
     python benchmarks/latency/run.py table        (puts the results into docs/export.md)
 
-SmolLM2-135M as `lorafit chat` runs it, one prompt at a time: seconds until the first token of an answer to PROMPTS tokens,
-and per token of the ANSWER tokens after it. All ways are in one process and take turns, so that what slows the machine
-slows all of them. The adapters are drawn at random, which costs what trained ones do. Compare Hu et al. 2021, table 1.
+SmolLM2-135M as `lorafit chat` runs it, one prompt at a time: seconds until the first token of an answer to a prompt of
+PROMPTS tokens, and per token of the ANSWER tokens after it. All ways are in one process and take turns, so that what
+slows the machine slows all of them. The adapters are drawn at random, which costs what trained ones do. Compare Hu et
+al. 2021, table 1.
 """
 
 from __future__ import annotations
