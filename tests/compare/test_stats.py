@@ -1,0 +1,87 @@
+"""Intervals hold what they should, and no more."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lorafit.compare import stats
+from lorafit.compare.stats import Estimate, Scores, difference, estimate
+
+ROWS, REPEATS = 80, 300
+
+
+def drawn(chance: np.random.Generator, seeds: int, better_by: float = 0.0) -> Scores:
+    """Nats of a method on rows of differing length: its seeds' own luck, and noise of each row and seed."""
+    weights = np.arange(ROWS) % 5 + 1.0
+    of_seed = chance.normal(0, 0.05, seeds)
+    noise = chance.normal(0, 0.3, (ROWS, seeds))
+    return Scores((1.0 - better_by + of_seed + noise) * weights[:, None], weights)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_of_equal_methods_about_one_difference_in_twenty_seems_real(
+    seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    chance = np.random.default_rng(seeds)
+    found = [difference(drawn(chance, seeds), drawn(chance, seeds)) for _ in range(REPEATS)]
+    wrong = sum(one.excludes_zero for one in found) / REPEATS
+    # Three standard errors of a share of 5% in so many repeats; with few seeds the interval errs to the safe side,
+    # as rows and seeds both count the noise that a row has in one seed.
+    assert wrong <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / REPEATS)
+    assert wrong > 0
+
+
+def test_without_the_spread_of_seeds_far_more_would_seem_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    chance = np.random.default_rng(1)
+    pairs = [(drawn(chance, 3), drawn(chance, 3)) for _ in range(REPEATS)]
+    alone = [Scores((a.sums - b.sums).mean(1, keepdims=True), a.weights) for a, b in pairs]
+    assert sum(estimate(one).excludes_zero for one in alone) / REPEATS > 0.2
+
+
+def test_a_large_difference_is_found_and_has_its_sign() -> None:
+    chance = np.random.default_rng(2)
+    better, worse = drawn(chance, 3, better_by=0.6), drawn(chance, 3)
+    found = difference(worse, better)
+    assert found.excludes_zero and found.low < 0.6 < found.high and found.value > 0
+    assert difference(better, worse).value == -found.value
+    assert difference(better, better) == Estimate(0.0, 0.0, 0.0)
+
+
+def test_what_all_rows_have_in_common_does_not_blur_a_difference() -> None:
+    """Paired: hard rows are hard for both."""
+    chance = np.random.default_rng(3)
+    hard = chance.exponential(5.0, (ROWS, 1))
+    weights = np.ones(ROWS)
+    a, b = Scores(hard + 0.1 + chance.normal(0, 0.05, (ROWS, 1)), weights), Scores(hard, weights)
+    assert difference(a, b).excludes_zero
+    assert estimate(a).high - estimate(a).low > 20 * (difference(a, b).high - difference(a, b).low)
+
+
+def test_a_figure_is_the_ratio_of_sums_and_its_interval_stays_possible() -> None:
+    scores = Scores(np.array([[1.0], [0.0], [1.0], [1.0]]), np.ones(4))
+    found = estimate(scores, 0.0, 1.0)
+    assert found.value == 0.75 and 0 <= found.low < 0.75 < found.high == 1.0
+    assert Scores(np.array([[4.0], [1.0]]), np.array([4.0, 2.0])).value == 5 / 6
+
+
+def test_a_base_without_seeds_stands_against_each_seed() -> None:
+    chance = np.random.default_rng(4)
+    tuned = drawn(chance, 3, better_by=0.5)
+    base = Scores(np.ones((ROWS, 1)) * tuned.weights[:, None], tuned.weights)
+    assert difference(tuned, base).value == pytest.approx(tuned.value - 1.0)
+    assert difference(drawn(chance, 3), drawn(chance, 2)).value != 0
+
+
+def test_intervals_are_the_same_each_time() -> None:
+    scores = drawn(np.random.default_rng(5), 3)
+    assert estimate(scores) == estimate(scores)
+
+
+def test_a_loss_that_is_no_number_has_no_interval() -> None:
+    found = estimate(Scores(np.array([[np.inf], [1.0]]), np.ones(2)))
+    assert found.value == np.inf and not found.excludes_zero
