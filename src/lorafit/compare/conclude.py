@@ -1,0 +1,279 @@
+"""What the records say: figures with intervals, who is tied with the best, and what to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafit.compare.stats import LEVEL, Estimate, Scores, difference, estimate
+from lorafit.compare.study import Candidate, Record, Study
+from lorafit.units import format_bytes, format_count, format_seconds
+
+# Costs nearer than this, as a share of the larger, are no reason to prefer one method.
+ALIKE = 0.1
+FLOOR_NAMES = {"untuned": "the untuned base", "few_shot": "the base with examples in its prompt"}
+Found = dict[str, Any]
+
+
+def conclude(study: Study) -> Found:
+    """The content of compare.json."""
+    metric, why_metric = _metric(study)
+    methods = [_method(one, study, metric) for one in study.candidates]
+    floors = {name: _floor(record, metric) for name, record in study.floors.items() if "nats" in _test(record)}
+    verdict = _verdict(study, metric)
+    for method in methods:
+        versus = verdict.gaps.get(method["name"])
+        method["versus_best"] = None if versus is None else {key: _json(one) for key, one in versus.items()}
+        method["tied_with_best"] = method["name"] in verdict.tied
+        method["pareto"] = [cost for cost in COSTS if method in front(methods, cost)]
+    found: Found = {
+        "model": study.config.model,
+        "data": study.config.data,
+        "rows": study.rows.counts,
+        "metric": metric,
+        "metric_reason": why_metric,
+        "level": LEVEL,
+        "seeds": study.config.seeds,
+        "steps": study.steps,
+        "search_steps": study.search_steps,
+        "precision": study.precision,
+        "budget_s": None if math.isinf(study.budget.total_s) else study.budget.total_s,
+        "spent_s": study.budget.spent_s,
+        "methods": methods,
+        "floors": floors,
+        "best": verdict.best,
+        "tied": verdict.tied,
+    }
+    recommended, reason = _recommend(found, verdict, study)
+    return found | {"recommended": recommended, "reason": reason, "notes": study.notes}
+
+
+def _metric(study: Study) -> tuple[str, str]:
+    """What decides, and why."""
+    rights = [run["measured"]["sides"]["test"]["right"] for one in study.candidates for run in one.runs]
+    if not study.generate or any(right is None for right in rights):
+        return "loss", "loss decides: replies are long or there are none, or it was asked for"
+    if rights and not any(any(right) for right in rights):
+        return "loss", "loss decides: no method answered a single row as expected"
+    return "accuracy", "accuracy decides (answers that are the expected reply), and the loss where that cannot tell"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _test(record: Record) -> Record:
+    """The test rows' scores in a record of the base or a run."""
+    side: Record = record["sides"]["test"] if "sides" in record else record
+    return side
+
+
+def _scores(sides: Sequence[Record], metric: str) -> Scores:
+    """Of the runs of one method. metric: accuracy or loss."""
+    if metric == "accuracy":
+        right = np.array([side["right"] for side in sides], dtype=np.float64).T
+        return Scores(right, np.ones(len(right)))
+    return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
+
+
+def _quality(sides: Sequence[Record], metric: str) -> Found:
+    loss = _json(estimate(_scores(sides, "loss"), 0.0))
+    right = None
+    if all(side["right"] is not None for side in sides):
+        right = _json(estimate(_scores(sides, "accuracy"), 0.0, 1.0))
+    chosen = right if metric == "accuracy" and right else loss
+    return {"metric": metric, **chosen, "loss": loss, "accuracy": right}
+
+
+def _json(one: Estimate) -> Found:
+    """JSON has no infinity: None."""
+    value, low, high = (number if math.isfinite(number) else None for number in (one.value, one.low, one.high))
+    return {"value": value, "interval": [low, high]}
+
+
+def _floor(record: Record, metric: str) -> Found:
+    kept = record.get("keep")
+    return {
+        "quality": _quality([_test(record)], metric),
+        "shots": record.get("shots", 0),
+        "keep_loss": _mean(kept) if kept else None,
+        "latency_s": {name: record["latency_s"][name] for name in ("first_token", "per_token")},
+    }
+
+
+def _mean(kept: Record) -> float:
+    return float(sum(kept["nats"]) / sum(kept["tokens"]))
+
+
+def _method(one: Candidate, study: Study, metric: str) -> Found:
+    """All that is known of one; None where it was dropped before it was measured."""
+    rates = [{"lr": r["lr"], "loss": r["loss"]} for r in sorted(one.rates.values(), key=lambda r: float(r["lr"]))]
+    found: Found = {
+        "name": one.name,
+        "method": one.method,
+        "variant": one.variant,
+        "status": one.status,
+        "dropped": one.out,
+        "lr": one.lr,
+        "rates": rates,
+        "seeds": [run["seed"] for run in one.runs],
+        "runs": [run["run"] for run in one.runs],
+    }
+    figures = ("quality", "trainable_params", "file_bytes", "peak_rss_bytes", "train_s", "flop", "latency_s")
+    if not one.runs:
+        return found | dict.fromkeys((*figures, "keep_loss", "forgetting"))
+    results = [run["result"] for run in one.runs]
+    kept = float(np.mean([_mean(run["measured"]["keep"]) for run in one.runs]))
+    latency = [run["measured"]["latency_s"] for run in one.runs]
+    return found | {
+        "quality": _quality([_test(run["measured"]) for run in one.runs], metric),
+        "trainable_params": results[0]["trainable_params"],
+        "file_bytes": _weight_bytes(study.directory / one.runs[0]["run"] / "adapter"),
+        "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+        "train_s": float(np.median([result["train_s"] for result in results])),
+        "flop": results[0]["flop"],
+        "latency_s": {name: float(np.median([one[name] for one in latency])) for name in latency[0]},
+        "keep_loss": kept,
+        "forgetting": kept - _mean(study.floors["untuned"]["keep"]),
+    }
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+COSTS = ("trainable_params", "peak_rss_bytes", "train_s")
+
+
+def front(methods: Sequence[Found], cost: str) -> list[Found]:
+    """The methods than which no other is both as good and as cheap, by one cost: the Pareto front, cheapest first."""
+    measured = [method for method in methods if method["quality"] and method["quality"]["value"] is not None]
+    reached, found = -math.inf, []
+    for method in sorted(measured, key=lambda method: (method[cost], -goodness(method["quality"]))):
+        if goodness(method["quality"]) > reached:
+            found.append(method)
+            reached = goodness(method["quality"])
+    return found
+
+
+def goodness(quality: Mapping[str, Any]) -> float:
+    """More is better."""
+    return float(quality["value"] if quality["metric"] == "accuracy" else -quality["value"])
+
+
+# --- who is the best, and who is tied with it ---------------------------------------------------------------------------
+
+
+class Verdict:
+    """best: its name, None where nothing was measured. tied: it and those that cannot be told apart from it.
+
+    gaps: of each other method what it differs by, {measure: Estimate}. scores: of each and of the floors by measure.
+    """
+
+    def __init__(self, scores: dict[str, dict[str, Scores]], names: Sequence[str]) -> None:
+        self.scores, self.best, self.tied = scores, None, list[str]()
+        self.gaps: dict[str, dict[str, Estimate]] = {}
+        if not names:
+            return
+        self.best = self._best_of(names)
+        self.gaps = {name: self.gap(name) for name in names if name != self.best}
+        self.tied = [name for name in names if name == self.best or not is_worse(self.gaps[name])]
+
+    def _best_of(self, names: Sequence[str]) -> str:
+        """Of those that answer as many rows right as any, as far as can be told, the one with the least loss."""
+        as_good = list(names)
+        if "accuracy" in self.scores[names[0]]:
+            top = max(names, key=lambda name: self.scores[name]["accuracy"].value)
+            of_top = self.scores[top]["accuracy"]
+            as_good = [name for name in names if difference(self.scores[name]["accuracy"], of_top).high >= 0]
+        return min(as_good, key=lambda name: (not math.isfinite(self.loss_of(name)), self.loss_of(name)))
+
+    def loss_of(self, name: str) -> float:
+        """Its mean loss."""
+        return self.scores[name]["loss"].value
+
+    def gap(self, name: str) -> dict[str, Estimate]:
+        """What it has more than the best, by each measure that decides."""
+        assert self.best is not None
+        return {key: difference(own, self.scores[self.best][key]) for key, own in self.scores[name].items()}
+
+
+def is_worse(gap: Mapping[str, Estimate]) -> bool:
+    """Whether a method is worse than the best: it answers fewer rows right, or, where that cannot tell, loses more."""
+    accuracy, loss = gap.get("accuracy"), gap["loss"]
+    if accuracy is not None and accuracy.excludes_zero:
+        return accuracy.value < 0
+    return not math.isfinite(loss.value) or loss.low > 0
+
+
+def _verdict(study: Study, metric: str) -> Verdict:
+    measures = ("accuracy", "loss") if metric == "accuracy" else ("loss",)
+    sides = {one.name: [_test(run["measured"]) for run in one.runs] for one in study.candidates if one.runs}
+    floors = {name: [_test(record)] for name, record in study.floors.items() if "nats" in _test(record)}
+    scores = {name: {key: _scores(own, key) for key in measures} for name, own in (sides | floors).items()}
+    return Verdict(scores, list(sides))
+
+
+# --- what to take -----------------------------------------------------------------------------------------------------
+
+
+def _recommend(found: Found, verdict: Verdict, study: Study) -> tuple[str | None, str]:
+    """A name, and the reason in two sentences."""
+    if verdict.best is None:
+        return None, "No method was measured on the test rows. Give more time with --budget, or fewer methods."
+    floor = next((name for name in found["floors"] if not is_worse(verdict.gap(name))), None)
+    by_name = {method["name"]: method for method in found["methods"]}
+    seeds = len(by_name[verdict.best]["seeds"])
+    where = f"on these {found['rows']['test']} test rows with {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    if floor is not None:
+        first = f"No method can be told from {FLOOR_NAMES[floor]} {where} ({_said(found['floors'][floor]['quality'])})."
+        return floor, f"{first} There is nothing to gain from training until more test rows or more data show it."
+    best = by_name[verdict.best]
+    if len(verdict.tied) == 1:
+        others = "no other method was measured" if len(verdict.gaps) == 0 else "every other method is worse beyond doubt"
+        return verdict.best, f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. {_costs(best)}"
+    chosen, because = _cheapest([by_name[name] for name in verdict.tied])
+    names = ", ".join(verdict.tied[:-1]) + f" and {verdict.tied[-1]}"
+    first = f"{names} cannot be told apart {where} ({'; '.join(_named(by_name[name]) for name in verdict.tied)})."
+    return chosen["name"], f"{first} Of them {chosen['name']} {because}: {_costs(chosen)[3:]}"
+
+
+def _cheapest(tied: Sequence[Found]) -> tuple[Found, str]:
+    """By the time to train; where that is alike, by parameters."""
+    fastest = min(method["train_s"] for method in tied)
+    alike = [method for method in tied if method["train_s"] * (1 - ALIKE) <= fastest]
+    chosen = min(alike, key=lambda method: (method["trainable_params"], method["train_s"]))
+    return chosen, "trains fastest" if len(alike) == 1 else "is one of the fastest to train, with the fewest parameters"
+
+
+def _costs(method: Found) -> str:
+    return (
+        f"It trains {format_count(method['trainable_params'])} parameters in {format_seconds(method['train_s'])} "
+        f"at a peak of {format_bytes(method['peak_rss_bytes'])}, with a learning rate of {method['lr']:g}."
+    )
+
+
+def _named(method: Found) -> str:
+    return f"{method['name']} {_said(method['quality'])}"
+
+
+def _said(quality: Found) -> str:
+    """`accuracy 91.2%, 84.1% to 96.3%, loss 0.081`."""
+    return f"{quality['metric']} {figure(quality, quality['metric'])}" + (
+        f", loss {quality['loss']['value']:.3g}" if quality["metric"] == "accuracy" and quality["loss"]["value"] else ""
+    )
+
+
+def figure(one: Found | None, metric: str) -> str:
+    """A figure with its interval: `91.2% (84.1% to 96.3%)` or `0.0812 (0.06 to 0.12)`; - where there is none."""
+    if one is None:
+        return "-"
+    value, (low, high) = one["value"], one["interval"]
+    if value is None or low is None:
+        return "not finite"
+    if metric == "accuracy":
+        return f"{value:.1%} ({low:.1%} to {high:.1%})"
+    return f"{value:.3g} ({low:.3g} to {high:.3g})"
