@@ -65,7 +65,9 @@ def parse_bytes(text: str, flag: str) -> int:
 def parse_seconds(text: str, flag: str) -> float:
     """Seconds of `90s`, `20m`, `2h` or `1h30m`. Raises ConfigError, which names the flag."""
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
-    seconds = sum(int(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    seconds = (
+        sum(int(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    )
     if not seconds:
         raise ConfigError(f"{flag} {text!r} is not a time", "Give one such as 20m, 90s or 1h30m")
     return float(seconds)

@@ -164,7 +164,7 @@ def goodness(quality: Mapping[str, Any]) -> float:
     return float(quality["value"] if quality["metric"] == "accuracy" else -quality["value"])
 
 
-# --- who is the best, and who is tied with it ---------------------------------------------------------------------------
+# --- who is the best, and who is tied with it -------------------------------------------------------------------------
 
 
 class Verdict:
@@ -233,8 +233,13 @@ def _recommend(found: Found, verdict: Verdict, study: Study) -> tuple[str | None
         return floor, f"{first} There is nothing to gain from training until more test rows or more data show it."
     best = by_name[verdict.best]
     if len(verdict.tied) == 1:
-        others = "no other method was measured" if len(verdict.gaps) == 0 else "every other method is worse beyond doubt"
-        return verdict.best, f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. {_costs(best)}"
+        others = (
+            "no other method was measured" if len(verdict.gaps) == 0 else "every other method is worse beyond doubt"
+        )
+        return (
+            verdict.best,
+            f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. {_costs(best)}",
+        )
     chosen, because = _cheapest([by_name[name] for name in verdict.tied])
     names = ", ".join(verdict.tied[:-1]) + f" and {verdict.tied[-1]}"
     first = f"{names} cannot be told apart {where} ({'; '.join(_named(by_name[name]) for name in verdict.tied)})."

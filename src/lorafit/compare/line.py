@@ -1,6 +1,6 @@
 """`lorafit compare` as one straight line.
 
-names -> rows split once -> floors -> a search of each method's rate -> rounds of seeds -> intervals -> json, page, table.
+names -> rows split once -> floors -> a search of each method's rate -> rounds of seeds -> intervals -> page, table.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def train(settings: dict[str, Any], console: Console) -> dict[str, Any]:
 
 def look(config: CompareConfig, test: str, console: Console) -> dict[str, Any]:
     """How long the test rows' replies are: {"longest_reply": tokens}, None for running text. Raises LorafitError."""
-    opened = _open(config.model, config, "auto", console)
+    opened = _open(config.model, config, config.precision, console)
     replies = [reply for example in _examples(test, config) if (reply := expected_reply(example)) is not None]
     if not replies:
         return {"longest_reply": None, "precision": opened.precision}
@@ -99,7 +99,8 @@ def few_shot(
     opened = _open(config.model, config, precision, console)
     examples, drawn = _examples(test, config), _examples(train, config)
     room = min(config.seq_len, context_tokens(opened.model) or config.seq_len)
-    for shots in range(config.shots, 0, -1):
+    # Under `all` what the examples say would have a loss too.
+    for shots in range(config.shots if config.loss_on != "all" else 0, 0, -1):
         longer = with_examples(examples, drawn, shots, config.seed, opened.tokenizer.chat_template is not None)
         if longer is None:
             break

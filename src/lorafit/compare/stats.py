@@ -62,7 +62,7 @@ def estimate(scores: Scores, least: float = -np.inf, most: float = np.inf) -> Es
 
 
 def difference(a: Scores, b: Scores) -> Estimate:
-    """a - b on the same rows, seed by seed. Where one has fewer seeds, of the first ones that both have.
+    """What a has more than b on the same rows, seed by seed; of the first seeds that both have, where one has fewer.
 
     A score of one column, such as the untuned base's, which knows no seeds, stands against each of the other's.
     """

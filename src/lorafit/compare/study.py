@@ -30,6 +30,11 @@ from lorafit.rundir import RunDir
 from lorafit.units import format_seconds
 
 LEAST_SEARCH_STEPS = 20
+# What a comparison says of all its runs.
+SHARED = (
+    "model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
+    "template", "seq_len",
+)  # fmt: skip
 Record = dict[str, Any]
 
 
@@ -124,9 +129,7 @@ class Study:
         sides = self.rows.path("train"), self.rows.path("test")
         self.floors["few_shot"] = self._once(
             "base/few_shot",
-            lambda log: child.call(
-                _measures().few_shot, (self.config, self.precision, *sides, self.generate), log
-            ),
+            lambda log: child.call(_measures().few_shot, (self.config, self.precision, *sides, self.generate), log),
         )
         self.costs.measured("the base", base["wall_s"])
         shots = self.floors["few_shot"]["shots"]
@@ -184,7 +187,12 @@ class Study:
     def _try_rate(self, one: Candidate, factor: float) -> Record:
         lr = float(f"{RATES[one.method] * factor:.4g}")
         name = f"{one.slug}/lr-{lr:g}"
-        settings = {"lr": lr, "seed": self.config.seed, "max_steps": self.search_steps, "eval": self.rows.path("search")}
+        settings = {
+            "lr": lr,
+            "seed": self.config.seed,
+            "max_steps": self.search_steps,
+            "eval": self.rows.path("search"),
+        }
         record = self._train(one, name, settings)
         result, refused = record["result"], record["refused"] or "the loss is not a finite number"
         record |= {"lr": lr, "factor": factor, "loss": result["eval_loss"] if result else None, "refused": refused}
@@ -263,9 +271,7 @@ class Study:
         """A record with run.json's content as `result`, or None there and what was said as `refused`."""
         run = RunDir(self.directory / "trials" / name)
         wanted = {"method": one.method, "variant": one.variant, "output": str(run.path), **settings}
-        shared = ("model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code")
-        shared += ("format", "rename", "template", "seq_len")
-        wanted |= {name: getattr(self.config, name) for name in shared} | {"data": self.rows.path("train")}
+        wanted |= {name: getattr(self.config, name) for name in SHARED} | {"data": self.rows.path("train")}
 
         def work(log: Path) -> Record:
             try:

@@ -71,7 +71,7 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
 def chunked_nll(model: nn.Module, batch: Batch) -> Tensor:
     """The same as `whole_nll` for such a model."""
     head, hidden = head_of(model), _hidden(model, batch)
-    parts = zip(hidden.split(CHUNK), batch.targets.split(CHUNK), strict=True)
+    parts = zip(torch.split(hidden, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
     return torch.cat([F.cross_entropy(head(rows).float(), targets, reduction="none") for rows, targets in parts])
 
 
