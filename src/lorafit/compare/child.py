@@ -21,7 +21,8 @@ from lorafit import files
 from lorafit.errors import Interrupted, LorafitError
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["lorafit.run", "lorafit.compare.measure"]
+# What transformers imports late is imported by every child otherwise.
+PRELOADED = ["lorafit.run", "lorafit.compare.measure", "transformers.modeling_utils", "transformers.modeling_layers"]
 # How long a run may take to save what it has when it is interrupted.
 SAVING_S = 60
 

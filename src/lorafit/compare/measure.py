@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Tokens and repeats by which a speed is measured, after one that is not counted.
-TIMED_TOKENS, TIMED_REPEATS = 16, 7
+TIMED_TOKENS, TIMED_REPEATS = 12, 5
 # Text to be kept is cut into pieces of so many tokens, so that a long one is not read at once.
 KEEP_TOKENS = 512
 ANSWERED_TOGETHER = int(EvalConfig.model_fields["batch_size"].default)
