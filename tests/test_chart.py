@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 
@@ -59,7 +60,7 @@ def test_labels_of_points_at_one_place_do_not_cover_each_other() -> None:
     root = ET.fromstring(scatter("t", points, "x", str))
     labels = [node for node in root.iter() if (node.text or "").startswith("method")]
     heights = sorted(float(node.attrib["y"]) for node in labels if node.tag.endswith("text"))
-    assert len(heights) == 4 and all(b - a >= 14 for a, b in zip(heights, heights[1:], strict=False))
+    assert len(heights) == 4 and all(b - a >= 14 for a, b in itertools.pairwise(heights))
 
 
 def test_curves_share_their_axes_and_are_named() -> None:

@@ -70,12 +70,13 @@ def measure(
     sides: dict[str, str],
     keep: str,
     generate: bool,
+    timed: bool,
     console: Console,
 ) -> dict[str, Any]:
     """A run or the base, on the rows of every side by their names, and on what is to be kept. Raises LorafitError.
 
     Returns sides: of each the rows' nats, tokens and, of the test rows where `generate`, whether they were answered
-    right; keep: the same of the text to be kept; latency_s. The examples-in-the-prompt base is measured by few_shot.
+    right; keep: the same of the text to be kept; latency_s, None unless `timed`.
     """
     opened = _open(target, config, precision, console)
     engine = prepare(opened.model, share_prefix=True)
@@ -85,7 +86,7 @@ def measure(
         found["sides"][name] = _row_losses(engine, opened, examples, config)
         if name == "test":
             found["sides"][name]["right"] = _right(opened, examples) if generate else None
-            found["latency_s"] = _latency(opened, examples)
+            found["latency_s"] = _latency(opened, examples) if timed else None
     return found
 
 

@@ -124,7 +124,7 @@ class Study:
 
     def measure_floors(self) -> None:
         """The base as it is, and with examples in its prompt."""
-        base = self._once("base/untuned", lambda log: self._measure(self.config.model, {"test": "test"}, log))
+        base = self._once("base/untuned", lambda log: self._measure(self.config.model, ("test",), True, log))
         self.floors["untuned"] = base
         sides = self.rows.path("train"), self.rows.path("test")
         self.floors["few_shot"] = self._once(
@@ -228,7 +228,7 @@ class Study:
             return
         target = str(self.directory / record["run"])
         measured = self._once(
-            f"{name}.measured", lambda log: self._measure(target, {"valid": "valid", "test": "test"}, log)
+            f"{name}.measured", lambda log: self._measure(target, ("valid", "test"), number == 0, log)
         )
         self.costs.measured(one.name, measured["wall_s"])
         one.runs.append({**record, "seed": seed, "measured": measured})
@@ -288,9 +288,9 @@ class Study:
             self.costs.trained(one.name, result["steps"], result["train_s"], record["wall_s"])
         return record
 
-    def _measure(self, target: str, sides: dict[str, str], log: Path) -> Record:
-        paths = {name: self.rows.path(side) for name, side in sides.items()}
-        arguments = (target, self.config, self.precision, paths, self.keep, self.generate)
+    def _measure(self, target: str, sides: tuple[str, ...], timed: bool, log: Path) -> Record:
+        paths = {side: self.rows.path(side) for side in sides}
+        arguments = (target, self.config, self.precision, paths, self.keep, self.generate, timed)
         return child.call(_measures().measure, arguments, log)
 
     def _once(self, name: str, work: Callable[[Path], Record]) -> Record:
