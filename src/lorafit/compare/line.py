@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from lorafit.compare.rows import Rows, split
 from lorafit.compare.show import page, print_comparison, read_curves
 from lorafit.compare.study import Study, candidates
 from lorafit.config import CompareConfig, parse_seconds
+from lorafit.data.formats import read_examples
+from lorafit.data.load import locate
 from lorafit.errors import CheckpointError, RunDirError
 from lorafit.model import spec as model_spec
 from lorafit.rundir import LOCK
@@ -42,11 +47,11 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
     budget = Budget(parse_seconds(config.budget, "--budget") if config.budget else math.inf)
     directory = Path(config.output)
     _check_usable(directory, resume)
-    busy = RunDirError(f"{directory} is in use by another lorafit process", "Wait until it ends, or choose another -o")
-    with files.lock(directory / LOCK, busy):
-        spec = model_spec.read(config.model)  # before anything is written: it may not exist
+    keep = config.keep or str(KEEP)
+    with _held(directory):
+        spec = model_spec.read(config.model)
+        read_examples(locate(keep).unseen().rows())  # what is wrong with it is said now
         rows = split(config, directory / "rows")
-        keep = str(Path(config.keep) if config.keep else KEEP)
         told = ", ".join(f"{count} {name}" for name, count in rows.counts.items())
         log.print(f"rows: {told} (search is a part of valid)", highlight=False)
         setup = _setup(config, directory, rows, model_spec.sha256(spec), keep, log)
@@ -72,6 +77,19 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
         print_comparison(found, out)
     log.print(f"wrote {directory / 'compare.json'} and {directory / 'report.html'}", highlight=False, markup=False)
     return found
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """The directory is this process's own; one that was made for it and in which nothing began is removed again."""
+    busy = RunDirError(f"{directory} is in use by another lorafit process", "Wait until it ends, or choose another -o")
+    is_new = not directory.exists()
+    with files.lock(directory / LOCK, busy):
+        try:
+            yield
+        finally:
+            if is_new and not (directory / "setup.json").exists():
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _check_usable(directory: Path, resume: bool) -> None:

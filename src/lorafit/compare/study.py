@@ -127,14 +127,22 @@ class Study:
         base = self._once("base/untuned", lambda log: self._measure(self.config.model, ("test",), True, log))
         self.floors["untuned"] = base
         sides = self.rows.path("train"), self.rows.path("test")
-        self.floors["few_shot"] = self._once(
-            "base/few_shot",
-            lambda log: child.call(_measures().few_shot, (self.config, self.precision, *sides, self.generate), log),
-        )
+        arguments = (self.config, self.precision, *sides, self.generate)
+
+        def with_shots(log: Path) -> Record:
+            try:
+                return child.call(_measures().few_shot, arguments, log)
+            except child.Refused as refused:
+                return {"shots": 0, "refused": str(refused)}
+
+        self.floors["few_shot"] = self._once("base/few_shot", with_shots)
         self.costs.measured("the base", base["wall_s"])
         shots = self.floors["few_shot"]["shots"]
         if not shots:
-            self.notes.append("no few-shot base: the rows have no replies, or no example fits into the context")
+            why = self.floors["few_shot"].get(
+                "refused", "the rows have no replies, or no example fits into the context"
+            )
+            self.notes.append(f"no few-shot base: {why}")
         elif shots < self.config.shots:
             self.notes.append(f"few-shot base with {shots} examples, as no more fit")
 
@@ -187,12 +195,9 @@ class Study:
     def _try_rate(self, one: Candidate, factor: float) -> Record:
         lr = float(f"{RATES[one.method] * factor:.4g}")
         name = f"{one.slug}/lr-{lr:g}"
-        settings = {
-            "lr": lr,
-            "seed": self.config.seed,
-            "max_steps": self.search_steps,
-            "eval": self.rows.path("search"),
-        }
+        settings: dict[str, Any] = {"lr": lr, "seed": self.config.seed, "max_steps": self.search_steps}
+        # Once, at the end, as a whole run ends: the best of several epochs would flatter rates that are too high.
+        settings |= {"eval": self.rows.path("search"), "eval_every": self.search_steps}
         record = self._train(one, name, settings)
         result, refused = record["result"], record["refused"] or "the loss is not a finite number"
         record |= {"lr": lr, "factor": factor, "loss": result["eval_loss"] if result else None, "refused": refused}
@@ -227,9 +232,13 @@ class Study:
             self._out(one, "failed", str(record["refused"]))
             return
         target = str(self.directory / record["run"])
-        measured = self._once(
-            f"{name}.measured", lambda log: self._measure(target, ("valid", "test"), number == 0, log)
-        )
+        try:
+            measured = self._once(
+                f"{name}.measured", lambda log: self._measure(target, ("valid", "test"), number == 0, log)
+            )
+        except child.Refused as refused:
+            self._out(one, "failed", f"seed {seed} cannot be measured: {refused}")
+            return
         self.costs.measured(one.name, measured["wall_s"])
         one.runs.append({**record, "seed": seed, "measured": measured})
         test = measured["sides"]["test"]
