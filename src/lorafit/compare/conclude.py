@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.compare.stats import LEVEL, Estimate, Scores, difference, estimate
+from lorafit.compare.stats import LEVEL, Estimate, Scores, difference, estimate, pooled
 from lorafit.compare.study import Candidate, Record, Study
 from lorafit.units import format_bytes, format_count, format_seconds
 
@@ -22,9 +22,10 @@ Found = dict[str, Any]
 def conclude(study: Study) -> Found:
     """The content of compare.json."""
     metric, why_metric = _metric(study)
-    methods = [_method(one, study, metric) for one in study.candidates]
-    floors = {name: _floor(record, metric) for name, record in study.floors.items() if "nats" in _test(record)}
-    verdict = _verdict(study, metric)
+    scores = _all_scores(study)
+    methods = [_method(one, study, scores, metric) for one in study.candidates]
+    floors = {name: _floor(own, scores[name], metric) for name, own in study.floors.items() if name in scores}
+    verdict = Verdict(scores, [one.name for one in study.candidates if one.runs], metric)
     for method in methods:
         versus = verdict.gaps.get(method["name"])
         method["versus_best"] = None if versus is None else {key: _json(one) for key, one in versus.items()}
@@ -79,13 +80,30 @@ def _scores(sides: Sequence[Record], metric: str) -> Scores:
     return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
 
 
-def _quality(sides: Sequence[Record], metric: str) -> Found:
-    loss = _json(estimate(_scores(sides, "loss"), 0.0))
-    right = None
-    if all(side["right"] is not None for side in sides):
-        right = _json(estimate(_scores(sides, "accuracy"), 0.0, 1.0))
+def _quality(scores: Mapping[str, Scores], metric: str) -> Found:
+    """Figures by every measure that there is; the one that decides in front."""
+    loss = _json(estimate(scores["loss"], 0.0))
+    right = _json(estimate(scores["accuracy"], 0.0, 1.0)) if "accuracy" in scores else None
     chosen = right if metric == "accuracy" and right else loss
     return {"metric": metric, **chosen, "loss": loss, "accuracy": right}
+
+
+def _all_scores(study: Study) -> dict[str, dict[str, Scores]]:
+    """Of every method that was measured, and of the floors, by loss and, where answers were compared, by accuracy."""
+    methods = {one.name: [_test(run["measured"]) for run in one.runs] for one in study.candidates if one.runs}
+    floors = {name: [_test(record)] for name, record in study.floors.items() if "nats" in _test(record)}
+    found: dict[str, dict[str, Scores]] = {name: {} for name in (methods | floors)}
+    for measure in ("loss", "accuracy"):
+        if measure == "accuracy" and any(
+            side["right"] is None for some in (methods | floors).values() for side in some
+        ):
+            continue
+        scores = pooled([_scores(sides, measure) for sides in methods.values()])
+        for name, own in zip(methods, scores, strict=True):
+            found[name][measure] = own
+        for name, sides in floors.items():
+            found[name][measure] = _scores(sides, measure)
+    return found
 
 
 def _json(one: Estimate) -> Found:
@@ -94,10 +112,10 @@ def _json(one: Estimate) -> Found:
     return {"value": value, "interval": [low, high]}
 
 
-def _floor(record: Record, metric: str) -> Found:
+def _floor(record: Record, scores: Mapping[str, Scores], metric: str) -> Found:
     kept = record.get("keep")
     return {
-        "quality": _quality([_test(record)], metric),
+        "quality": _quality(scores, metric),
         "shots": record.get("shots", 0),
         "keep_loss": _mean(kept) if kept else None,
         "latency_s": {name: record["latency_s"][name] for name in ("first_token", "per_token")},
@@ -108,7 +126,7 @@ def _mean(kept: Record) -> float:
     return float(sum(kept["nats"]) / sum(kept["tokens"]))
 
 
-def _method(one: Candidate, study: Study, metric: str) -> Found:
+def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scores]], metric: str) -> Found:
     """All that is known of one; None where it was dropped before it was measured."""
     rates = [{"lr": r["lr"], "loss": r["loss"]} for r in sorted(one.rates.values(), key=lambda r: float(r["lr"]))]
     found: Found = {
@@ -128,7 +146,7 @@ def _method(one: Candidate, study: Study, metric: str) -> Found:
     results = [run["result"] for run in one.runs]
     kept = float(np.mean([_mean(run["measured"]["keep"]) for run in one.runs]))
     return found | {
-        "quality": _quality([_test(run["measured"]) for run in one.runs], metric),
+        "quality": _quality(scores[one.name], metric),
         "trainable_params": results[0]["trainable_params"],
         "file_bytes": _weight_bytes(study.directory / one.runs[0]["run"] / "adapter"),
         "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
@@ -172,7 +190,9 @@ class Verdict:
     gaps: of each other method what it differs by, {measure: Estimate}. scores: of each and of the floors by measure.
     """
 
-    def __init__(self, scores: dict[str, dict[str, Scores]], names: Sequence[str]) -> None:
+    def __init__(self, scores: Mapping[str, Mapping[str, Scores]], names: Sequence[str], metric: str) -> None:
+        """names: of the methods that were measured. metric: where it is the loss, that alone decides."""
+        self.measures = ("accuracy", "loss") if metric == "accuracy" else ("loss",)
         self.scores, self.best, self.tied = scores, None, list[str]()
         self.gaps: dict[str, dict[str, Estimate]] = {}
         if not names:
@@ -184,7 +204,7 @@ class Verdict:
     def _best_of(self, names: Sequence[str]) -> str:
         """Of those that answer as many rows right as any, as far as can be told, the one with the least loss."""
         as_good = list(names)
-        if "accuracy" in self.scores[names[0]]:
+        if "accuracy" in self.measures:
             top = max(names, key=lambda name: self.scores[name]["accuracy"].value)
             of_top = self.scores[top]["accuracy"]
             as_good = [name for name in names if difference(self.scores[name]["accuracy"], of_top).high >= 0]
@@ -197,7 +217,7 @@ class Verdict:
     def gap(self, name: str) -> dict[str, Estimate]:
         """What it has more than the best, by each measure that decides."""
         assert self.best is not None
-        return {key: difference(own, self.scores[self.best][key]) for key, own in self.scores[name].items()}
+        return {key: difference(self.scores[name][key], self.scores[self.best][key]) for key in self.measures}
 
 
 def is_worse(gap: Mapping[str, Estimate]) -> bool:
@@ -206,14 +226,6 @@ def is_worse(gap: Mapping[str, Estimate]) -> bool:
     if accuracy is not None and accuracy.excludes_zero:
         return accuracy.value < 0
     return not math.isfinite(loss.value) or loss.low > 0
-
-
-def _verdict(study: Study, metric: str) -> Verdict:
-    measures = ("accuracy", "loss") if metric == "accuracy" else ("loss",)
-    sides = {one.name: [_test(run["measured"]) for run in one.runs] for one in study.candidates if one.runs}
-    floors = {name: [_test(record)] for name, record in study.floors.items() if "nats" in _test(record)}
-    scores = {name: {key: _scores(own, key) for key in measures} for name, own in (sides | floors).items()}
-    return Verdict(scores, list(sides))
 
 
 # --- what to take -----------------------------------------------------------------------------------------------------
@@ -237,12 +249,13 @@ def _recommend(found: Found, verdict: Verdict, study: Study) -> tuple[str | None
         )
         return (
             verdict.best,
-            f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. {_costs(best)}",
+            f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. It trains {_costs(best)}.",
         )
-    chosen, because = _cheapest([by_name[name] for name in verdict.tied])
-    names = ", ".join(verdict.tied[:-1]) + f" and {verdict.tied[-1]}"
-    first = f"{names} cannot be told apart {where} ({'; '.join(_named(by_name[name]) for name in verdict.tied)})."
-    return chosen["name"], f"{first} Of them {chosen['name']} {because}: {_costs(chosen)[3:]}"
+    tied = [by_name[name] for name in verdict.tied]
+    chosen, because = _cheapest(tied)
+    names = f"{', '.join(verdict.tied[:-1])} and {verdict.tied[-1]}"
+    first = f"{names} cannot be told apart {where} ({_all_said(tied)})."
+    return chosen["name"], f"{first} Of them {chosen['name']} {because}: {_costs(chosen)}."
 
 
 def _cheapest(tied: Sequence[Found]) -> tuple[Found, str]:
@@ -250,25 +263,37 @@ def _cheapest(tied: Sequence[Found]) -> tuple[Found, str]:
     fastest = min(method["train_s"] for method in tied)
     alike = [method for method in tied if method["train_s"] * (1 - ALIKE) <= fastest]
     chosen = min(alike, key=lambda method: (method["trainable_params"], method["train_s"]))
-    return chosen, "trains fastest" if len(alike) == 1 else "is one of the fastest to train, with the fewest parameters"
+    return chosen, "trains fastest" if len(alike) == 1 else "trains as fast as any and has the fewest parameters"
 
 
 def _costs(method: Found) -> str:
     return (
-        f"It trains {format_count(method['trainable_params'])} parameters in {format_seconds(method['train_s'])} "
-        f"at a peak of {format_bytes(method['peak_rss_bytes'])}, with a learning rate of {method['lr']:g}."
+        f"{format_count(method['trainable_params'])} parameters in {format_seconds(method['train_s'])} "
+        f"at a peak of {format_bytes(method['peak_rss_bytes'])}, with a learning rate of {method['lr']:g}"
     )
 
 
-def _named(method: Found) -> str:
-    return f"{method['name']} {_said(method['quality'])}"
+def _all_said(methods: Sequence[Found]) -> str:
+    """`accuracy 73.1% and 71.9%, loss 0.136 and 0.167`."""
+    measures = ("accuracy", "loss") if methods[0]["quality"]["metric"] == "accuracy" else ("loss",)
+    figures = {key: [_value(method["quality"][key], key) for method in methods] for key in measures}
+    return ", ".join(f"{key} {', '.join(some[:-1])} and {some[-1]}" for key, some in figures.items())
+
+
+def _value(one: Found, metric: str) -> str:
+    return (
+        "not finite"
+        if one["value"] is None
+        else f"{one['value']:.1%}"
+        if metric == "accuracy"
+        else f"{one['value']:.3g}"
+    )
 
 
 def _said(quality: Found) -> str:
-    """`accuracy 91.2%, 84.1% to 96.3%, loss 0.081`."""
-    return f"{quality['metric']} {figure(quality, quality['metric'])}" + (
-        f", loss {quality['loss']['value']:.3g}" if quality["metric"] == "accuracy" and quality["loss"]["value"] else ""
-    )
+    """`accuracy 91.2% (84.1% to 96.3%), loss 0.081`."""
+    told = f"{quality['metric']} {figure(quality, quality['metric'])}"
+    return told if quality["metric"] == "loss" else f"{told}, loss {_value(quality['loss'], 'loss')}"
 
 
 def figure(one: Found | None, metric: str) -> str:

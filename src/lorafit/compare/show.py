@@ -160,10 +160,12 @@ def print_comparison(found: Found, console: Console) -> None:
         shown = [number for number, name in enumerate(columns) if any(row[number] not in ("", "-") for row in rows)]
         table = Table(box=None, padding=(0, 2, 0, 0))
         for number in shown:
-            table.add_column(columns[number], justify="left" if number == 0 or not columns[number] else "right")
+            side = "left" if number == 0 or not columns[number] else "right"
+            table.add_column(columns[number], justify=side, no_wrap=bool(columns[number]))  # type: ignore[arg-type]
         for row in rows:
             table.add_row(*(Text(row[number]) for number in shown))
-        console.print(table)
+        # In a file or a pipe there is room.
+        console.print(table, width=None if console.is_terminal else 160)
         console.print()
     for method in found["methods"]:
         if method["dropped"]:

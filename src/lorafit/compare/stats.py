@@ -2,13 +2,15 @@
 
 A figure is a ratio of sums over rows (nats over tokens, right answers over rows), averaged over seeds. Rows are drawn
 with replacement RESAMPLES times, the same draws for every method, so that a difference is one of the same rows. Two or
-three seeds are too few to be drawn from; what they add is the spread of their means, s / sqrt(seeds), times Student's t
-with seeds - 1 degrees of freedom. Source: Efron and Tibshirani 1993, chapter 13; Student 1908.
+three seeds are too few to be drawn from; what they add is s / sqrt(seeds) times Student's t. They are too few to know
+s by as well: it is taken from all methods together, or from the method's own seeds where those lie further apart.
+Source: Efron and Tibshirani 1993, chapter 13; Student 1908.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,23 @@ SEED = 20_240
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far the seeds of a method lie apart. variance: of one seed's figure. freedom: degrees of; 0: not known."""
+
+    variance: float = 0.0
+    freedom: int = 0
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What a method reached on each row. sums: (rows, seeds), such as nats; weights: (rows,), such as tokens."""
+    """What a method reached on each row. sums: (rows, seeds), such as nats; weights: (rows,), such as tokens.
+
+    spread: of the seeds of all methods.
+    """
 
     sums: NDArray[np.float64]
     weights: NDArray[np.float64]
+    spread: Spread = field(default_factory=Spread)
 
     @property
     def seeds(self) -> int:
@@ -36,6 +50,24 @@ class Scores:
     def value(self) -> float:
         """The figure: the mean over seeds."""
         return float(self.sums.mean(1).sum() / self.weights.sum())
+
+    @property
+    def own_variance(self) -> float:
+        """Of its own seeds' figures; 0 for one seed, which cannot tell."""
+        return float((self.sums.sum(0) / self.weights.sum()).var(ddof=1)) if self.seeds > 1 else 0.0
+
+    @property
+    def seed_variance(self) -> float:
+        """Of its value, by another draw of seeds; 0 where no method has several."""
+        return max(self.own_variance, self.spread.variance) / self.seeds
+
+
+def pooled(methods: Sequence[Scores]) -> list[Scores]:
+    """The same scores, each with the spread of all: the mean of their variances, weighed by seeds - 1."""
+    known = [one for one in methods if np.isfinite(one.sums).all()]
+    freedom = sum(one.seeds - 1 for one in known)
+    variance = sum(one.own_variance * (one.seeds - 1) for one in known) / max(1, freedom)
+    return [replace(one, spread=Spread(variance, freedom)) for one in methods]
 
 
 @dataclass(frozen=True)
@@ -56,19 +88,34 @@ def estimate(scores: Scores, least: float = -np.inf, most: float = np.inf) -> Es
     """A figure with its interval, which is cut off at what is possible. Not finite where a score is not."""
     if not np.isfinite(scores.sums).all():
         return Estimate(scores.value, np.nan, np.nan)
-    drawn = _resampled(scores.sums.mean(1), scores.weights) + _between_seeds(scores)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(scores.value, float(max(low, least)), float(min(high, most)))
+    found = _interval(scores.value, scores.sums.mean(1), scores.weights, scores.seed_variance, _freedom(scores))
+    return Estimate(found.value, max(found.low, least), min(found.high, most))
 
 
 def difference(a: Scores, b: Scores) -> Estimate:
-    """What a has more than b on the same rows, seed by seed; of the first seeds that both have, where one has fewer.
+    """What a has more than b on the same rows, each averaged over its seeds.
 
-    A score of one column, such as the untuned base's, which knows no seeds, stands against each of the other's.
+    A score without seeds of its own, such as the untuned base's, adds nothing to the spread.
     """
-    seeds = min(a.seeds, b.seeds) if min(a.seeds, b.seeds) > 1 else max(a.seeds, b.seeds)
-    columns = [one.sums[:, :seeds] if one.seeds > 1 else one.sums for one in (a, b)]
-    return estimate(Scores(columns[0] - columns[1], a.weights))
+    if not (np.isfinite(a.sums).all() and np.isfinite(b.sums).all()):
+        return Estimate(a.value - b.value, np.nan, np.nan)
+    sums = a.sums.mean(1) - b.sums.mean(1)
+    variance, freedom = a.seed_variance + b.seed_variance, max(_freedom(a), _freedom(b))
+    return _interval(float(sums.sum() / a.weights.sum()), sums, a.weights, variance, freedom)
+
+
+def _freedom(scores: Scores) -> int:
+    return max(scores.spread.freedom, scores.seeds - 1)
+
+
+def _interval(
+    value: float, sums: NDArray[np.float64], weights: NDArray[np.float64], seed_variance: float, freedom: int
+) -> Estimate:
+    drawn = _resampled(sums, weights)
+    if seed_variance > 0:
+        drawn = drawn + np.random.default_rng(SEED + 1).standard_t(freedom, RESAMPLES) * np.sqrt(seed_variance)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(low), float(high))
 
 
 def _resampled(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -79,13 +126,3 @@ def _resampled(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArr
         drawn = chance.integers(rows, size=(min(CHUNK, RESAMPLES - first), rows))
         found.append(sums[drawn].sum(1) / weights[drawn].sum(1))
     return np.concatenate(found)
-
-
-def _between_seeds(scores: Scores) -> NDArray[np.float64] | float:
-    """What another draw of seeds would change: (RESAMPLES,), or 0 for one seed, which cannot tell."""
-    if scores.seeds < 2:
-        return 0.0
-    means = scores.sums.sum(0) / scores.weights.sum()
-    spread = means.std(ddof=1) / np.sqrt(scores.seeds)
-    drawn: NDArray[np.float64] = np.random.default_rng(SEED + 1).standard_t(scores.seeds - 1, RESAMPLES) * spread
-    return drawn

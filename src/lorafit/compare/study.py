@@ -23,7 +23,7 @@ from lorafit.compare import child
 from lorafit.compare.budget import Budget, Costs
 from lorafit.compare.rows import Rows
 from lorafit.compare.search import next_factor
-from lorafit.compare.stats import Scores, difference
+from lorafit.compare.stats import Scores, difference, pooled
 from lorafit.config import METHOD_VARIANTS, RATES, CompareConfig
 from lorafit.errors import ConfigError, did_you_mean, listed
 from lorafit.rundir import RunDir
@@ -251,7 +251,8 @@ class Study:
         """Drop what is clearly worse on the validation rows, half of the methods at most, where time is short."""
         if self.budget.has(self._of_round() * seeds) or len(self.active) < 2:
             return
-        scores = {one.name: self._on_valid(one) for one in self.active}
+        names = [one.name for one in self.active]
+        scores = dict(zip(names, pooled([self._on_valid(one) for one in self.active]), strict=True))
         best = min(scores, key=lambda name: scores[name].value)
         gaps = {name: difference(own, scores[best]) for name, own in scores.items() if name != best}
         worse = sorted((name for name in gaps if gaps[name].low > 0), key=lambda name: -gaps[name].value)
