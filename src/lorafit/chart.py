@@ -180,7 +180,7 @@ def _points(points: Sequence[Point], across: _Scale, up: _Scale, x_text: Callabl
         parts.append(f'<line class="bar {color}" {bar}/>')
         parts.append(f'<circle class="point {color}" cx="{x:.1f}" cy="{y:.1f}" r="5">{told}</circle>')
         begin, end, side = _beside(x, len(point.name) * LABEL_PX)
-        at = y + 4
+        at = y - 5
         while any(
             begin < other_end and other < end and abs(at - line) < LABEL_ROOM_PX for other, other_end, line in taken
         ):
@@ -248,15 +248,15 @@ def _grid(up: _Scale) -> list[str]:
 
 
 def _log_scale(values: Sequence[float]) -> _Scale:
-    """Across, from a little below the least to a little above the largest, with ticks at 1, 2 and 5 times 10^n."""
+    """Across, from a little below the least to a little above the largest: ticks at powers of ten, or closer ones."""
     low, high = math.log10(min(values)), math.log10(max(values))
     room = 0.08 * (high - low) + 0.05
     low, high = low - room, high + room
-    for factors in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(1 + n / 4 for n in range(36))):
-        powers = range(math.floor(low), math.ceil(high) + 1)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    if high - low < 1:
+        ticks = _scale([10**low, 10**high], LEFT, WIDTH - RIGHT, room=0.0).ticks
+    else:
+        factors = (1,) if high - low > 3 else (1, 2, 5)
         ticks = [factor * 10.0**power for power in powers for factor in factors]
-        inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
-        if len(inside) >= 3:
-            break
-    inside = inside[:: math.ceil(len(inside) / 6)]
-    return _Scale(low, high, LEFT, WIDTH - RIGHT, inside, is_log=True)
+    inside = [tick for tick in ticks if tick > 0 and low <= math.log10(tick) <= high]
+    return _Scale(low, high, LEFT, WIDTH - RIGHT, inside[:: math.ceil(len(inside) / 7)], is_log=True)

@@ -249,7 +249,7 @@ def _recommend(found: Found, verdict: Verdict, study: Study) -> tuple[str | None
         )
         return (
             verdict.best,
-            f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. It trains {_costs(best)}.",
+            f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. I{_costs(best)[1:]}.",
         )
     tied = [by_name[name] for name in verdict.tied]
     chosen, because = _cheapest(tied)
@@ -268,8 +268,8 @@ def _cheapest(tied: Sequence[Found]) -> tuple[Found, str]:
 
 def _costs(method: Found) -> str:
     return (
-        f"{format_count(method['trainable_params'])} parameters in {format_seconds(method['train_s'])} "
-        f"at a peak of {format_bytes(method['peak_rss_bytes'])}, with a learning rate of {method['lr']:g}"
+        f"it takes {format_seconds(method['train_s'])} and a peak of {format_bytes(method['peak_rss_bytes'])} for "
+        f"{format_count(method['trainable_params'])} parameters, at a learning rate of {method['lr']:g}"
     )
 
 
@@ -291,18 +291,18 @@ def _value(one: Found, metric: str) -> str:
 
 
 def _said(quality: Found) -> str:
-    """`accuracy 91.2% (84.1% to 96.3%), loss 0.081`."""
+    """`accuracy 91.2% (84.1 to 96.3), loss 0.081`."""
     told = f"{quality['metric']} {figure(quality, quality['metric'])}"
     return told if quality["metric"] == "loss" else f"{told}, loss {_value(quality['loss'], 'loss')}"
 
 
 def figure(one: Found | None, metric: str) -> str:
-    """A figure with its interval: `91.2% (84.1% to 96.3%)` or `0.0812 (0.06 to 0.12)`; - where there is none."""
+    """A figure with its interval: `91.2% (84.1 to 96.3)` or `0.0812 (0.06 to 0.12)`; - where there is none."""
     if one is None:
         return "-"
     value, (low, high) = one["value"], one["interval"]
     if value is None or low is None:
         return "not finite"
     if metric == "accuracy":
-        return f"{value:.1%} ({low:.1%} to {high:.1%})"
+        return f"{100 * value:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
     return f"{value:.3g} ({low:.3g} to {high:.3g})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +14,108 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.chart import Curve, Point, curves, scatter
-from lorafit.compare.conclude import FLOOR_NAMES, figure, front
+from lorafit.compare.conclude import figure, front
 from lorafit.rundir import RunDir
-from lorafit.units import format_bytes, format_count, format_flop, format_seconds
+from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds
 
 PAGE = Path(__file__).parent / "page.html.jinja"
 # A step's loss is that of its few rows: curves show the mean over about so many steps.
 SMOOTHED_STEPS = 5
 Found = dict[str, Any]
-COST_NAMES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "trainable_params": ("trainable parameters", lambda value: _short(value)),
-    "peak_rss_bytes": ("peak memory of training", format_bytes),
-    "train_s": ("time to train", format_seconds),
+# A cost on an axis: its name, what its unit is, how a value is written.
+AXES: dict[str, tuple[str, float, Callable[[float], str]]] = {
+    "trainable_params": ("trainable parameters", 1.0, lambda value: _short(value)),
+    "peak_rss_bytes": ("peak memory of training", float(MIB), lambda value: f"{value:,.0f} MiB"),
+    "train_s": ("time to train", 1.0, lambda value: f"{value:g} s"),
 }
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def quality_rows(found: Found) -> list[tuple[str, ...]]:
-    """name, accuracy, loss, against the best, forgetting, remark: a row for each method, best first, then floors."""
+@dataclass(frozen=True)
+class Block:
+    """One table. rows: cells as text; a column in which nothing stands is left out. Fits into 80 characters."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of the columns in which something stands."""
+        return [n for n in range(len(self.columns)) if any(row[n] not in ("", "-") for row in self.rows)]
+
+
+def blocks(found: Found) -> list[Block]:
+    """All that is told as a table: of methods, the best first, then of the floors."""
+    made = [
+        Block("Quality on the test rows", ("method", "accuracy", "loss", ""), _quality(found)),
+        Block("Against the best", ("method", "accuracy", "loss"), _differences(found)),
+        Block(
+            "Training",
+            ("method", "lr", "parameters", "file", "memory", "time", "operations"),
+            [_training(method) for method in _measured(found)],
+        ),
+        Block("In use", ("method", "forgetting", "first token", "each further"), _in_use(found)),
+    ]
+    return [block for block in made if block.rows]
+
+
+def _measured(found: Found) -> list[Found]:
+    return [method for method in ordered(found) if method["quality"]]
+
+
+def _quality(found: Found) -> list[tuple[str, ...]]:
+    rows = [(one["name"], one["quality"], remark(one, found)) for one in ordered(found)]
+    rows += [(floor_name(name, floor), floor["quality"], "floor") for name, floor in found["floors"].items()]
+    none = {"accuracy": None, "loss": None}
+    return [
+        (name, *(figure((own or none)[key], key) for key in ("accuracy", "loss")), said) for name, own, said in rows
+    ]
+
+
+def _differences(found: Found) -> list[tuple[str, ...]]:
+    compared = [method for method in ordered(found) if method["versus_best"]]
+    return [
+        (method["name"], *(_gap(method["versus_best"].get(key), key) for key in ("accuracy", "loss")))
+        for method in compared
+    ]
+
+
+def _gap(one: Found | None, metric: str) -> str:
+    if one is None:
+        return "-"
+    value, (low, high) = one["value"], one["interval"]
+    if value is None or low is None:
+        return "not finite"
+    if metric == "accuracy":
+        return f"{100 * value:+.1f}% ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{value:+.3g} ({low:+.3g} to {high:+.3g})"
+
+
+def _training(method: Found) -> tuple[str, ...]:
+    return (
+        method["name"],
+        f"{method['lr']:g}",
+        format_count(method["trainable_params"]),
+        format_bytes(method["file_bytes"]),
+        format_bytes(method["peak_rss_bytes"]),
+        format_seconds(method["train_s"]),
+        format_flop(method["flop"]),
+    )
+
+
+def _in_use(found: Found) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for method in ordered(found):
-        quality = method["quality"] or {"accuracy": None, "loss": None}
-        forgotten = "-" if method["forgetting"] is None else f"{method['forgetting']:+.3f}"
-        accuracy, loss = figure(quality["accuracy"], "accuracy"), figure(quality["loss"], "loss")
-        rows.append((method["name"], accuracy, loss, _versus(method, found), forgotten, remark(method, found)))
-    for name, floor in found["floors"].items():
-        accuracy, loss = figure(floor["quality"]["accuracy"], "accuracy"), figure(floor["quality"]["loss"], "loss")
-        rows.append((floor_name(name, floor), accuracy, loss, "", "", "floor"))
-    return rows
-
-
-QUALITY_COLUMNS = ("method", "accuracy", "loss, nats a token", "against the best", "forgetting", "")
-COST_COLUMNS = ("method", "lr", "parameters", "file", "peak memory", "training", "FLOP", "first token", "each further")
-
-
-def cost_rows(found: Found) -> list[tuple[str, ...]]:
-    """name, rate and what it costs: of the methods that were measured, then of the floors."""
-    rows = []
-    for method in ordered(found):
-        if method["quality"] is None:
-            continue
+    keys = ("first_token", "per_token")
+    for method in _measured(found):
         at = method["latency_s"]
-        rows.append(
-            (
-                method["name"],
-                f"{method['lr']:g}",
-                format_count(method["trainable_params"]),
-                format_bytes(method["file_bytes"]),
-                format_bytes(method["peak_rss_bytes"]),
-                format_seconds(method["train_s"]),
-                format_flop(method["flop"]),
-                *(_latency(at[name], at[f"base_{name}"]) for name in ("first_token", "per_token")),
-            )
-        )
+        times = (_latency(at[key], at[f"base_{key}"]) for key in keys)
+        rows.append((method["name"], f"{method['forgetting']:+.3f}", *times))
     for name, floor in found["floors"].items():
         own, base = floor["latency_s"], found["floors"]["untuned"]["latency_s"]
-        times = (_latency(own[key], base[key]) for key in ("first_token", "per_token"))
-        rows.append((floor_name(name, floor), "", "0", "", "", "", "", *times))
+        rows.append((floor_name(name, floor), "", *(_latency(own[key], base[key]) for key in keys)))
     return rows
 
 
@@ -89,8 +133,8 @@ def ordered(found: Found) -> list[Found]:
 
 
 def floor_name(name: str, floor: Found) -> str:
-    """`base, 4 examples`."""
-    return "base" if name == "untuned" else f"base, {floor['shots']} examples"
+    """`base, 4 shots`."""
+    return "base" if name == "untuned" else f"base, {floor['shots']} shots"
 
 
 def remark(method: Found, found: Found) -> str:
@@ -103,27 +147,12 @@ def remark(method: Found, found: Found) -> str:
     elif method["name"] == found["best"]:
         parts.append("best")
     elif method["tied_with_best"]:
-        parts.append("tied with the best")
+        parts.append("tied")
     elif method["quality"]:
         parts.append("worse")
     if method["quality"] and len(method["seeds"]) < found["seeds"]:
         parts.append(f"{len(method['seeds'])} of {found['seeds']} seeds")
     return ", ".join(parts)
-
-
-def _versus(method: Found, found: Found) -> str:
-    """What it differs by in what decides; in the loss where accuracy cannot tell."""
-    versus = method["versus_best"]
-    if versus is None:
-        return ""
-    accuracy = versus.get("accuracy")
-    if accuracy is not None and (accuracy["interval"][0] > 0 or accuracy["interval"][1] < 0):
-        low, high = accuracy["interval"]
-        return f"accuracy {accuracy['value']:+.1%} ({low:+.1%} to {high:+.1%})"
-    loss = versus["loss"]
-    if loss["value"] is None or loss["interval"][0] is None:
-        return "loss not finite"
-    return f"loss {loss['value']:+.3g} ({loss['interval'][0]:+.3g} to {loss['interval'][1]:+.3g})"
 
 
 def _latency(own_s: float, base_s: float) -> str:
@@ -156,16 +185,16 @@ def explained(found: Found) -> list[str]:
 
 def print_comparison(found: Found, console: Console) -> None:
     """The tables and the recommendation on a terminal."""
-    for columns, rows in ((QUALITY_COLUMNS, quality_rows(found)), (COST_COLUMNS, cost_rows(found))):
-        shown = [number for number, name in enumerate(columns) if any(row[number] not in ("", "-") for row in rows)]
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for number in shown:
-            side = "left" if number == 0 or not columns[number] else "right"
-            table.add_column(columns[number], justify=side, no_wrap=bool(columns[number]))  # type: ignore[arg-type]
-        for row in rows:
-            table.add_row(*(Text(row[number]) for number in shown))
-        # In a file or a pipe there is room.
-        console.print(table, width=None if console.is_terminal else 160)
+    for block in blocks(found):
+        table = Table(box=None, padding=(0, 2, 0, 0), title=block.title, title_justify="left", title_style="bold")
+        for number in block.shown:
+            is_figure = number > 0 and block.columns[number]
+            table.add_column(block.columns[number], justify="right" if is_figure else "left", no_wrap=True)
+        for row in block.rows:
+            table.add_row(*(Text(row[number]) for number in block.shown))
+        # Names of any length: rather a line that is broken than a figure that is cut off.
+        console.width = max(console.width, table.__rich_measure__(console, console.options.update(width=1000)).maximum)
+        console.print(table)
         console.print()
     for method in found["methods"]:
         if method["dropped"]:
@@ -217,7 +246,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
     """Quality against each cost, and the loss curves: SVG to stand inside a page."""
     measured = [m for m in found["methods"] if m["quality"] and None not in m["quality"]["interval"]]
-    drawn = [_scatter(found, measured, cost) for cost in COST_NAMES] if measured else []
+    drawn = [_scatter(found, measured, cost) for cost in AXES] if measured else []
     if lines:
         title = f"Training loss of the first seed, nats a token, smoothed over about {SMOOTHED_STEPS} steps"
         drawn.append(curves(title, lines, "step"))
@@ -225,35 +254,34 @@ def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
 
 
 def _scatter(found: Found, measured: list[Found], cost: str) -> str:
-    """As far as it can be drawn: a floor far below all methods is left out, or they could not be told apart."""
-    name, text = COST_NAMES[cost]
+    name, unit, text = AXES[cost]
     in_front = {method["name"] for method in front(measured, cost)}
+    size = 100 if found["metric"] == "accuracy" else 1
     points = [
         Point(
             name=method["name"],
-            x=max(method[cost], 1e-9),
-            y=method["quality"]["value"],
-            low=method["quality"]["interval"][0],
-            high=method["quality"]["interval"][1],
+            x=max(method[cost] / unit, 1e-9),
+            y=size * method["quality"]["value"],
+            low=size * method["quality"]["interval"][0],
+            high=size * method["quality"]["interval"][1],
             in_front=method["name"] in in_front,
         )
         for method in measured
     ]
-    level = _level(found, points)
-    better = "more is better" if found["metric"] == "accuracy" else "less is better"
-    title = f"{found['metric'].capitalize()} on the test rows against {name}; {better}"
-    return scatter(title, points, name, text, level)
+    what = "Right answers, %" if found["metric"] == "accuracy" else "Loss, nats a token"
+    title = f"{what}, against {name}: {'more' if found['metric'] == 'accuracy' else 'less'} is better"
+    return scatter(title, points, name, text, _level(found, points, size))
 
 
-def _level(found: Found, points: Sequence[Point]) -> tuple[float, str] | None:
-    floor = found["floors"].get("few_shot") or found["floors"].get("untuned")
-    value = floor["quality"]["value"] if floor else None
-    if value is None:
+def _level(found: Found, points: Sequence[Point], size: float) -> tuple[float, str] | None:
+    """The better floor, unless it is so far from all methods that they could not be told apart beside it."""
+    floors = [(floor["quality"]["value"], floor_name(name, floor)) for name, floor in found["floors"].items()]
+    known = [(size * value, name) for value, name in floors if value is not None]
+    if not known:
         return None
+    best = max(known) if found["metric"] == "accuracy" else min(known)
     low, high = min(point.low for point in points), max(point.high for point in points)
-    is_near = low - (high - low) <= value <= high + (high - low)
-    name = "base with examples" if "few_shot" in found["floors"] else "base"
-    return (value, name) if is_near else None
+    return best if low - (high - low) <= best[0] <= high + (high - low) else None
 
 
 def page(found: Found, lines: Sequence[Curve]) -> str:
@@ -267,11 +295,10 @@ def page(found: Found, lines: Sequence[Curve]) -> str:
     ]
     return template.render(
         found=found,
-        tables=[(QUALITY_COLUMNS, quality_rows(found)), (COST_COLUMNS, cost_rows(found))],
+        blocks=blocks(found),
         pictures=pictures(found, lines),
         notes=[*out, *found["notes"]],
         explained=explained(found),
-        floors=FLOOR_NAMES,
         rates=[(method["name"], method["rates"], method["lr"]) for method in found["methods"] if method["rates"]],
         spent=format_seconds(found["spent_s"]),
         budget=None if found["budget_s"] is None else format_seconds(found["budget_s"]),
