@@ -62,29 +62,30 @@ def config(inputs: dict[str, str], output: Path, **more: Any) -> CompareConfig:
     return CompareConfig(**{**SETTINGS, **given, "output": str(output), **more})
 
 
+def begin(config: CompareConfig) -> None:
+    compare(config, False, quiet(), None)
+
+
 @pytest.fixture(scope="module")
 def killed_and_resumed(
     inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], str]:
-    """A comparison by the command line that was killed once its first whole run was under way, and then resumed."""
+    """A comparison that was killed once its first whole run was under way, and then resumed."""
     directory = tmp_path_factory.mktemp("compared") / "c"
-    arguments = ["compare", inputs["model"], inputs["data"], "-o", str(directory), "--eval", inputs["eval"]]
-    arguments += ["--keep", inputs["keep"], "--methods", "lora,prompt", "--seeds", "1", "--rate-trials", "2"]
-    arguments += ["--r", "3", "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--shots", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "lorafit", *arguments], stderr=subprocess.DEVNULL)
-    waited = directory / "trials"
-    deadline = time.monotonic() + 100
-    while len(list(waited.glob("*/seed-*"))) == 0 and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = {path.name: path.read_text() for path in waited.glob("*/*.json")}
-    assert not (directory / "compare.json").exists()
+    child.CONTEXT.set_forkserver_preload(child.PRELOADED)
+    process = child.CONTEXT.Process(target=begin, args=(config(inputs, directory),))
+    process.start()
+    trials, deadline = directory / "trials", time.monotonic() + 100
+    while not list(trials.glob("*/seed-*")) and time.monotonic() < deadline:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = {path: path.read_text() for path in trials.glob("*/*.json")}
+    assert before and not (directory / "compare.json").exists()
     heard = io.StringIO()
     found = compare(config(inputs, directory), True, quiet(), Console(file=heard, width=200))
-    for name, text in before.items():
-        assert text in [path.read_text() for path in waited.glob(f"*/{name}")], "what was finished was run again"
+    assert {path: path.read_text() for path in before} == before  # what was finished was not run again
     return directory, found, heard.getvalue()
 
 
@@ -156,6 +157,29 @@ def test_all_methods_learn_the_same_rows_and_no_trial_sees_a_test_row(alone: tup
     searched = [one for one in configs if "lr-" in one["output"]]
     assert {one["eval"] for one in searched} == {str(directory / "rows" / "search.jsonl")}
     assert not any("eval" in one for one in configs if "seed-" in one["output"])
+
+
+def test_the_command_gives_a_finished_comparison_as_json(
+    alone: tuple[Path, dict[str, Any]], inputs: dict[str, str]
+) -> None:
+    directory, found = alone
+    arguments = ["compare", inputs["model"], inputs["data"], "-o", str(directory), "--eval", inputs["eval"]]
+    arguments += [
+        "--keep",
+        inputs["keep"],
+        "--methods",
+        "lora,prompt",
+        "--seeds",
+        "1",
+        "--rate-trials",
+        "2",
+        "--r",
+        "3",
+    ]
+    arguments += ["--batch-size", "4", "--threads", "1", "--precision", "fp32", "--shots", "1", "--resume", "--json"]
+    done = subprocess.run([sys.executable, "-m", "lorafit", *arguments], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == found
 
 
 def test_other_test_rows_lead_to_the_same_rates(
