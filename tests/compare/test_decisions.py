@@ -31,6 +31,12 @@ def test_the_better_one_is_recommended_where_the_difference_is_real(tmp_path: Pa
     assert found["reason"].count(". ") == 1 and "worse beyond doubt" in found["reason"]
 
 
+def test_what_one_seed_cannot_tell_is_said(tmp_path: Path) -> None:
+    found = conclude(run(study(tmp_path, {"lora": 0.5, "ia3": 0.7}, seeds=1)))
+    assert "as far as one run of each can tell" in found["reason"] and "beyond doubt" not in found["reason"]
+    assert any("nothing of other seeds" in note for note in found["notes"])
+
+
 def test_accuracy_decides_and_the_loss_where_accuracy_cannot(tmp_path: Path) -> None:
     right = {"lora": 0.9, "ia3": 0.3}
     found = conclude(run(study(tmp_path / "a", {"lora": 0.9, "ia3": 0.5}, right=right)))

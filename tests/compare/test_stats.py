@@ -66,6 +66,18 @@ def test_two_seeds_that_happen_to_agree_do_not_make_a_method_sure(monkeypatch: p
     assert estimate(lone).high - estimate(lone).low > estimate(together[0]).high - estimate(together[0]).low
 
 
+def test_few_rows_widen_an_interval_and_rows_that_are_all_alike_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    chance, held = np.random.default_rng(8), 0
+    for _ in range(REPEATS):
+        found = estimate(Scores(chance.normal(1.0, 1.0, (5, 1)), np.ones(5)))
+        held += found.low <= 1.0 <= found.high
+    # Five rows drawn again as they are hold the truth in 80 to 85 of 100 cases.
+    assert held / REPEATS >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / REPEATS)
+    none_right = estimate(Scores(np.zeros((60, 1)), np.ones(60)), 0.0, 1.0)
+    assert (none_right.low, none_right.high) == (0.0, 3 / 60)
+
+
 def test_a_large_difference_is_found_and_has_its_sign() -> None:
     chance = np.random.default_rng(2)
     better, worse = drawn(chance, 3, better_by=0.6), drawn(chance, 3)

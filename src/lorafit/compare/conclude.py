@@ -15,6 +15,7 @@ from lorafit.units import format_bytes, format_count, format_seconds
 
 # Costs nearer than this, as a share of the larger, are no reason to prefer one method.
 ALIKE = 0.1
+ONE_SEED = "one seed each: the intervals are those of other rows, and say nothing of other seeds, which may differ more"
 FLOOR_NAMES = {"untuned": "the untuned base", "few_shot": "the base with examples in its prompt"}
 Found = dict[str, Any]
 
@@ -50,7 +51,9 @@ def conclude(study: Study) -> Found:
         "tied": verdict.tied,
     }
     recommended, reason = _recommend(found, verdict, study)
-    return found | {"recommended": recommended, "reason": reason, "notes": study.notes}
+    most = max((len(one.runs) for one in study.candidates), default=0)
+    notes = [*study.notes, ONE_SEED] if most == 1 else study.notes
+    return found | {"recommended": recommended, "reason": reason, "notes": notes}
 
 
 def _metric(study: Study) -> tuple[str, str]:
@@ -244,18 +247,20 @@ def _recommend(found: Found, verdict: Verdict, study: Study) -> tuple[str | None
         return floor, f"{first} There is nothing to gain from training until more test rows or more data show it."
     best = by_name[verdict.best]
     if len(verdict.tied) == 1:
-        others = (
-            "no other method was measured" if len(verdict.gaps) == 0 else "every other method is worse beyond doubt"
-        )
-        return (
-            verdict.best,
-            f"{best['name']} is the best {where} ({_said(best['quality'])}), and {others}. I{_costs(best)[1:]}.",
-        )
+        first = f"{best['name']} is the best {where} ({_said(best['quality'])}), and {_others(verdict, seeds)}."
+        return verdict.best, f"{first} I{_costs(best)[1:]}."
     tied = [by_name[name] for name in verdict.tied]
     chosen, because = _cheapest(tied)
     names = f"{', '.join(verdict.tied[:-1])} and {verdict.tied[-1]}"
     first = f"{names} cannot be told apart {where} ({_all_said(tied)})."
     return chosen["name"], f"{first} Of them {chosen['name']} {because}: {_costs(chosen)}."
+
+
+def _others(verdict: Verdict, seeds: int) -> str:
+    """What became of the other methods."""
+    if not verdict.gaps:
+        return "no other method was measured"
+    return "every other method is worse" + (" beyond doubt" if seeds > 1 else ", as far as one run of each can tell")
 
 
 def _cheapest(tied: Sequence[Found]) -> tuple[Found, str]:

@@ -28,7 +28,7 @@ MOST_VALID = 200
 # Fewer test rows than these leave wide intervals.
 FEW_TEST_ROWS = 50
 # Of fewer texts than these, each is cut into parts of about so many characters.
-FEW_TEXTS, PART_CHARS = 20, 2000
+FEW_TEXTS, PART_CHARS = 20, 1000
 SIDES = ("train", "search", "valid", "test")
 
 

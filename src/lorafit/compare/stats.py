@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ LEVEL = 0.95
 # Draws that are made at once: bounds the memory for many rows.
 CHUNK = 500
 SEED = 20_240
+T_DRAWS = 200_000  # enough for a quantile of Student's t to a percent, without a library of distributions
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,18 @@ class Estimate:
 
 
 def estimate(scores: Scores, least: float = -np.inf, most: float = np.inf) -> Estimate:
-    """A figure with its interval, which is cut off at what is possible. Not finite where a score is not."""
+    """A figure with its interval, which is cut off at what is possible. Not finite where a score is not.
+
+    most: 1 for a share of rows.
+    """
     if not np.isfinite(scores.sums).all():
         return Estimate(scores.value, np.nan, np.nan)
     found = _interval(scores.value, scores.sums.mean(1), scores.weights, scores.seed_variance, _freedom(scores))
-    return Estimate(found.value, max(found.low, least), min(found.high, most))
+    low, high = found.low, found.high
+    if most == 1 and found.value in (0, 1):
+        # Rows that are all alike tell nothing by being drawn again: the rule of three (Hanley and Lippman-Hand 1983).
+        low, high = min(low, found.value - 3 / len(scores.sums)), max(high, found.value + 3 / len(scores.sums))
+    return Estimate(found.value, max(low, least), min(high, most))
 
 
 def difference(a: Scores, b: Scores) -> Estimate:
@@ -111,11 +120,21 @@ def _freedom(scores: Scores) -> int:
 def _interval(
     value: float, sums: NDArray[np.float64], weights: NDArray[np.float64], seed_variance: float, freedom: int
 ) -> Estimate:
-    drawn = _resampled(sums, weights)
+    drawn = value + (_resampled(sums, weights) - value) * _widened(len(sums))
     if seed_variance > 0:
         drawn = drawn + np.random.default_rng(SEED + 1).standard_t(freedom, RESAMPLES) * np.sqrt(seed_variance)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
+
+
+@cache
+def _widened(rows: int) -> float:
+    """By what few rows widen an interval: a bootstrap of n rows is too narrow by the root of 1 - 1/n, and has no t."""
+    if rows < 2:
+        return 1.0
+    chance, ends = np.random.default_rng(SEED + 2), (1 + LEVEL) / 2
+    ratio = np.quantile(chance.standard_t(rows - 1, T_DRAWS), ends) / np.quantile(chance.standard_normal(T_DRAWS), ends)
+    return float(max(1.0, ratio) * np.sqrt(rows / (rows - 1)))
 
 
 def _resampled(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
