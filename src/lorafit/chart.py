@@ -155,9 +155,9 @@ def scatter(
     parts = [*_head(bottom + BELOW), f'<text class="title" x="{LEFT}" y="{TOP - 10}">{escape(title)}</text>']
     parts += _grid(up)
     for tick in across.ticks:
-        parts.append(
-            f'<text x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{escape(x_text(tick))}</text>'
-        )
+        x, told = across(tick), escape(x_text(tick))
+        side = "end" if x + len(told) * LABEL_PX / 2 > WIDTH else "middle"  # at the edge it would be cut off
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="{side}">{told}</text>')
     if level:
         y = up(level[0])
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
