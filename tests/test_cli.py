@@ -52,7 +52,8 @@ def _called(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_help_and_bad_settings_never_import_torch() -> None:
     watch = "import sys; sys.argv = ['lorafit', *{}]\ntry:\n  from lorafit.cli import main; main()\n"
     watch += "except SystemExit: pass\n"
-    for arguments in (["--help"], ["train", "--help"], ["train", "m", "d", "-o", "o", "--r", "x"], ["--version"]):
+    wrong = [["train", "m", "d", "-o", "o", "--r", "x"], ["compare", "m", "d", "-o", "o", "--methods", "lor"]]
+    for arguments in (["--help"], ["train", "--help"], *wrong, ["compare", "--help"], ["--version"]):
         code = watch.format(arguments) + "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0, arguments
 
@@ -233,3 +234,26 @@ def test_the_readme_example_on_digits_runs_and_learns(tmp_path: Path) -> None:
     base, tuned = (float(lines[name].split()[-1].rstrip("%")) for name in ("base", "loaded"))
     assert base < 10
     assert tuned > 70
+
+
+@pytest.mark.parametrize(
+    ("sentence", "arguments"),
+    [
+        ("--methods names 'lor', which is no method. Did you mean 'lora'?", ["--methods", "lora,lor"]),
+        ("--budget 'soon' is not a time", ["--budget", "soon"]),
+        ("--eval '0%' is not a share", ["--eval", "0%"]),
+        ("keep.txt does not exist", ["--keep", "keep.txt"]),
+        ("--seeds: Input should be greater than or equal to 1", ["--seeds", "0"]),
+    ],
+)
+def test_bad_settings_of_a_comparison_are_one_sentence_and_leave_nothing(
+    sentence: str,
+    arguments: list[str],
+    inputs: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, printed = _called(capsys, monkeypatch, "compare", *inputs, "-o", str(tmp_path / "c"), *arguments)
+    assert code == 2 and sentence in printed.splitlines()[-1] and "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lorafit.config import ChatConfig, EvalConfig, MergeConfig, TrainConfig, build, read_toml
+from lorafit.config import ChatConfig, EvalConfig, MergeConfig, TrainConfig, build, parse_seconds, read_toml
 from lorafit.errors import ConfigError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output": "out"}
@@ -65,3 +65,14 @@ def test_a_config_file_that_is_missing_or_no_toml_is_one_sentence(tmp_path: Path
 @pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ChatConfig, MergeConfig])
 def test_every_setting_has_a_help_text(config: type[TrainConfig]) -> None:
     assert [name for name, field in config.model_fields.items() if not (field.description or "").endswith(".")] == []
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("2h", 7200), ("1h30m", 5400)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert parse_seconds(text, "--budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "m", "-5m", "0s", "1.5h", "5 minutes"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--budget"):
+        parse_seconds(text, "--budget")

@@ -1,9 +1,9 @@
-"""Small line charts as SVG that needs nothing else, and follows a page's light or dark colours."""
+"""Small charts as SVG that needs nothing else, and follows a page's light or dark colours: lines, curves, points."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -14,7 +14,11 @@ STYLE = (
     ".paper{fill:#fcfcfa}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#3a3a3a}.line{stroke:#6fa3cc}"
     ".dot{fill:#6fa3cc}.mark{stroke:#ff9d66}.paper{fill:#161616}}"
 )
+# Colours that can be told apart, on light and on dark paper.
+LIGHT = ("#3f74a3", "#c98a2b", "#4f9a6b", "#a05195", "#c4574f", "#7d6b55", "#5b6470", "#1b998b")
+DARK = ("#6fa3cc", "#e0ab57", "#77bd92", "#c283b8", "#e08078", "#b7a58c", "#9aa0aa", "#4cc9b9")
 TICKS = 4
+LABEL_PX, LABEL_ROOM_PX = 7, 14  # width of a letter and height of a line, roughly
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,27 @@ class Mark:
     name: str
 
 
+@dataclass(frozen=True)
+class Point:
+    """A named point with the interval of its y. in_front: whether it is on the Pareto front, which is drawn."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    in_front: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One of several lines over the same axes."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
 @dataclass
 class _Scale:
     """Values -> places."""
@@ -44,9 +69,11 @@ class _Scale:
     begin: float
     end: float
     ticks: list[float] = field(default_factory=list)
+    is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
+        at = math.log10(value) if self.is_log else value
+        return self.begin + (at - self.low) / (self.high - self.low) * (self.end - self.begin)
 
 
 def chart(panels: Sequence[Panel], x_name: str, mark: Mark | None = None) -> str:
@@ -105,3 +132,131 @@ def _scale(values: Sequence[float], begin: float, end: float, room: float) -> _S
     first = math.ceil(low / step - 1e-9)
     ticks = [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
     return _Scale(low, high, begin, end, ticks)
+
+
+# --- several things in one picture ------------------------------------------------------------------------------------
+
+
+def scatter(
+    title: str,
+    points: Sequence[Point],
+    x_name: str,
+    x_text: Callable[[float], str],
+    level: tuple[float, str] | None = None,
+) -> str:
+    """Named points over a logarithmic x axis, with the interval of each and a line through those in front.
+
+    x_text: how a value of x is written. level: as of a Panel. Values must be finite, those of x above 0.
+    """
+    height = HEIGHT + 60
+    bottom = TOP + height
+    values = [y for point in points for y in (point.low, point.high)] + ([level[0]] if level else [])
+    up, across = _scale(values, bottom, TOP, room=0.08), _log_scale([point.x for point in points])
+    parts = [*_head(bottom + BELOW), f'<text class="title" x="{LEFT}" y="{TOP - 10}">{escape(title)}</text>']
+    parts += _grid(up)
+    for tick in across.ticks:
+        x, told = across(tick), escape(x_text(tick))
+        side = "end" if x + len(told) * LABEL_PX / 2 > WIDTH else "middle"  # at the edge it would be cut off
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="{side}">{told}</text>')
+    if level:
+        y = up(level[0])
+        parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">{escape(level[1])}</text>')
+    front = sorted((across(point.x), up(point.y)) for point in points if point.in_front)
+    if len(front) > 1:
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in front)
+        parts.append(f'<polyline class="front" points="{line}"/>')
+    parts += _points(points, across, up, x_text)
+    parts.append(f'<text x="{WIDTH / 2}" y="{bottom + BELOW - 6}" text-anchor="middle">{escape(x_name)}</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+def _points(points: Sequence[Point], across: _Scale, up: _Scale, x_text: Callable[[float], str]) -> list[str]:
+    parts, taken = list[str](), list[tuple[float, float, float]]()
+    for number, point in enumerate(points):
+        x, y, color = across(point.x), up(point.y), f"c{number % len(LIGHT)}"
+        told = f"<title>{escape(point.name)}: {escape(x_text(point.x))}, {point.y:.4g}</title>"
+        bar = f'x1="{x:.1f}" x2="{x:.1f}" y1="{up(point.low):.1f}" y2="{up(point.high):.1f}"'
+        parts.append(f'<line class="bar {color}" {bar}/>')
+        parts.append(f'<circle class="point {color}" cx="{x:.1f}" cy="{y:.1f}" r="5">{told}</circle>')
+        begin, end, side = _beside(x, len(point.name) * LABEL_PX)
+        at = y - 5
+        while any(
+            begin < other_end and other < end and abs(at - line) < LABEL_ROOM_PX for other, other_end, line in taken
+        ):
+            at += LABEL_ROOM_PX / 2
+        taken.append((begin, end, at))
+        label = begin if side == "start" else end
+        parts.append(f'<text x="{label:.1f}" y="{at:.1f}" text-anchor="{side}">{escape(point.name)}</text>')
+    return parts
+
+
+def _beside(x: float, width: float) -> tuple[float, float, str]:
+    """Where a label of this width begins and ends: right of x, or left of it where there is no room."""
+    if x + 10 + width < WIDTH - RIGHT:
+        return x + 10, x + 10 + width, "start"
+    return x - 10 - width, x - 10, "end"
+
+
+def curves(title: str, lines: Sequence[Curve], x_name: str) -> str:
+    """Lines over the same axes, with their names below. Values must be finite."""
+    bottom = TOP + HEIGHT + 60
+    across = _scale([x for line in lines for x in line.x], LEFT, WIDTH - RIGHT, room=0.0)
+    up = _scale([y for line in lines for y in line.y], bottom, TOP, room=0.08)
+    rows, row, x = list[str](), 0, float(LEFT)
+    parts = []
+    for number, line in enumerate(lines):
+        color, width = f"c{number % len(LIGHT)}", len(line.name) * LABEL_PX + 40
+        points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
+        parts.append(f'<polyline class="curve {color}" points="{points}"><title>{escape(line.name)}</title></polyline>')
+        if x + width > WIDTH - RIGHT:
+            row, x = row + 1, float(LEFT)
+        y = bottom + BELOW + 14 + row * LABEL_ROOM_PX * 1.3
+        rows.append(f'<line class="curve {color}" x1="{x:.1f}" x2="{x + 18:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>')
+        rows.append(f'<text x="{x + 24:.1f}" y="{y:.1f}">{escape(line.name)}</text>')
+        x += width
+    head = _head(round(bottom + BELOW + 24 + row * LABEL_ROOM_PX * 1.3))
+    head += [f'<text class="title" x="{LEFT}" y="{TOP - 10}">{escape(title)}</text>', *_grid(up)]
+    for tick in across.ticks:
+        head.append(f'<text x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
+    below = f'<text x="{WIDTH / 2}" y="{bottom + BELOW - 6}" text-anchor="middle">{escape(x_name)}</text>'
+    return "\n".join([*head, *parts, below, *rows, "</svg>"]) + "\n"
+
+
+def _head(height: int) -> list[str]:
+    shared = (
+        ".bar{stroke-width:2;opacity:.6}.curve{fill:none;stroke-width:2}.front{fill:none;stroke:#999;stroke-width:1}"
+    )
+
+    def of(colors: Sequence[str]) -> str:
+        return "".join(f".c{n}{{stroke:{color}}}.point.c{n}{{fill:{color}}}" for n, color in enumerate(colors))
+
+    style = f"{STYLE}{shared}{of(LIGHT)}@media(prefers-color-scheme:dark){{{of(DARK)}}}"
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
+        f'<style>{style}</style><rect class="paper" width="{WIDTH}" height="{height}"/>',
+    ]
+
+
+def _grid(up: _Scale) -> list[str]:
+    parts = []
+    for tick in up.ticks:
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    return parts
+
+
+def _log_scale(values: Sequence[float]) -> _Scale:
+    """Across, from a little below the least to a little above the largest: ticks at powers of ten, or closer ones."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    room = 0.08 * (high - low) + 0.05
+    low, high = low - room, high + room
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    if high - low < 1:
+        ticks = _scale([10**low, 10**high], LEFT, WIDTH - RIGHT, room=0.0).ticks
+    else:
+        factors = (1,) if high - low > 3 else (1, 2, 5)
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+    inside = [tick for tick in ticks if tick > 0 and low <= math.log10(tick) <= high]
+    return _Scale(low, high, LEFT, WIDTH - RIGHT, inside[:: math.ceil(len(inside) / 7)], is_log=True)

@@ -21,6 +21,7 @@ from lorafit import __version__
 from lorafit.config import (
     ChatConfig,
     CombineConfig,
+    CompareConfig,
     DataConfig,
     EvalConfig,
     ExportConfig,
@@ -188,6 +189,28 @@ def plan(given: dict[str, Any], as_json: JSON = False) -> None:
     from lorafit.planning import plan as predict
 
     result = predict(resolved, _log(), None if as_json else Console())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Find, prove, train")
+@options_of(CompareConfig, ("model", "data"))
+def compare(
+    given: dict[str, Any],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was stopped.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Which method for DATA, and is the difference real: trains each, with a rate of its own and several seeds.
+
+    lorafit compare smollm2-135m messages.jsonl -o compared --budget 20m
+
+    lorafit compare smollm2-135m messages.jsonl -o compared --methods lora,lora:dora,prefix --seeds 2 --eval test.jsonl
+    """
+    resolved, _ = build(CompareConfig, {}, given)
+
+    from lorafit.compare.line import compare
+
+    result = compare(resolved, resume, _log(), None if as_json else Console())
     if as_json:
         _print_json(result)
 

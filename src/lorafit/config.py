@@ -6,6 +6,7 @@ Sources of a value, later ones winning: default, `--config FILE.toml`, flag.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -59,6 +60,17 @@ def parse_bytes(text: str, flag: str) -> int:
         if text.endswith(unit) and number.replace(".", "", 1).isdigit():
             return round(float(number) * size)
     raise ConfigError(f"{flag} {text!r} is not a size", "Give one such as 2GiB, 1500MiB or 4GB")
+
+
+def parse_seconds(text: str, flag: str) -> float:
+    """Seconds of `90s`, `20m`, `2h` or `1h30m`. Raises ConfigError, which names the flag."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
+    seconds = (
+        sum(int(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    )
+    if not seconds:
+        raise ConfigError(f"{flag} {text!r} is not a time", "Give one such as 20m, 90s or 1h30m")
+    return float(seconds)
 
 
 class LoRAConfig(Frozen):
@@ -518,6 +530,53 @@ class ScaleConfig(Frozen):
     """Longest row in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class CompareConfig(RowsConfig):
+    """One comparison of methods."""
+
+    model: str
+    """A model, as for train."""
+    data: str
+    """Rows, as for train. Its own valid and test files are used where it has such."""
+    output: str
+    """The directory to write: compare.json, report.html, and the runs."""
+    methods: Texts = Field(default_factory=lambda: ["lora", "adapter", "prefix", "ia3"], min_length=1)
+    """What is compared, with a variant after a colon: lora,lora:dora,prefix. Default: lora,adapter,prefix,ia3."""
+    seeds: int = Field(3, ge=1)
+    """Runs of each method, with seeds of their own."""
+    budget: str | None = None
+    """Stop within this time, such as 20m or 1h30m: what is clearly worse is dropped first. Default: no limit."""
+    eval: str | None = None
+    """Test rows: as DATA, or a share of it such as 20%. Default: DATA's own test file, else 20%."""
+    keep: str | None = None
+    """Rows or text of what should not be forgotten. Default: a few paragraphs that come with lorafit."""
+    metric: Literal["auto", "accuracy", "loss"] = "auto"
+    """What decides: answers that are the expected reply, or the loss. auto: accuracy where replies are short."""
+    shots: int = Field(4, ge=1)
+    """Examples in the prompt of the base model, which the methods have to beat."""
+    rate_trials: int = Field(5, ge=1)
+    """Most learning rates that are tried for each method."""
+    search_steps: int | None = Field(None, ge=1)
+    """Steps of a trial of a learning rate. Default: half of a run's, but at least 20, or all where there are fewer."""
+    r: int = Field(16, ge=1)
+    """Rank of low-rank updates."""
+    epochs: int = Field(1, ge=1)
+    """How often each row is seen."""
+    max_steps: int | None = Field(None, ge=1)
+    """Steps of a run, whatever --epochs says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step."""
+    loss_on: Literal["replies", "last", "all"] = "replies"
+    """Which tokens have a loss, as for train."""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Type of the products with frozen weights, as for train."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """The first seed; also of the split of rows and of the examples in the prompt."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lorafit.data.formats import read_examples
 from lorafit.data.mask import encode_all
 from lorafit.data.rows import Row
-from lorafit.engine.engine import prepare
+from lorafit.engine.engine import plain, prepare
 from lorafit.errors import NumericsError
-from lorafit.infer.evaluate import EvalResult, Sample, evaluate, perplexity
+from lorafit.infer.evaluate import EvalResult, Sample, evaluate, mean_loss, perplexity, row_losses
 from lorafit.lora.inject import detach, set_scale
 from tests import tiny
 from tests.infer.learned import LEARNED, Learned, examples_of, learn, llama
@@ -183,3 +183,29 @@ def test_a_terminal_sees_progress_and_a_log_does_not(learned: Learned) -> None:
     measure(learned, console=Console(file=logged))
     assert "answers" in shown.getvalue()
     assert logged.getvalue() == ""
+
+
+def rows_and_mean(model: nn.Module, encoded: Any, packed: bool) -> tuple[Any, Any, float]:
+    engine = prepare(model, share_prefix=True) if packed else plain(model)
+    try:
+        nats, tokens = row_losses(engine, encoded, 90, lambda rows: None)
+        return nats, tokens, mean_loss(engine, encoded, 90, lambda rows: None)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_each_row_has_the_loss_it_has_alone_and_together_they_are_the_mean(learned: Learned, packed: bool) -> None:
+    set_scale(learned.model, 0.5)
+    learned.model.eval()
+    texts = [{"text": f"They all begin with the same words, and go on {n}."} for n in ("so", "so", "as they like")]
+    for examples in (learned.examples, read_examples(Row(text, f"t:{n}") for n, text in enumerate(texts))):
+        encoded = encode_all(examples, learned.tokenizer, 512)
+        nats, tokens, mean = rows_and_mean(learned.model, encoded, packed)
+        assert tokens.tolist() == [int(row.supervised.sum()) for row in encoded.encoded]
+        # Sums in another order: fp32 rounding, as in the test of the mean.
+        tolerance = torch.finfo(torch.float32).eps * math.sqrt(32 * 20)
+        assert nats.sum() / tokens.sum() == pytest.approx(mean, rel=tolerance)
+        for number, example in enumerate(examples):
+            alone = rows_and_mean(learned.model, encode_all([example], learned.tokenizer, 512), packed)[2]
+            assert nats[number] / tokens[number] == pytest.approx(alone, rel=10 * tolerance)

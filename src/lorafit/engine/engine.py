@@ -89,13 +89,26 @@ class Engine:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over supervised tokens of weight x negative log-likelihood, in nats: a scalar float32 with its graph."""
-        device = next(self.model.parameters()).device
-        if device.type != "cpu":
-            moved = {name: value.to(device) for name in MOVED if (value := getattr(batch, name)) is not None}
-            batch = dataclasses.replace(batch, **moved)
         compute = loss.chunked_loss if self.chunked else loss.whole_loss
+        batch = self._moved(batch)
         with self._in_force(batch.layout, batch.predicting):
             return compute(self.model, batch)
+
+    @torch.no_grad()
+    def nll(self, batch: Batch) -> Tensor:
+        """What `loss` is the weighted sum of: (pairs,) float32, nats of each target of the batch, in its order."""
+        compute = loss.chunked_nll if self.chunked else loss.whole_nll
+        batch = self._moved(batch)
+        with self._in_force(batch.layout, batch.predicting):
+            return compute(self.model, batch)
+
+    def _moved(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        device = next(self.model.parameters()).device
+        if device.type == "cpu":
+            return batch
+        moved = {name: value.to(device) for name in MOVED if (value := getattr(batch, name)) is not None}
+        return dataclasses.replace(batch, **moved)
 
     def use_int8(self, batch: Batch, release: bool = False) -> None:
         """Products with frozen weights in int8 from now on, calibrated on this batch of real rows.

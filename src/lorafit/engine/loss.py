@@ -42,6 +42,11 @@ def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Works with every model, whatever it does to its logits after the head (soft-capping, scaling).
     """
+    return (whole_nll(model, batch) * batch.weights).sum()
+
+
+def whole_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """-log p of each of the batch's targets in nats: (pairs,) float32. For every model, as `whole_loss`."""
     head = head_of(model)
 
     def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -50,12 +55,28 @@ def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     with _hook(head.register_forward_pre_hook(select)):
         logits = run(model, batch).logits
-    return (F.cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
 def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The same for a model whose logits are its head's output: CHUNK rows of logits at a time."""
-    head = head_of(model)
+    """The same as `whole_loss` for a model whose logits are its head's output: CHUNK rows of logits at a time."""
+    head, hidden = head_of(model), _hidden(model, batch)
+    frozen = head.base if isinstance(head, TokenRows) else head
+    if (W := _frozen_weight(frozen)) is not None:
+        rows = head if isinstance(head, TokenRows) and head.is_active else None
+        return _frozen_head(hidden, W, batch, rows)
+    return _by_module(head, hidden, batch)
+
+
+def chunked_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """The same as `whole_nll` for such a model."""
+    head, hidden = head_of(model), _hidden(model, batch)
+    parts = zip(torch.split(hidden, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
+    return torch.cat([F.cross_entropy(head(rows).float(), targets, reduction="none") for rows, targets in parts])
+
+
+def _hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """What the head is given where something supervised is predicted: (pairs, width)."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -63,14 +84,10 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
         kept.append(hidden.flatten(0, -2)[batch.predicts])
         return (kept[0][:0], *rest)  # the model goes on with the logits of no row
 
-    with _hook(head.register_forward_pre_hook(keep)):
+    with _hook(head_of(model).register_forward_pre_hook(keep)):
         run(model, batch)
     (hidden,) = kept
-    frozen = head.base if isinstance(head, TokenRows) else head
-    if (W := _frozen_weight(frozen)) is not None:
-        rows = head if isinstance(head, TokenRows) and head.is_active else None
-        return _frozen_head(hidden, W, batch, rows)
-    return _by_module(head, hidden, batch)
+    return hidden
 
 
 def run(model: nn.Module, batch: Batch) -> Any:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -91,25 +93,25 @@ def evaluate(
     replies = [reply for example in examples if (reply := expected_reply(example)) is not None] if generate else []
     with _bar(console) as bar:
         loss = mean_loss(engine, encoded, micro_tokens, _counter(bar, "loss", encoded.pieces))
-        answers = (
-            _answers(engine.model, tokenizer, examples, replies, batch_size, max_new_tokens, bar) if replies else []
-        )
-    right = [got.text.strip() == reply.strip() for got, reply in zip(answers, replies, strict=True)]
+        count = _counter(bar, "answers", len(replies))
+        model, most = engine.model, max_new_tokens
+        got = answers(model, tokenizer, examples, replies, batch_size, most, lambda: count(1)) if replies else []
+    right = [is_right(one, reply) for one, reply in zip(got, replies, strict=True)]
     share = sum(right) / len(right) if right else None
     return EvalResult(
         loss=loss,
         perplexity=perplexity(loss),
         exact_match=share,
         accuracy=share,
-        valid_json=_valid_json(answers, replies),
+        valid_json=_valid_json(got, replies),
         rows=len(examples),
         tokens_supervised=encoded.supervised_tokens,
         cut_rows=encoded.cut_rows,
-        cut_answers=sum(not got.ended for got in answers),
+        cut_answers=sum(not one.ended for one in got),
         seconds=time.perf_counter() - started,
         samples=tuple(
-            Sample(_question(example), reply, got.text, is_right)
-            for example, reply, got, is_right in zip(examples[:samples], replies, answers, right, strict=False)
+            Sample(_question(example), reply, one.text, good)
+            for example, reply, one, good in zip(examples[:samples], replies, got, right, strict=False)
         ),
     )
 
@@ -142,6 +144,27 @@ def model_loss(model: Any, encoded: EncodedSet, micro_tokens: int) -> float:
         engine.close()
 
 
+def row_losses(
+    engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Of each piece the nats of its supervised tokens, added up, and how many those are: (pieces,) both.
+
+    Their sums divided are `mean_loss`. What rows have in common is computed once; each has its own part of the loss.
+    Nothing is refused here: a loss that is not finite stands as such.
+    """
+    rows = led(encoded.encoded, lead_of(engine.model))
+    nats, counts = np.zeros(encoded.pieces), np.zeros(encoded.pieces, dtype=np.int64)
+    for batch in micro_batches(rows, range(encoded.pieces), micro_tokens, engine.packing):
+        pairs = zip(batch.predicts.tolist(), batch.targets.tolist(), strict=True)
+        # Rows that go on from the same place with the same token have the same pair, and the same loss.
+        found = dict(zip(pairs, engine.nll(batch).tolist(), strict=True))
+        for number, places in batch.row_places():
+            ids, at = rows[number].input_ids.tolist(), np.flatnonzero(rows[number].supervised).tolist()
+            nats[number], counts[number] = sum(found[int(places[t - 1]), ids[t]] for t in at), len(at)
+        on_rows(batch.rows)
+    return nats, counts
+
+
 def perplexity(loss: float) -> float:
     """exp(loss): among how many equally likely tokens the model seems to choose. Infinite where that overflows."""
     try:
@@ -150,18 +173,17 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def _answers(
+def answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     replies: list[str],
     batch_size: int,
     max_new_tokens: int | None,
-    bar: Progress,
+    on_answer: Callable[[], None],
 ) -> list[Answer]:
-    """The model's own reply to each row."""
+    """The model's own reply to each row, greedily. The rest as of `evaluate`."""
     longest = max(len(ids) for ids in tokenizer(replies, add_special_tokens=False)["input_ids"])
-    count = _counter(bar, "answers", len(replies))
     return answer(
         model,
         tokenizer,
@@ -170,8 +192,13 @@ def _answers(
         max_new_tokens=max_new_tokens or longest + TOKENS_BEYOND_EXPECTED,
         temperature=0.0,
         seed=0,
-        on_answer=lambda: count(1),
+        on_answer=on_answer,
     )
+
+
+def is_right(got: Answer, reply: str) -> bool:
+    """Whether an answer is the expected reply, whitespace around both left out."""
+    return got.text.strip() == reply.strip()
 
 
 def _question(example: Example) -> str:

@@ -92,6 +92,14 @@ def stream(
             yield token
 
 
+def unended(model: PreTrainedModel, prompt: list[int], tokens: int) -> Iterator[int]:
+    """`tokens` tokens as they come, the likeliest each time, whatever ends an answer: for timing. Errors as above."""
+    prompt = [*lead_of(model), *prompt]
+    limits = [_limit(model, len(prompt), tokens)]
+    for _, token in _decode(model, Ability.of(model), [prompt], [0], frozenset(), limits, _Chooser(0.0, 0)):
+        yield token
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends an answer: the ends of sequence of tokenizer and model, and the template's end of turn."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

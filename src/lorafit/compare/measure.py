@@ -1,0 +1,201 @@
+"""What a child process does: train one run, or measure one run, or the base, row by row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from lorafit.compare.shots import with_examples
+from lorafit.config import CompareConfig, EvalConfig, TrainConfig
+from lorafit.data.example import Example
+from lorafit.data.formats import read_examples
+from lorafit.data.load import locate
+from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
+from lorafit.data.template import use_template
+from lorafit.engine.engine import Engine, prepare
+from lorafit.infer.evaluate import answers, is_right, row_losses
+from lorafit.infer.generate import context_tokens, unended
+from lorafit.methods import table
+from lorafit.plan import machine
+from lorafit.run import Start
+from lorafit.run import train as train_run
+from lorafit.use import Opened, open_target
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Tokens and repeats by which a speed is measured, after one that is not counted.
+TIMED_TOKENS, TIMED_REPEATS = 12, 5
+# Text to be kept is cut into pieces of so many tokens, so that a long one is not read at once.
+KEEP_TOKENS = 512
+ANSWERED_TOGETHER = int(EvalConfig.model_fields["batch_size"].default)
+
+
+def nothing(rows: int = 0) -> None:
+    """Nobody watches the progress of a child."""
+
+
+def train(settings: dict[str, Any], console: Console) -> dict[str, Any]:
+    """One run, or the rest of it. Returns run.json's content. Raises LorafitError."""
+    return train_run(TrainConfig(**settings), {}, Start(True, False, time.time()), console)
+
+
+def look(config: CompareConfig, test: str, console: Console) -> dict[str, Any]:
+    """How long the test rows' replies are: {"longest_reply": tokens}, None for running text. Raises LorafitError."""
+    opened = _open(config.model, config, config.precision, console)
+    replies = [reply for example in _examples(test, config) if (reply := expected_reply(example)) is not None]
+    if not replies:
+        return {"longest_reply": None, "precision": opened.precision}
+    ids = opened.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    return {"longest_reply": max(map(len, ids)), "precision": opened.precision}
+
+
+def losses(target: str, config: CompareConfig, precision: str, data: str, console: Console) -> dict[str, Any]:
+    """The loss of each row of `data` alone. Raises LorafitError."""
+    opened = _open(target, config, precision, console)
+    return _row_losses(prepare(opened.model, share_prefix=True), opened, _examples(data, config), config)
+
+
+def measure(
+    target: str,
+    config: CompareConfig,
+    precision: str,
+    sides: dict[str, str],
+    keep: str,
+    generate: bool,
+    timed: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """A run or the base, on the rows of every side by their names, and on what is to be kept. Raises LorafitError.
+
+    Returns sides: of each the rows' nats, tokens and, of the test rows where `generate`, whether they were answered
+    right; keep: the same of the text to be kept; latency_s, None unless `timed`.
+    """
+    opened = _open(target, config, precision, console)
+    engine = prepare(opened.model, share_prefix=True)
+    found: dict[str, Any] = {"sides": {}, "keep": _keep(engine, opened, keep)}
+    for name, path in sides.items():
+        examples = _examples(path, config)
+        found["sides"][name] = _row_losses(engine, opened, examples, config)
+        if name == "test":
+            found["sides"][name]["right"] = _right(opened, examples) if generate else None
+            found["latency_s"] = _latency(opened, examples) if timed else None
+    return found
+
+
+def few_shot(
+    config: CompareConfig, precision: str, train: str, test: str, generate: bool, console: Console
+) -> dict[str, Any]:
+    """The base with examples in its prompt, on the test rows, as `measure`. shots: how many fitted, 0 where none can.
+
+    Raises LorafitError.
+    """
+    opened = _open(config.model, config, precision, console)
+    examples, drawn = _examples(test, config), _examples(train, config)
+    room = min(config.seq_len, context_tokens(opened.model) or config.seq_len)
+    # Under `all` what the examples say would have a loss too.
+    for shots in range(config.shots if config.loss_on != "all" else 0, 0, -1):
+        longer = with_examples(examples, drawn, shots, config.seed, opened.tokenizer.chat_template is not None)
+        if longer is None:
+            break
+        encoded = encode_all(longer, opened.tokenizer, config.seq_len, config.loss_on)
+        if encoded.longest < room and not encoded.cut_rows:
+            engine = prepare(opened.model, share_prefix=True)
+            found = _row_losses(engine, opened, longer, config)
+            right = _right(opened, longer) if generate else None
+            return {"shots": shots, **found, "right": right, "latency_s": _latency(opened, longer)}
+    return {"shots": 0}
+
+
+def _open(target: str, config: CompareConfig, precision: str, console: Console) -> Opened:
+    torch.set_num_threads(config.threads or machine.physical_cores())
+    opened = open_target(target, None, 1.0, precision, config.trust_remote_code, console)
+    if config.template:
+        use_template(opened.tokenizer, config.template)
+    return opened
+
+
+def _examples(path: str, config: CompareConfig) -> list[Example]:
+    return read_examples(locate(path).train().rows(), config.format, config.rename)
+
+
+def _row_losses(engine: Engine, opened: Opened, examples: Sequence[Example], config: CompareConfig) -> dict[str, Any]:
+    engine.model.eval()
+    encoded = encode_all(examples, opened.tokenizer, config.seq_len, config.loss_on)
+    return _by_row(*row_losses(engine, encoded, config.seq_len, nothing), encoded)
+
+
+def _by_row(nats: NDArray[np.float64], tokens: NDArray[np.int64], encoded: EncodedSet) -> dict[str, Any]:
+    """Pieces of one row belong together; those of a single long text stand for themselves."""
+    origins: list[Any] = [piece.origin for piece in encoded.encoded[:]]
+    if len(set(origins)) == 1:
+        origins = list(range(len(origins)))
+    added = {origin: [0.0, 0] for origin in origins}
+    for origin, own, count in zip(origins, nats.tolist(), tokens.tolist(), strict=True):
+        added[origin][0] += own
+        added[origin][1] += count
+    return {"nats": [own for own, _ in added.values()], "tokens": [count for _, count in added.values()]}
+
+
+def _right(opened: Opened, examples: Sequence[Example]) -> list[bool] | None:
+    """Which rows are answered right; None where rows have no reply."""
+    replies = [reply for example in examples if (reply := expected_reply(example)) is not None]
+    if len(replies) < len(examples):
+        return None
+    got = answers(opened.model, opened.tokenizer, examples, replies, ANSWERED_TOGETHER, None, nothing)
+    return [is_right(one, reply) for one, reply in zip(got, replies, strict=True)]
+
+
+def _keep(engine: Engine, opened: Opened, keep: str) -> dict[str, Any]:
+    """Loss on what was known before. A long text is read in pieces."""
+    examples = read_examples(locate(keep).unseen().rows())
+    engine.model.eval()
+    encoded = encode_all(examples, opened.tokenizer, KEEP_TOKENS)
+    nats, tokens = row_losses(engine, encoded, KEEP_TOKENS, nothing)
+    return {"nats": nats.tolist(), "tokens": tokens.tolist()}
+
+
+@torch.no_grad()
+def _latency(opened: Opened, examples: Sequence[Example]) -> dict[str, float]:
+    """Seconds to the first token and for each further one, of the model as it is and, by turns, of its base.
+
+    One prompt of middling length at a time; medians of TIMED_REPEATS. By turns, so that what else the machine does
+    meets both. A model without an adapter is its own base.
+    """
+    prompts = sorted((_prompt(example, opened) for example in examples), key=len)
+    prompt = prompts[len(prompts) // 2]
+    scales = (1.0, 0.0) if opened.has_adapter else (1.0,)
+    times: dict[float, list[tuple[float, float]]] = {scale: [] for scale in scales}
+    for repeat in range(TIMED_REPEATS + 1):
+        for scale in scales:
+            if opened.has_adapter:
+                table.of(opened.model).set_scale(opened.model, scale)
+            timed = _timed(partial(unended, opened.model, prompt, TIMED_TOKENS))
+            if repeat:
+                times[scale].append(timed)
+    if opened.has_adapter:
+        table.of(opened.model).set_scale(opened.model, 1.0)
+    own, base = times[1.0], times.get(0.0, times[1.0])
+    names = ("first_token", "per_token")
+    found = {name: statistics.median(one[at] for one in own) for at, name in enumerate(names)}
+    return found | {f"base_{name}": statistics.median(one[at] for one in base) for at, name in enumerate(names)}
+
+
+def _timed(tokens: Any) -> tuple[float, float]:
+    started = time.perf_counter()
+    at = [time.perf_counter() - started for _ in tokens()]
+    return at[0], (at[-1] - at[0]) / max(1, len(at) - 1)
+
+
+def _prompt(example: Example, opened: Opened) -> list[int]:
+    if expected_reply(example) is not None:
+        return prompt_ids(example, opened.tokenizer)
+    ids = encode_all([example], opened.tokenizer, KEEP_TOKENS).encoded[0].input_ids
+    return [int(token) for token in ids[: max(1, len(ids) // 2)]]

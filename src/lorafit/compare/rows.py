@@ -1,0 +1,136 @@
+"""The rows of a comparison, split once and for all methods alike, into files of its directory.
+
+train: what every method learns, in one order. search: the part of the validation rows that learning rates are chosen
+by. valid: all validation rows, by which a method may be dropped. test: rows that nothing is chosen by.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorafit import files
+from lorafit.config import CompareConfig
+from lorafit.data.formats import FormatReader
+from lorafit.data.load import Source, locate
+from lorafit.data.rows import Row
+from lorafit.data.split import DIGEST, digest, held_out, label_of
+from lorafit.errors import ConfigError, DataError
+
+TEST_SHARE, VALID_SHARE = 0.2, 0.2
+# More validation rows than these tell little more, and cost time in every trial.
+MOST_VALID = 200
+# Fewer test rows than these leave wide intervals.
+FEW_TEST_ROWS = 50
+# Of fewer texts than these, each is cut into parts of about so many characters.
+FEW_TEXTS, PART_CHARS = 20, 1000
+SIDES = ("train", "search", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of each side are, how many each has, and what should be known of them."""
+
+    directory: Path
+    counts: dict[str, int]
+    notes: list[str]
+
+    def path(self, side: str) -> str:
+        """The file of a side."""
+        return str(self.directory / f"{side}.jsonl")
+
+
+def split(config: CompareConfig, directory: Path) -> Rows:
+    """Read every row, and write each side to `directory`. Raises DataError, ConfigError."""
+    located = locate(config.data)
+    train = _read(located.train(), config)
+    share = _share(config.eval)
+    if config.eval and share is None:
+        test = _read(locate(config.eval).unseen(), config)
+    elif share is None and "test" in located.sides:
+        test = _read(located.sides["test"], config)
+    else:
+        train, test = _divide(train, share or TEST_SHARE, config.seed)
+    own = located.held_out()
+    if own is not None:
+        valid = _read(own, config)
+        valid = valid[:: math.ceil(len(valid) / MOST_VALID)]
+    else:
+        train, valid = _divide(train, min(VALID_SHARE, MOST_VALID / len(train)), config.seed)
+    sides = {"train": train, "search": valid[::2], "valid": valid, "test": test}
+    for name, rows in sides.items():
+        _write(directory / f"{name}.jsonl", rows)
+    return Rows(directory, {name: len(rows) for name, rows in sides.items()}, _notes(train, test))
+
+
+def _read(source: Source, config: CompareConfig) -> list[Row]:
+    """All rows; each is looked at here, where its file and line are known. Raises DataError."""
+    rows, reader = list(source.rows()), FormatReader(config.format, config.rename)
+    for row in rows:
+        reader.read(row)
+    return _in_parts(rows) if reader.format == "text" and len(rows) < FEW_TEXTS else rows
+
+
+def _in_parts(rows: list[Row]) -> list[Row]:
+    """Long texts, cut at ends of lines, so that there is something to split and to draw from."""
+    parts = []
+    for row in rows:
+        (column,) = [name for name, value in row.record.items() if isinstance(value, str)][:1]
+        lines, size = list[str](), 0
+        for line in row.record[column].splitlines(keepends=True):
+            lines.append(line)
+            size += len(line)
+            if size >= PART_CHARS:
+                parts.append(Row({column: "".join(lines)}, row.origin))
+                lines, size = [], 0
+        if "".join(lines).strip():
+            parts.append(Row({column: "".join(lines)}, row.origin))
+    return parts
+
+
+def _share(text: str | None) -> float | None:
+    if text is None or not text.endswith("%"):
+        return None
+    number = text[:-1].strip()
+    share = float(number) / 100 if number.replace(".", "", 1).isdigit() else math.nan
+    if not 0 < share < 1:
+        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 20%, or a file")
+    return share
+
+
+def _divide(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """What stays, and what is held out; equal rows on one side, labels in proportion."""
+    numbers = dict[str, int]()
+    labels = [numbers.setdefault(label, len(numbers)) if (label := label_of(row.record)) else -1 for row in rows]
+    held = held_out(_digests(rows), np.array(labels, dtype=np.int32), share, seed)
+    pairs = list(zip(rows, held, strict=True))
+    return [row for row, is_held in pairs if not is_held], [row for row, is_held in pairs if is_held]
+
+
+def _digests(rows: Sequence[Row]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    return np.frombuffer(b"".join(digest(row.record) for row in rows), DIGEST)
+
+
+def _notes(train: list[Row], test: list[Row]) -> list[str]:
+    notes = []
+    if len(test) < FEW_TEST_ROWS:
+        notes.append(f"there are {len(test)} test rows: only large differences can be seen")
+    again = int(np.isin(_digests(test), _digests(train)).sum())
+    if again:
+        notes.append(f"{again} of {len(test)} test rows are among the training rows too: every method is flattered")
+    return notes
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    try:
+        lines = [json.dumps(row.record, ensure_ascii=False) + "\n" for row in rows]
+    except TypeError as error:
+        raise DataError(
+            f"{rows[0].origin}: a column holds what JSON has not: {error}", "Leave that column out of the file"
+        ) from None
+    files.write_atomic(path, "".join(lines).encode(errors="surrogatepass"))

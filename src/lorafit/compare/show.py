@@ -1,0 +1,305 @@
+"""A comparison for people: a table in the terminal, and one page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorafit.chart import Curve, Point, curves, scatter
+from lorafit.compare.conclude import figure, front
+from lorafit.rundir import RunDir
+from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds
+
+PAGE = Path(__file__).parent / "page.html.jinja"
+# A step's loss is that of its few rows: curves show the mean over about so many steps.
+SMOOTHED_STEPS = 5
+Found = dict[str, Any]
+# A cost on an axis: its name, what its unit is, how a value is written.
+AXES: dict[str, tuple[str, float, Callable[[float], str]]] = {
+    "trainable_params": ("trainable parameters", 1.0, lambda value: _short(value)),
+    "peak_rss_bytes": ("peak memory of training", float(MIB), lambda value: f"{value:,.0f} MiB"),
+    "train_s": ("time to train", 1.0, lambda value: f"{value:g} s"),
+}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table. rows: cells as text; a column in which nothing stands is left out. Fits into 80 characters."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of the columns in which something stands."""
+        return [n for n in range(len(self.columns)) if any(row[n] not in ("", "-") for row in self.rows)]
+
+
+def blocks(found: Found) -> list[Block]:
+    """All that is told as a table: of methods, the best first, then of the floors."""
+    made = [
+        Block("Quality on the test rows", ("method", "accuracy", "loss", ""), _quality(found)),
+        Block("Against the best", ("method", "accuracy", "loss"), _differences(found)),
+        Block(
+            "Training",
+            ("method", "lr", "parameters", "file", "memory", "time", "operations"),
+            [_training(method) for method in _measured(found)],
+        ),
+        Block("In use", ("method", "forgetting", "first token", "each further"), _in_use(found)),
+    ]
+    return [block for block in made if block.rows]
+
+
+def _measured(found: Found) -> list[Found]:
+    return [method for method in ordered(found) if method["quality"]]
+
+
+def _quality(found: Found) -> list[tuple[str, ...]]:
+    rows = [(one["name"], one["quality"], remark(one, found)) for one in ordered(found)]
+    rows += [(floor_name(name, floor), floor["quality"], "floor") for name, floor in found["floors"].items()]
+    none = {"accuracy": None, "loss": None}
+    return [
+        (name, *(figure((own or none)[key], key) for key in ("accuracy", "loss")), said) for name, own, said in rows
+    ]
+
+
+def _differences(found: Found) -> list[tuple[str, ...]]:
+    compared = [method for method in ordered(found) if method["versus_best"]]
+    return [
+        (method["name"], *(_gap(method["versus_best"].get(key), key) for key in ("accuracy", "loss")))
+        for method in compared
+    ]
+
+
+def _gap(one: Found | None, metric: str) -> str:
+    if one is None:
+        return "-"
+    value, (low, high) = one["value"], one["interval"]
+    if value is None or low is None:
+        return "not finite"
+    if metric == "accuracy":
+        return f"{100 * value:+.1f}% ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{value:+.3g} ({low:+.3g} to {high:+.3g})"
+
+
+def _training(method: Found) -> tuple[str, ...]:
+    return (
+        method["name"],
+        f"{method['lr']:g}",
+        format_count(method["trainable_params"]),
+        format_bytes(method["file_bytes"]),
+        format_bytes(method["peak_rss_bytes"]),
+        format_seconds(method["train_s"]),
+        format_flop(method["flop"]),
+    )
+
+
+def _in_use(found: Found) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    keys = ("first_token", "per_token")
+    for method in _measured(found):
+        at = method["latency_s"]
+        times = (_latency(at[key], at[f"base_{key}"]) for key in keys)
+        rows.append((method["name"], f"{method['forgetting']:+.3f}", *times))
+    for name, floor in found["floors"].items():
+        own, base = floor["latency_s"], found["floors"]["untuned"]["latency_s"]
+        rows.append((floor_name(name, floor), "", *(_latency(own[key], base[key]) for key in keys)))
+    return rows
+
+
+def ordered(found: Found) -> list[Found]:
+    """Methods by quality, the best first; those that were not measured last."""
+
+    def key(method: Found) -> tuple[float, float]:
+        quality = method["quality"]
+        if quality is None or quality["loss"]["value"] is None:
+            return math.inf, math.inf
+        loss = quality["loss"]["value"]
+        return (-quality["value"] if found["metric"] == "accuracy" else loss), loss
+
+    return sorted(found["methods"], key=key)
+
+
+def floor_name(name: str, floor: Found) -> str:
+    """`base, 4 shots`."""
+    return "base" if name == "untuned" else f"base, {floor['shots']} shots"
+
+
+def remark(method: Found, found: Found) -> str:
+    """What became of a method, in a few words."""
+    parts = []
+    if method["name"] == found["recommended"]:
+        parts.append("recommended")
+    if method["status"] != "finished":
+        parts.append(method["status"])
+    elif method["name"] == found["best"]:
+        parts.append("best")
+    elif method["tied_with_best"]:
+        parts.append("tied")
+    elif method["quality"]:
+        parts.append("worse")
+    if method["quality"] and len(method["seeds"]) < found["seeds"]:
+        parts.append(f"{len(method['seeds'])} of {found['seeds']} seeds")
+    return ", ".join(parts)
+
+
+def _latency(own_s: float, base_s: float) -> str:
+    return f"{1000 * own_s:.1f} ms ({own_s / base_s:.2f}x)"
+
+
+def _short(value: float) -> str:
+    """`4.9M`."""
+    for name, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{name}"
+    return f"{value:.0f}"
+
+
+def explained(found: Found) -> list[str]:
+    """How the figures are to be read."""
+    rows, steps = found["rows"], found["steps"]
+    untuned = found["floors"].get("untuned")
+    kept = f" ({untuned['keep_loss']:.3f} before)" if untuned else ""
+    return [
+        f"Every method learned the same {rows['train']} rows in the same order, {steps} steps, up to {found['seeds']} "
+        f"seeds; rates were chosen by {rows['search']} validation rows after {found['search_steps']} steps; the "
+        f"{rows['test']} test rows chose nothing. {found['metric_reason'][0].upper()}{found['metric_reason'][1:]}.",
+        f"Intervals hold the figure with {found['level']:.0%}: a paired bootstrap over the test rows, and Student's t "
+        "for the spread between seeds. A difference whose interval holds 0 is none that can be seen here.",
+        f"Forgetting: what the loss on the text to be kept has risen by, in nats a token{kept}. Latency: one prompt, "
+        "with the adapter as it was trained, and how much of the base's that is; merged LoRA costs nothing.",
+    ]
+
+
+def print_comparison(found: Found, console: Console) -> None:
+    """The tables and the recommendation on a terminal."""
+    for block in blocks(found):
+        table = Table(box=None, padding=(0, 2, 0, 0), title=block.title, title_justify="left", title_style="bold")
+        for number in block.shown:
+            is_figure = number > 0 and block.columns[number]
+            table.add_column(block.columns[number], justify="right" if is_figure else "left", no_wrap=True)
+        for row in block.rows:
+            table.add_row(*(Text(row[number]) for number in block.shown))
+        # Names of any length: rather a line that is broken than a figure that is cut off.
+        console.width = max(console.width, table.__rich_measure__(console, console.options.update(width=1000)).maximum)
+        console.print(table)
+        console.print()
+    for method in found["methods"]:
+        if method["dropped"]:
+            line = f"{method['name']}: {method['status']}: {method['dropped']}"
+            console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for note in found["notes"]:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(found["reason"], style="bold", highlight=False, markup=False, soft_wrap=True)
+    chosen = next((method for method in found["methods"] if method["name"] == found["recommended"]), None)
+    if chosen:
+        variant = f" --variant {chosen['variant']}" if ":" in chosen["name"] else ""
+        console.print(
+            f"Next:\n  lorafit train {found['model']} {found['data']} --method {chosen['method']}{variant} "
+            f"--lr {chosen['lr']:g} -o runs/{chosen['name'].replace(':', '-')}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def read_curves(found: Found, directory: Path) -> list[Curve]:
+    """Of each method the training loss of its first seed, smoothed; none for one without a finite loss."""
+    lines = []
+    for method in found["methods"]:
+        if not method["runs"]:
+            continue
+        log = RunDir(directory / method["runs"][0]).metrics
+        if not log.is_file():
+            continue
+        steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        points = [(one["step"], one["loss"]) for one in steps if one["kind"] == "step" and one["loss"] is not None]
+        if points:
+            lines.append(Curve(method["name"], [step for step, _ in points], smoothed([loss for _, loss in points])))
+    return lines
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those before it, older ones counting less: over about SMOOTHED_STEPS of them."""
+    fade, total, weight, found = 1 - 1 / SMOOTHED_STEPS, 0.0, 0.0, []
+    for value in values:
+        total, weight = fade * total + value, fade * weight + 1
+        found.append(total / weight)
+    return found
+
+
+def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
+    """Quality against each cost, and the loss curves: SVG to stand inside a page."""
+    measured = [m for m in found["methods"] if m["quality"] and None not in m["quality"]["interval"]]
+    drawn = [_scatter(found, measured, cost) for cost in AXES] if measured else []
+    if lines:
+        title = f"Training loss of the first seed, nats a token, smoothed over about {SMOOTHED_STEPS} steps"
+        drawn.append(curves(title, lines, "step"))
+    return [one.replace(' xmlns="http://www.w3.org/2000/svg"', "") for one in drawn]
+
+
+def _scatter(found: Found, measured: list[Found], cost: str) -> str:
+    name, unit, text = AXES[cost]
+    in_front = {method["name"] for method in front(measured, cost)}
+    size = 100 if found["metric"] == "accuracy" else 1
+    points = [
+        Point(
+            name=method["name"],
+            x=max(method[cost] / unit, 1e-9),
+            y=size * method["quality"]["value"],
+            low=size * method["quality"]["interval"][0],
+            high=size * method["quality"]["interval"][1],
+            in_front=method["name"] in in_front,
+        )
+        for method in measured
+    ]
+    what = "Right answers, %" if found["metric"] == "accuracy" else "Loss, nats a token"
+    title = f"{what}, against {name}: {'more' if found['metric'] == 'accuracy' else 'less'} is better"
+    return scatter(title, points, name, text, _level(found, points, size))
+
+
+def _level(found: Found, points: Sequence[Point], size: float) -> tuple[float, str] | None:
+    """The better floor, unless it is so far from all methods that they could not be told apart beside it."""
+    floors = [(floor["quality"]["value"], floor_name(name, floor)) for name, floor in found["floors"].items()]
+    known = [(size * value, name) for value, name in floors if value is not None]
+    if not known:
+        return None
+    best = max(known) if found["metric"] == "accuracy" else min(known)
+    low, high = min(point.low for point in points), max(point.high for point in points)
+    return best if low - (high - low) <= best[0] <= high + (high - low) else None
+
+
+def page(found: Found, lines: Sequence[Curve]) -> str:
+    """The comparison as one HTML page that needs nothing else."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    out = [
+        f"{method['name']}: {method['status']}: {method['dropped']}" for method in found["methods"] if method["dropped"]
+    ]
+    return template.render(
+        found=found,
+        blocks=blocks(found),
+        pictures=pictures(found, lines),
+        notes=[*out, *found["notes"]],
+        explained=explained(found),
+        rates=[(method["name"], method["rates"], method["lr"]) for method in found["methods"] if method["rates"]],
+        spent=format_seconds(found["spent_s"]),
+        budget=None if found["budget_s"] is None else format_seconds(found["budget_s"]),
+    )

@@ -1,0 +1,333 @@
+"""The trials of a comparison: floors, a search of the rate, rounds of seeds; what is clearly worse is dropped in time.
+
+Everything that was run leaves a record, a small JSON file, and is never run again: a comparison that was killed goes
+through the same decisions up to where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lorafit import files
+from lorafit.compare import child
+from lorafit.compare.budget import Budget, Costs
+from lorafit.compare.rows import Rows
+from lorafit.compare.search import next_factor
+from lorafit.compare.stats import Scores, difference, pooled
+from lorafit.config import METHOD_VARIANTS, RATES, CompareConfig
+from lorafit.errors import ConfigError, did_you_mean, listed
+from lorafit.rundir import RunDir
+from lorafit.units import format_seconds
+
+LEAST_SEARCH_STEPS = 20
+# What a comparison says of all its runs.
+SHARED = (
+    "model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
+    "template", "seq_len",
+)  # fmt: skip
+Record = dict[str, Any]
+
+
+@dataclass
+class Candidate:
+    """A method and what became of it so far.
+
+    rates: records of the search by factor of the usual rate. lr: the rate that was chosen. runs: records of seeds.
+    out: why it was dropped or failed; status then says which.
+    """
+
+    name: str
+    method: str
+    variant: str
+    rates: dict[float, Record] = field(default_factory=dict)
+    lr: float | None = None
+    runs: list[Record] = field(default_factory=list)
+    status: str = "finished"
+    out: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """Its directory."""
+        return self.name.replace(":", "-")
+
+    def losses(self) -> dict[float, float]:
+        """Factor -> loss on the search rows, infinite where training failed."""
+        return {factor: math.inf if record["loss"] is None else record["loss"] for factor, record in self.rates.items()}
+
+
+def candidates(names: list[str]) -> list[Candidate]:
+    """`lora:dora` -> a candidate. Raises ConfigError for a name that is unknown or stands twice."""
+    found: list[Candidate] = []
+    for name in (text.strip() for text in names):
+        method, _, variant = name.partition(":")
+        known = METHOD_VARIANTS.get(method)
+        if known is None:
+            hint = did_you_mean(method, METHOD_VARIANTS) or f"Known: {listed(METHOD_VARIANTS, 20)}"
+            raise ConfigError(f"--methods names {method!r}, which is no method", hint)
+        if variant and variant not in known:
+            hint = did_you_mean(variant, known) or f"There are {listed(known)}"
+            raise ConfigError(f"--methods names {name!r}, and {method} has no variant {variant!r}", hint)
+        one = Candidate(method if (variant or known[0]) == known[0] else name, method, variant or known[0])
+        if any(other.name == one.name for other in found):
+            raise ConfigError(f"--methods names {one.name!r} twice", "Name each once")
+        found.append(one)
+    return found
+
+
+@dataclass
+class Study:
+    """A comparison under way. precision: what all are measured in. generate: whether answers are compared.
+
+    notes: what was left out and why, for the report.
+    """
+
+    config: CompareConfig
+    directory: Path
+    rows: Rows
+    keep: str
+    precision: str
+    generate: bool
+    candidates: list[Candidate]
+    budget: Budget
+    console: Console
+    costs: Costs = field(default_factory=Costs)
+    notes: list[str] = field(default_factory=list)
+    floors: dict[str, Record] = field(default_factory=dict)
+
+    @property
+    def active(self) -> list[Candidate]:
+        """Those that are still in."""
+        return [one for one in self.candidates if one.out is None]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        per_epoch = math.ceil(self.rows.counts["train"] / self.config.batch_size)
+        return self.config.max_steps or per_epoch * self.config.epochs
+
+    @property
+    def search_steps(self) -> int:
+        """Of a trial of a rate."""
+        return min(self.steps, self.config.search_steps or max(LEAST_SEARCH_STEPS, self.steps // 2))
+
+    # --- the floors -----------------------------------------------------------------------------------------------
+
+    def measure_floors(self) -> None:
+        """The base as it is, and with examples in its prompt."""
+        base = self._once("base/untuned", lambda log: self._measure(self.config.model, ("test",), True, log))
+        self.floors["untuned"] = base
+        sides = self.rows.path("train"), self.rows.path("test")
+        arguments = (self.config, self.precision, *sides, self.generate)
+
+        def with_shots(log: Path) -> Record:
+            try:
+                return child.call(_measures().few_shot, arguments, log)
+            except child.Refused as refused:
+                return {"shots": 0, "refused": str(refused)}
+
+        self.floors["few_shot"] = self._once("base/few_shot", with_shots)
+        self.costs.measured("the base", base["wall_s"])
+        shots = self.floors["few_shot"]["shots"]
+        if not shots:
+            why = self.floors["few_shot"].get(
+                "refused", "the rows have no replies, or no example fits into the context"
+            )
+            self.notes.append(f"no few-shot base: {why}")
+        elif shots < self.config.shots:
+            self.notes.append(f"few-shot base with {shots} examples, as no more fit")
+
+    # --- the search of the rate -----------------------------------------------------------------------------------
+
+    def search(self) -> None:
+        """A few rates for each method, by turns, as long as there is time; the best of each is chosen."""
+        waiting, missed = list(self.active), dict[str, int]()
+        while waiting:
+            for one in list(waiting):
+                factor = next_factor(one.losses(), self.config.rate_trials)
+                if factor is None:
+                    waiting.remove(one)
+                elif one.rates and not self.budget.has(self._of_search(one) + self._of_round()):
+                    waiting.remove(one)
+                    missed[one.name] = len(one.rates)
+                elif not one.rates and self.budget.spent_s > 0 and not self.budget.has(self._of_search(one)):
+                    waiting.remove(one)
+                    self._out(one, "not tried", "the time was used up before its first trial")
+                else:
+                    one.rates[factor] = self._try_rate(one, factor)
+        if missed:
+            told = ", ".join(f"{name} {count}" for name, count in missed.items())
+            self.notes.append(f"the time budget left room for fewer learning rates: {told}")
+        for one in self.active:
+            self._choose(one)
+
+    def _of_search(self, one: Candidate) -> float:
+        return self.costs.of_training(one.name, self.search_steps)
+
+    def _of_round(self) -> float:
+        """A round of seeds for all that are still in."""
+        return sum(self.costs.of_run(one.name, self.steps) for one in self.active)
+
+    def _choose(self, one: Candidate) -> None:
+        losses = one.losses()
+        best = min(losses, key=lambda factor: losses[factor])
+        if math.isinf(losses[best]):
+            self._out(one, "failed", str(one.rates[best]["refused"]))
+            return
+        one.lr = one.rates[best]["lr"]
+        tried = sorted(losses)
+        if best in (tried[0], tried[-1]) and len(tried) > 1:
+            where = "lowest" if best == tried[0] else "highest"
+            self.notes.append(f"{one.name}: the best learning rate is the {where} that was tried")
+        for factor, record in one.rates.items():
+            if factor != best:  # its record is all that is asked for later
+                shutil.rmtree(self.directory / record["run"], ignore_errors=True)
+
+    def _try_rate(self, one: Candidate, factor: float) -> Record:
+        lr = float(f"{RATES[one.method] * factor:.4g}")
+        name = f"{one.slug}/lr-{lr:g}"
+        settings: dict[str, Any] = {"lr": lr, "seed": self.config.seed, "max_steps": self.search_steps}
+        # Once, at the end, as a whole run ends: the best of several epochs would flatter rates that are too high.
+        settings |= {"eval": self.rows.path("search"), "eval_every": self.search_steps}
+        record = self._train(one, name, settings)
+        result, refused = record["result"], record["refused"] or "the loss is not a finite number"
+        record |= {"lr": lr, "factor": factor, "loss": result["eval_loss"] if result else None, "refused": refused}
+        shown = f"loss {record['loss']:.4f}" if record["loss"] is not None else f"failed: {refused}"
+        self._say(f"{one.name}: lr {lr:g}, {self.search_steps} steps: {shown} ({format_seconds(record['wall_s'])})")
+        return record
+
+    # --- rounds of seeds --------------------------------------------------------------------------------------------
+
+    def run_seeds(self) -> None:
+        """Whole runs, a round of all methods for each seed, so that all have as many."""
+        for number in range(self.config.seeds):
+            self._make_room(self.config.seeds - number)
+            if number and not self.budget.has(self._of_round()):
+                count = f"{number} of {self.config.seeds} seeds"
+                self.notes.append(f"the time budget left room for {count}")
+                return
+            for one in sorted(self.active, key=lambda one: min(one.losses().values())):
+                if not number and not self.budget.has(self.costs.of_run(one.name, self.steps)) and self._has_any_run():
+                    self._out(one, "dropped", "the time was used up before its first whole run; it is not known worse")
+                else:
+                    self._run(one, number)
+
+    def _has_any_run(self) -> bool:
+        return any(one.runs for one in self.candidates)
+
+    def _run(self, one: Candidate, number: int) -> None:
+        seed = self.config.seed + number
+        name = f"{one.slug}/seed-{seed}"
+        record = self._train(one, name, {"lr": one.lr, "seed": seed, "max_steps": self.config.max_steps})
+        if record["result"] is None:
+            self._out(one, "failed", str(record["refused"]))
+            return
+        target = str(self.directory / record["run"])
+        try:
+            measured = self._once(
+                f"{name}.measured", lambda log: self._measure(target, ("valid", "test"), number == 0, log)
+            )
+        except child.Refused as refused:
+            self._out(one, "failed", f"seed {seed} cannot be measured: {refused}")
+            return
+        self.costs.measured(one.name, measured["wall_s"])
+        one.runs.append({**record, "seed": seed, "measured": measured})
+        test = measured["sides"]["test"]
+        loss = sum(test["nats"]) / sum(test["tokens"])
+        right = "" if test["right"] is None else f", {sum(test['right'])} of {len(test['right'])} right"
+        took = format_seconds(record["wall_s"] + measured["wall_s"])
+        self._say(f"{one.name}: seed {seed}, {record['result']['steps']} steps: test loss {loss:.4f}{right} ({took})")
+
+    def _make_room(self, seeds: int) -> None:
+        """Drop what is clearly worse on the validation rows, half of the methods at most, where time is short."""
+        if self.budget.has(self._of_round() * seeds) or len(self.active) < 2:
+            return
+        names = [one.name for one in self.active]
+        scores = dict(zip(names, pooled([self._on_valid(one) for one in self.active]), strict=True))
+        best = min(scores, key=lambda name: scores[name].value)
+        gaps = {name: difference(own, scores[best]) for name, own in scores.items() if name != best}
+        worse = sorted((name for name in gaps if gaps[name].low > 0), key=lambda name: -gaps[name].value)
+        for name in worse[: len(scores) // 2]:
+            if self.budget.has(self._of_round() * seeds):
+                return
+            gap = gaps[name]
+            why = f"its loss on the validation rows is {gap.value:.3g} above that of {best} ({gap.low:.3g} to "
+            (one,) = [one for one in self.active if one.name == name]
+            self._out(one, "dropped", f"{why}{gap.high:.3g}), and the time budget has no room for all")
+
+    def _on_valid(self, one: Candidate) -> Scores:
+        """Its nats on the validation rows: of its runs, or before there are any, of its best trial."""
+        if one.runs:
+            sides = [run["measured"]["sides"]["valid"] for run in one.runs]
+        else:
+            best = min(one.rates.values(), key=lambda record: math.inf if record["loss"] is None else record["loss"])
+            arguments = (str(self.directory / best["run"]), self.config, self.precision, self.rows.path("valid"))
+            name = f"{best['run'].removeprefix('trials/')}.valid"
+            sides = [self._once(name, lambda log: child.call(_measures().losses, arguments, log))]
+        return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
+
+    # --- one trial --------------------------------------------------------------------------------------------------
+
+    def _train(self, one: Candidate, name: str, settings: dict[str, Any]) -> Record:
+        """A record with run.json's content as `result`, or None there and what was said as `refused`."""
+        run = RunDir(self.directory / "trials" / name)
+        wanted = {"method": one.method, "variant": one.variant, "output": str(run.path), **settings}
+        wanted |= {name: getattr(self.config, name) for name in SHARED} | {"data": self.rows.path("train")}
+
+        def work(log: Path) -> Record:
+            try:
+                result = child.call(_measures().train, (wanted,), log)
+            except child.Refused as refused:
+                again = {"again": True} if isinstance(refused, child.Killed) else {}
+                return {"run": f"trials/{name}", "result": None, "refused": str(refused), **again}
+            shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none, and they are large
+            return {"run": f"trials/{name}", "result": result, "refused": None}
+
+        record = self._once(name, work)
+        if record["result"] is not None:
+            result = record["result"]
+            self.costs.trained(one.name, result["steps"], result["train_s"], record["wall_s"])
+        return record
+
+    def _measure(self, target: str, sides: tuple[str, ...], timed: bool, log: Path) -> Record:
+        paths = {side: self.rows.path(side) for side in sides}
+        arguments = (target, self.config, self.precision, paths, self.keep, self.generate, timed)
+        return child.call(_measures().measure, arguments, log)
+
+    def _once(self, name: str, work: Callable[[Path], Record]) -> Record:
+        """The record of that name, or what `work` gives, with the seconds it took. Counts it as spent."""
+        path = self.directory / "trials" / f"{name}.json"
+        if path.is_file():
+            record: Record = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            started = time.monotonic()
+            record = work(path.with_suffix(".log"))
+            record["wall_s"] = time.monotonic() - started
+            if "again" not in record:  # another sitting may have the memory
+                files.write_atomic(path, json.dumps(record))
+        self.budget.spent_s += record["wall_s"]
+        return record
+
+    def _out(self, one: Candidate, status: str, why: str) -> None:
+        one.status, one.out = status, why
+        self._say(f"{one.name}: {status}: {why}", style="yellow")
+
+    def _say(self, line: str, style: str | None = None) -> None:
+        spent = format_seconds(self.budget.spent_s)
+        self.console.print(f"[{spent}] {line}", style=style, highlight=False, markup=False)
+
+
+def _measures() -> Any:
+    """The module that the children run: only here, as it needs torch."""
+    from lorafit.compare import measure
+
+    return measure
