@@ -105,18 +105,23 @@ METHOD_VARIANTS = {
     "ia3": ("ia3",),
     "bitfit": ("bitfit",),
     "full": ("full",),
+    "head": ("head",),
 }
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
+    "head": 1e-2,
 }  # fmt: skip
+
+# Epochs where no number is given: of a head alone one takes less than a second, as the model is run once for all.
+EPOCHS = {"head": 30}
 
 
 class MethodConfig(LoRAConfig):
     """What is trained, by whichever method."""
 
     method: str = "lora"
-    """What is trained: lora, adapter, prefix, prompt, ia3, bitfit, full."""
+    """What is trained: lora, adapter, prefix, prompt, ia3, bitfit, full; head for the head of labels alone."""
     variant: str = "lora"
     """The form of it. lora: lora, dora. adapter: pfeiffer, houlsby, parallel, compacter. prefix: p-tuning-v2,
     reparametrised. Default: the first."""
@@ -158,7 +163,8 @@ class RowsConfig(Frozen):
     """How rows are read and written out."""
 
     format: str | None = None
-    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text. Default: known by their columns."""
+    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text/label, text. Default: known by their
+    columns."""
     rename: Names = Field(default_factory=dict)
     """Columns under other names: question=prompt,answer=completion."""
     template: str | None = None
@@ -182,8 +188,13 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Evaluate every N steps. Default: at the end of each epoch."""
     patience: int | None = Field(None, ge=1)
     """Stop after N evaluations without a better loss. Default: never."""
+    task: Literal["auto", "generate", "classify"] = "auto"
+    """Write text, or tell labels apart by a head that is trained. auto: labels where the rows have text and label."""
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    """What of a row the head of labels is given: its last token, the mean of all, or the first. auto: the last token
+    of a decoder, the mean of an encoder."""
     epochs: int = Field(1, ge=1)
-    """How often each row is seen."""
+    """How often each row is seen. Default: 1; 30 for a head alone, where the model is run once for all."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after N optimizer steps, whatever --epochs says."""
     batch_size: int = Field(16, ge=1)
@@ -231,10 +242,12 @@ class TrainConfig(MethodConfig, RowsConfig):
     @model_validator(mode="before")
     @classmethod
     def _rate_follows_method(cls, values: Any) -> Any:
-        """Where no rate is given it is the usual one of the method."""
-        if isinstance(values, dict) and values.get("lr") is None:
-            return {**values, "lr": RATES.get(values.get("method") or "lora", RATES["lora"])}
-        return values
+        """Where no rate and no number of epochs is given they are the usual ones of the method."""
+        if not isinstance(values, dict):
+            return values
+        method = values.get("method") or "lora"
+        usual = {"lr": RATES.get(method, RATES["lora"]), "epochs": EPOCHS.get(method, 1)}
+        return {**values, **{name: value for name, value in usual.items() if values.get(name) is None}}
 
     @property
     def order_seed(self) -> int | None:

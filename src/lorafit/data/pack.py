@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lorafit.data.batching import Family, find_families, length_step, read, read_tokens, share_out
-from lorafit.data.store import Encoded
+from lorafit.data.store import Encoded, Known
 from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, WIDTH_STEP, Batch, Bucket, Packing
 
 
@@ -26,6 +26,9 @@ def micro_batches(
 
     A row longer than micro_tokens stands alone. Longest first where padded, so that memory peaks at once.
     """
+    if isinstance(encoded, Known):
+        lots = (row_ids[first : first + micro_tokens] for first in range(0, len(row_ids), micro_tokens))
+        return [_of_known(encoded, np.array(lot)) for lot in lots]
     if packing.padded:
         return [_pad(encoded, rows) for rows in _padded_groups(encoded, row_ids, micro_tokens)]
     found = find_families(encoded, row_ids, packing.share_prefix)
@@ -161,6 +164,24 @@ def _bucket(runs: list[_Run]) -> Bucket:
         width=width,
         prefix_start=runs[0].prefix_start,
         prefix=runs[0].prefix,
+    )
+
+
+def _of_known(rows: Known, chosen: NDArray[np.int64]) -> Batch:
+    """A token a row, its number, which predicts the row's label."""
+    ids = torch.from_numpy(rows.numbers[chosen])[:, None]
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.zeros_like(ids),
+        attention_mask=torch.ones_like(ids),
+        layout=None,
+        token_rows=torch.from_numpy(chosen)[:, None],
+        predicts=torch.arange(len(ids)),
+        targets=torch.from_numpy(rows.targets[chosen]),
+        weights=torch.ones(len(ids)),
+        rows=len(ids),
+        real_tokens=int(rows.tokens[chosen].sum()),
+        supervised_tokens=len(ids),
     )
 
 

@@ -89,13 +89,24 @@ class Engine:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over supervised tokens of weight x negative log-likelihood, in nats: a scalar float32 with its graph."""
-        device = next(self.model.parameters()).device
-        if device.type != "cpu":
-            moved = {name: value.to(device) for name in MOVED if (value := getattr(batch, name)) is not None}
-            batch = dataclasses.replace(batch, **moved)
+        batch = self._on_device(batch)
         compute = loss.chunked_loss if self.chunked else loss.whole_loss
         with self._in_force(batch.layout, batch.predicting):
             return compute(self.model, batch)
+
+    @torch.no_grad()
+    def head_inputs(self, batch: Batch) -> Tensor:
+        """What the output head is given where `batch` predicts something: (pairs, hidden), in their order."""
+        batch = self._on_device(batch)
+        with self._in_force(batch.layout, batch.predicting):
+            return loss.head_inputs(self.model, batch)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        device = next(self.model.parameters()).device
+        if device.type == "cpu":
+            return batch
+        moved = {name: value.to(device) for name in MOVED if (value := getattr(batch, name)) is not None}
+        return dataclasses.replace(batch, **moved)
 
     def use_int8(self, batch: Batch, release: bool = False) -> None:
         """Products with frozen weights in int8 from now on, calibrated on this batch of real rows.

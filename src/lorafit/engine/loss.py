@@ -56,6 +56,17 @@ def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
 def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The same for a model whose logits are its head's output: CHUNK rows of logits at a time."""
     head = head_of(model)
+    hidden = head_inputs(model, batch)
+    frozen = head.base if isinstance(head, TokenRows) else head
+    if (W := _frozen_weight(frozen)) is not None:
+        rows = head if isinstance(head, TokenRows) and head.is_active else None
+        return _frozen_head(hidden, W, batch, rows)
+    return _by_module(head, hidden, batch)
+
+
+def head_inputs(model: nn.Module, batch: Batch) -> Tensor:
+    """What the head is given where something is predicted: (pairs, hidden)."""
+    head = head_of(model)
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -66,11 +77,7 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
     with _hook(head.register_forward_pre_hook(keep)):
         run(model, batch)
     (hidden,) = kept
-    frozen = head.base if isinstance(head, TokenRows) else head
-    if (W := _frozen_weight(frozen)) is not None:
-        rows = head if isinstance(head, TokenRows) and head.is_active else None
-        return _frozen_head(hidden, W, batch, rows)
-    return _by_module(head, hidden, batch)
+    return hidden
 
 
 def run(model: nn.Module, batch: Batch) -> Any:

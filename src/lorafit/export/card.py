@@ -18,6 +18,7 @@ SETTINGS = {
     "precision": "precision of the frozen base",
     "threads": "threads",
     "system": "system message of all rows",
+    "pooling": "what of a row the head is given",
 }
 
 
@@ -25,8 +26,7 @@ def render(result: dict[str, Any]) -> str:
     """The card as Markdown. result: the content of run.json; what it lacks, or has as None, is left out."""
     sections = [
         _front_matter(result),
-        f"# {result['variant']} adapter for {result['model']}",
-        f"Trained on `{result['data']}` with lorafit. The adapter is in `adapter/`, in PEFT's format.",
+        _title(result),
         _table("Settings", {label: result.get(key) for key, label in SETTINGS.items()}),
         _table("Measured", _measured(result)),
         _usage(result),
@@ -36,13 +36,23 @@ def render(result: dict[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _title(result: dict[str, Any]) -> str:
+    if result.get("labels"):
+        what = f"{format_count(len(result['labels']))} labels by {result['method']} on {result['model']}"
+        where = "What was trained, with its head of labels, is in `adapter/`, in lorafit's own form."
+    else:
+        what = f"{result['variant']} adapter for {result['model']}"
+        where = "The adapter is in `adapter/`, in PEFT's format."
+    return f"# {what}\n\nTrained on `{result['data']}` with lorafit. {where}"
+
+
 def _front_matter(result: dict[str, Any]) -> str:
     tags = dict.fromkeys(["lorafit", "lora", result["method"], result["variant"]])
     lines = [
         "---",
         f"base_model: {json.dumps(result['model'], ensure_ascii=False)}",  # a JSON string is a YAML string
-        "library_name: peft",
-        "pipeline_tag: text-generation",
+        f"library_name: {'lorafit' if result.get('labels') else 'peft'}",
+        f"pipeline_tag: text-{'classification' if result.get('labels') else 'generation'}",
         "tags:",
         *[f"- {tag}" for tag in tags],
         "---",
@@ -55,6 +65,8 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
     formats: dict[str, tuple[str, Any]] = {
         "train_loss": ("training loss of the last step", "{:.4f}".format),
         "eval_loss": ("best held-out loss", "{:.4f}".format),
+        "eval_accuracy": ("accuracy on held-out rows", "{:.4f}".format),
+        "eval_macro_f1": ("macro-F1 on held-out rows", "{:.4f}".format),
         "best_step": ("step of the best held-out loss", format_count),
         "steps": ("optimizer steps", format_count),
         "tokens_seen": ("tokens seen", format_count),
@@ -77,6 +89,14 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(result: dict[str, Any]) -> str:
+    if result.get("labels"):
+        return """## Use
+
+In this directory:
+
+```bash
+lorafit eval . TEST.jsonl     # loss, accuracy, F1 of each label and what is taken for what
+```"""
     return f"""## Use
 
 In this directory:

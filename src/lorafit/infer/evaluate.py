@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit.data.example import Chat, Completion, Example
-from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
+from lorafit.data.mask import encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
-from lorafit.data.store import led
+from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import Engine
 from lorafit.errors import NumericsError
 from lorafit.infer.generate import Answer, answer
@@ -89,8 +89,8 @@ def evaluate(
     engine.model.eval()
     encoded = encode_all(examples, tokenizer, seq_len)
     replies = [reply for example in examples if (reply := expected_reply(example)) is not None] if generate else []
-    with _bar(console) as bar:
-        loss = mean_loss(engine, encoded, micro_tokens, _counter(bar, "loss", encoded.pieces))
+    with progress_bar(console) as bar:
+        loss = mean_loss(engine, encoded.encoded, micro_tokens, counter(bar, "loss", encoded.pieces))
         answers = (
             _answers(engine.model, tokenizer, examples, replies, batch_size, max_new_tokens, bar) if replies else []
         )
@@ -115,14 +115,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def mean_loss(engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]) -> float:
+def mean_loss(engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]) -> float:
     """Nats per supervised token, the mean over all of them. on_rows: called with how many rows were just measured.
 
     Raises NumericsError if it is not finite.
     """
     total, count = 0.0, 0
-    rows = led(encoded.encoded, lead_of(engine.model))
-    for batch in micro_batches(rows, range(encoded.pieces), micro_tokens, engine.packing):
+    given = led(rows, lead_of(engine.model))
+    for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
         total, count = total + float(engine.loss(batch)), count + batch.supervised_tokens
         on_rows(batch.rows)
     if not math.isfinite(total):
@@ -152,7 +152,7 @@ def _answers(
 ) -> list[Answer]:
     """The model's own reply to each row."""
     longest = max(len(ids) for ids in tokenizer(replies, add_special_tokens=False)["input_ids"])
-    count = _counter(bar, "answers", len(replies))
+    count = counter(bar, "answers", len(replies))
     return answer(
         model,
         tokenizer,
@@ -189,7 +189,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Rows that are done, on a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -202,7 +203,7 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _counter(bar: Progress, name: str, total: int) -> Callable[[int], None]:
+def counter(bar: Progress, name: str, total: int) -> Callable[[int], None]:
     """A line of the bar; call it with how many rows are done now."""
     task = bar.add_task(name, total=total)
     return lambda rows: bar.advance(task, rows)

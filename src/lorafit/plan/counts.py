@@ -23,6 +23,8 @@ PART_NAMES = (
 )
 BLOCK = re.compile(r"(?:^|\.)\d+\.")
 BYTES_FP32 = 4
+# What reads hidden states: an output head, or what encoders have there.
+BEHIND = re.compile(r"(?:^|\.)(?:pooler|cls|lm_head|embed_out|classifier|score|vocab_\w+)\.|^output\.")
 
 
 def by_part(spec: ModelSpec) -> dict[str, int]:
@@ -78,7 +80,7 @@ def dora_params(spec: ModelSpec, r: int) -> int:
 # Variant -> its count at a rank; the names are those of the registry of variants.
 VARIANT_PARAMS: dict[str, Callable[[ModelSpec, int], int]] = {"lora": lora_params, "dora": dora_params}
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-CLASSES = 2
+LABELS = 2
 COMPACTER_PARTS = 4
 
 
@@ -127,8 +129,22 @@ def bitfit_params(spec: ModelSpec) -> int:
     return sum(own) or sum(out for out, _ in matrices(spec).values())
 
 
-def method_params(spec: ModelSpec, config: MethodConfig) -> int:
-    """What a method trains with these settings, on all of its usual layers."""
+def head_params(spec: ModelSpec, labels: int) -> int:
+    """A row of weights and a bias for each label."""
+    return labels * (spec.hidden + 1)
+
+
+def body_params(spec: ModelSpec) -> int:
+    """What gives hidden states: all but an output head of its own, and what encoders have behind theirs."""
+    own = {name: shape for name, shape in spec.tensors.items() if not BEHIND.search(name)}
+    return sum(map(prod, own.values()))
+
+
+def method_params(spec: ModelSpec, config: MethodConfig, labels: int = 0) -> int:
+    """What a method trains with these settings, on all of its usual layers, and a head of so many labels beside it."""
+    if labels:
+        own = body_params(spec) if config.method == "full" else method_params(spec, config)
+        return own + head_params(spec, labels)
     counts: dict[str, Callable[[], int]] = {
         "lora": lambda: VARIANT_PARAMS[config.variant](spec, config.r),
         "adapter": lambda: adapter_params(spec, config.bottleneck, config.variant),
@@ -137,6 +153,7 @@ def method_params(spec: ModelSpec, config: MethodConfig) -> int:
         "ia3": lambda: ia3_params(spec),
         "bitfit": lambda: bitfit_params(spec),
         "full": lambda: spec.parameters,
+        "head": lambda: 0,
     }
     return counts[config.method]()
 
@@ -144,11 +161,11 @@ def method_params(spec: ModelSpec, config: MethodConfig) -> int:
 def _others(spec: ModelSpec) -> list[Trainable]:
     """Methods beside LoRA, at their default widths."""
     found = [
-        Trainable(f"head, {CLASSES} classes", count := CLASSES * (spec.hidden + 1), BYTES_FP32 * count,
-                  remark="to compare: not trained here yet")
+        Trainable(f"head, {LABELS} labels", count := head_params(spec, LABELS), BYTES_FP32 * count,
+                  remark="for rows with text and label")
     ]  # fmt: skip
     for method, variants in METHOD_VARIANTS.items():
-        for variant in variants if method not in ("lora", "full") else ():
+        for variant in variants if method not in ("lora", "full", "head") else ():
             count = method_params(spec, MethodConfig(method=method, variant=variant))
             saved = BYTES_FP32 * method_params(spec, MethodConfig(method=method))  # a network is dropped at the end
             file = saved if method == "prefix" else BYTES_FP32 * count

@@ -19,9 +19,10 @@ from lorafit.data.batching import Counted, counted, read_tokens, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
-from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.engine import Engine, plain
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
+from lorafit.methods.labels import engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
 from lorafit.plan.counts import lora_params
@@ -44,13 +45,15 @@ def fit_to_memory(
     limit: int,
     force: bool,
     begun: Split | None = None,
+    labels: int = 0,
 ) -> tuple[Split, memory.MemoryEstimate]:
     """The fastest split that is predicted to stay below `limit` bytes, and that prediction.
 
-    begun: the split of the run that is resumed, the only one that gives the same numbers. Raises DoesNotFitError where
+    begun: the split of the run that is resumed, the only one that gives the same numbers. labels: of a head that tells
+    them apart, 0 where the model writes text. Raises DoesNotFitError where
     nothing fits, unless force: then what needs least.
     """
-    adds = trained.of(spec, config)
+    adds = trained.of(spec, config, labels)
 
     def predicted(split: Split) -> memory.MemoryEstimate:
         tokens, supervised = _largest(rows, config, split.micro_tokens)
@@ -160,7 +163,7 @@ def make_engine(
 
     directory: where the activations of frozen layers are kept while the run lasts.
     """
-    engine = prepare(model, share_prefix=config.dropout == 0)
+    engine = engine_of(model, share_prefix=config.dropout == 0)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
         engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
@@ -175,7 +178,8 @@ def make_engine(
     if split.recompute:
         engine.recompute_layers()
         console.print("layers are computed again in the backward pass, to save memory", highlight=False)
-    _keep_features(engine, rows, config, split, directory, console)
+    if config.method != "head":  # its own features are kept, see `labelled.look_once`
+        _keep_features(engine, rows, config, split, directory, console)
     return engine
 
 
