@@ -110,11 +110,11 @@ METHOD_VARIANTS = {
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
-    "head": 1e-2,
+    "head": 5e-3,
 }  # fmt: skip
 
-# Epochs where no number is given: of a head alone one takes less than a second, as the model is run once for all.
-EPOCHS = {"head": 30}
+# Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
+EPOCHS = {"head": 10}
 
 
 class MethodConfig(LoRAConfig):
@@ -192,9 +192,9 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Write text, or tell labels apart by a head that is trained. auto: labels where the rows have text and label."""
     pooling: Literal["auto", "last", "mean", "cls"] = "auto"
     """What of a row the head of labels is given: its last token, the mean of all, or the first. auto: the last token
-    of a decoder, the mean of an encoder."""
+    of a decoder that is trained itself, else the mean."""
     epochs: int = Field(1, ge=1)
-    """How often each row is seen. Default: 1; 30 for a head alone, where the model is run once for all."""
+    """How often each row is seen. Default: 1; 10 for a head alone, where the model is run once for all."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after N optimizer steps, whatever --epochs says."""
     batch_size: int = Field(16, ge=1)

@@ -266,6 +266,8 @@ def _encode(
         )
     if held_out is not None:
         console.print(f"held out: {held_out.summary}", highlight=False)
+    for line in other.left_out() if other else ():
+        console.print(f"held out: {line}", style="yellow", highlight=False)
     for line in [*data.remarks(), *before_training(config.data, data, tokenizer, other)]:
         console.print(line, style="yellow", highlight=False)
     return data, train, held_out

@@ -56,7 +56,8 @@ class Opened:
     """A model that is ready to run, its adapter attached at the scale asked for.
 
     system: the system message that all training rows began with, if they did. base: the model's name as it was given
-    or as the run knows it. precision: what it computes in. labels: what its head tells apart, None where it writes text.
+    or as the run knows it. precision: what it computes in. labels: what its head tells apart, None
+    where it writes text.
     """
 
     model: PreTrainedModel

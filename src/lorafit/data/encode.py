@@ -103,14 +103,17 @@ class Data:
     def remarks(self) -> list[str]:
         """What should not go unnoticed: columns that are not read, rows left out, equal rows."""
         lines = [f"column {name!r} of {format_count(count)} rows is not read" for name, count in self.unused.items()]
-        if self.bad_rows:
-            lines.append(
-                f"{format_count(self.bad_rows)} rows cannot be used and are left out; the first: {self.bad[0]}"
-            )
+        lines += self.left_out()
         again = len(self.records) - len(np.unique(self.records["digest"]))
         if again:
             lines.append(f"{format_count(again)} rows are equal to an earlier one")
         return lines
+
+    def left_out(self) -> list[str]:
+        """How many rows cannot be used, where there are such."""
+        if not self.bad_rows:
+            return []
+        return [f"{format_count(self.bad_rows)} rows cannot be used and are left out; the first: {self.bad[0]}"]
 
     def also_in(self, other: Data) -> int:
         """How many of the records the other data has too."""

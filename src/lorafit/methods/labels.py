@@ -101,8 +101,13 @@ class Pooled(nn.Module):
 
 
 def pooling_of(wanted: str, is_encoder: bool, method: str) -> str:
-    """last, mean or cls for what was asked for. Raises ConfigError for what cannot be."""
-    found = wanted if wanted != "auto" else "mean" if is_encoder else "last"
+    """last, mean or cls for what was asked for. Raises ConfigError for what cannot be.
+
+    What a decoder says at its last token is about the next one, unless it is trained: a head alone finds more in the
+    mean (docs/log.md).
+    """
+    usual = "mean" if is_encoder or method == "head" else "last"
+    found = usual if wanted == "auto" else wanted
     if found == "cls" and not is_encoder:
         raise ConfigError("--pooling cls: the first token of a decoder has seen no other", "Give last or mean")
     if method in IN_FRONT and (found != "last" or is_encoder):

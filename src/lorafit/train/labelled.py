@@ -140,6 +140,7 @@ def look_once(
     )
     cached = Engine(Cached(table, head, engine.model.config), chunked=True, notes=engine.notes)
     cached.prepare_s = engine.prepare_s + spent
+    torch.set_num_threads(1)  # a step is a product of a few rows: a second thread only waits for the first
     return Once(cached, Known(rows, 0), Known(held_out, len(rows)) if held_out else None, tokens)
 
 
