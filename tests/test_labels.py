@@ -104,7 +104,7 @@ def test_features_kept_train_the_head_that_features_computed_each_time_train(
     assert kept["tokens_seen"] == each["tokens_seen"]
     heads = [load_file(tmp_path / cache / "adapter" / "method.safetensors") for cache in found]
     for name, value in heads[0].items():
-        # Rows are padded to other widths, so features are off by a few roundings (1e-6 of them). Adam divides a gradient
+        # Rows are padded to other widths, so features are off by a few roundings (1e-6). Adam divides a gradient
         # by its own size, so a step carries that on unmagnified: fifteen of them stay below 1e-4 of the head.
         assert float((value - heads[1][name]).norm() / value.norm()) < 1e-4
     assert kept["eval_loss"] == pytest.approx(each["eval_loss"], rel=1e-4)
