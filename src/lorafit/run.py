@@ -37,7 +37,7 @@ from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure
 from lorafit.lora.tokens import make_room
 from lorafit.methods import rounding, table
-from lorafit.methods.labels import Labels, pooling_of, put_head
+from lorafit.methods.labels import Labels, label_head, pooling_of, put_head
 from lorafit.methods.method import Attached, Beginning
 from lorafit.methods.tokens import attach_tokens
 from lorafit.methods.virtual import lead_of
@@ -216,7 +216,9 @@ def _beginning(
 ) -> Beginning:
     """What a method may know before the first step."""
     if config.prompt_text is None:
-        first, told = [int(token) for token in rows[0].input_ids], "the first row's tokens"
+        labelled = label_head(loaded.model) is not None  # then the last cell is no token
+        first = [int(token) for token in rows[0].input_ids[: -1 if labelled else None]]
+        told = "the first row's tokens"
     else:
         first = loaded.tokenizer(config.prompt_text, add_special_tokens=False)["input_ids"]
         told = "the tokens of --prompt-text"

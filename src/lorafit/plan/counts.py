@@ -158,10 +158,10 @@ def method_params(spec: ModelSpec, config: MethodConfig, labels: int = 0) -> int
     return counts[config.method]()
 
 
-def _others(spec: ModelSpec) -> list[Trainable]:
-    """Methods beside LoRA, at their default widths."""
+def _others(spec: ModelSpec, labels: int) -> list[Trainable]:
+    """Methods beside LoRA, at their default widths, and a head of so many labels."""
     found = [
-        Trainable(f"head, {LABELS} labels", count := head_params(spec, LABELS), BYTES_FP32 * count,
+        Trainable(f"head, {labels} labels", count := head_params(spec, labels), BYTES_FP32 * count,
                   remark="for rows with text and label")
     ]  # fmt: skip
     for method, variants in METHOD_VARIANTS.items():
@@ -169,8 +169,17 @@ def _others(spec: ModelSpec) -> list[Trainable]:
             count = method_params(spec, MethodConfig(method=method, variant=variant))
             saved = BYTES_FP32 * method_params(spec, MethodConfig(method=method))  # a network is dropped at the end
             file = saved if method == "prefix" else BYTES_FP32 * count
-            found.append(Trainable(_name(method, variant), count, file))
+            found.append(Trainable(_name(method, variant), count, file, _why_not(spec, method, variant)))
     return found
+
+
+def _why_not(spec: ModelSpec, method: str, variant: str) -> str | None:
+    """Why an encoder cannot be trained so."""
+    if not spec.writes_text and method in ("prefix", "prompt"):
+        return "an encoder would read its tokens as part of the row"
+    if not spec.writes_text and variant == "parallel" and not any(".mlp." in name for name in spec.tensors):
+        return "no module is the whole MLP"
+    return None
 
 
 def _name(method: str, variant: str) -> str:
@@ -180,9 +189,9 @@ def _name(method: str, variant: str) -> str:
     return f"{method}{own}{width.get(method, '')}{tokens}"
 
 
-def trainable(spec: ModelSpec) -> list[Trainable]:
-    """Every method that can be counted, with LoRA at each of RANKS."""
-    found = [Trainable("full", spec.parameters, None), *_others(spec)]
+def trainable(spec: ModelSpec, labels: int = LABELS) -> list[Trainable]:
+    """Every method that can be counted, with LoRA at each of RANKS. labels: that a head alone would tell apart."""
+    found = [Trainable("full", spec.parameters, None), *_others(spec, labels)]
     for variant in VARIANT_PARAMS:
         found += [_lora_row(spec, variant, r) for r in RANKS]
     return found

@@ -100,7 +100,7 @@ def estimate(
     layer_weights = frozen_block_weights(spec, trained)
     activations = activation_bytes(spec, trained.per_token, dtype, tokens, recompute)
     if trained.runs_once:
-        activations //= spec.layers + 2  # of one layer, which the next one's take the place of
+        activations = 3 * activations // (spec.layers + 2)  # of the layers that are being computed: none is kept
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
     if storage != "auto":
         weights = _stored_bytes(spec, storage, dtype)
