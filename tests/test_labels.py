@@ -120,6 +120,42 @@ def test_a_head_trains_the_head_alone(places: dict[str, str], tmp_path: Path) ->
     }
 
 
+def test_layers_below_the_lowest_that_trains_are_computed_once_in_an_encoder_too(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    found = []
+    for cache in ("1GiB", "0MiB"):
+        output = tmp_path / cache
+        _, printed = run({"model": places["bert"], "data": places["rows"], "output": str(output), "layers": "last:1",
+                          "epochs": 2, "feature_cache": cache})  # fmt: skip
+        assert ("computed once" in printed) == (cache == "1GiB")
+        found.append(load_file(output / "adapter" / "method.safetensors"))
+    for name, value in found[0].items():  # rows are padded to other widths, see below
+        assert float((value - found[1][name]).norm() / value.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_run_that_recomputes_layers_to_save_memory_ends_the_same(
+    model: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    # What is predicted for one that keeps all is above the limit by less than what recomputing saves.
+    settings = {"model": places[model], "data": places["rows"], "epochs": 1, "micro_tokens": 256, "batch_size": 24}
+    whole, _ = run({**settings, "output": str(tmp_path / "whole")})
+    limit = whole["predicted_peak_bytes"] / 0.95 - 150_000
+    less, printed = run({**settings, "output": str(tmp_path / "less"), "memory": f"{limit / 2**20:.3f}MiB"})
+    assert less["recompute"]
+    assert "computed again in the backward pass" in printed
+    weights = [load_file(tmp_path / name / "adapter" / "method.safetensors") for name in ("whole", "less")]
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-5)
+
+
+def test_an_encoder_runs_in_bf16_where_that_is_asked_for(places: dict[str, str], tmp_path: Path) -> None:
+    output = str(tmp_path / "run")
+    run({"model": places["bert"], "data": places["rows"], "output": output, "epochs": 1, "precision": "bf16"})
+    assert measured(output, places["rows"])["precision"] == "bf16"
+
+
 def test_what_an_evaluation_counts_is_what_scikit_learn_counts(places: dict[str, str], tmp_path: Path) -> None:
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
