@@ -100,7 +100,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             _check_same_run(earlier.identity, identity, console)
         print_config(config, source, chosen, console)
 
-        adds = trained.of(inputs.spec, config, len(labels or ()))
+        adds = trained.of(inputs.spec, config, len(labels or ()), padded=is_encoder or pooling != "last")
         SLABS.reserve(memory.reserved_bytes(inputs.spec, adds, chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
         loaded = model_load.load(
@@ -290,7 +290,7 @@ def _plan(
     """
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
     begun = Split(chosen["micro_tokens"], chosen["recompute"]) if "micro_tokens" in chosen else None
-    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun, adds.labels)
+    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun, adds)
     chosen |= {"micro_tokens": split.micro_tokens, "recompute": split.recompute}
     console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
     if chosen["micro_tokens"] < config.micro_tokens:

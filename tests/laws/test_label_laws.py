@@ -154,16 +154,17 @@ def test_rows_together_give_what_rows_alone_give(body: str) -> None:
     assert off(alone, together) < 1e-5
 
 
-@pytest.mark.parametrize("body", ["llama last"])
-@pytest.mark.parametrize("shared", [0, 12])
-def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(body: str, shared: int) -> None:
+@pytest.mark.parametrize(("body", "shared"), [("llama last", 0), ("llama last", 12), ("llama mean", 0), ("bert", 0)])
+def test_the_engine_gives_the_gradients_of_plain_rows(body: str, shared: int) -> None:
     model = headed(body)
     table.attach(model, settings("lora", "lora"))
     moved(model)
     given = rows((39, 33, 61, 22), shared)
     found = []
     fast = engine_of(model, share_prefix=True)
-    assert not fast.packing.padded
+    assert fast.packing.padded == (body != "llama last")
+    assert fast.groups
+    assert not fast.notes
     fast.close()
     for make in (lambda: replace(plain(model), chunked=False), lambda: engine_of(model, share_prefix=True)):
         engine = make()

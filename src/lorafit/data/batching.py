@@ -155,6 +155,15 @@ def length_step(tokens: int) -> int:
     return min(64, max(16, 1 << (max(tokens, 32) // 32).bit_length() - 1))
 
 
+def padded_groups(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
+    """Rows that stand side by side, padded to the first of them, the longest; of micro_tokens at most, or one row."""
+    order = sorted(row_ids, key=lambda row: (-read_tokens(encoded[row]), row))
+    while order:
+        count = max(1, micro_tokens // read_tokens(encoded[order[0]]))
+        yield order[:count]
+        order = order[count:]
+
+
 # --- counted --------------------------------------------------------------------------------------------------------
 
 

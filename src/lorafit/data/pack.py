@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorafit.data.batching import Family, find_families, length_step, read, read_tokens, share_out
+from lorafit.data.batching import Family, find_families, length_step, padded_groups, read, read_tokens, share_out
 from lorafit.data.store import Encoded, Known
 from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, WIDTH_STEP, Batch, Bucket, Packing
 
@@ -30,7 +30,7 @@ def micro_batches(
         lots = (row_ids[first : first + micro_tokens] for first in range(0, len(row_ids), micro_tokens))
         return [_of_known(encoded, np.array(lot)) for lot in lots]
     if packing.padded:
-        return [_pad(encoded, rows) for rows in _padded_groups(encoded, row_ids, micro_tokens)]
+        return [_pad(encoded, rows) for rows in padded_groups(encoded, row_ids, micro_tokens)]
     found = find_families(encoded, row_ids, packing.share_prefix)
     return [_pack(encoded, parts) for parts in share_out(encoded, found, micro_tokens)]
 
@@ -186,14 +186,6 @@ def _of_known(rows: Known, chosen: NDArray[np.int64]) -> Batch:
 
 
 # --- padded ---------------------------------------------------------------------------------------------------------
-
-
-def _padded_groups(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
-    order = sorted(row_ids, key=lambda row: (-read_tokens(encoded[row]), row))
-    while order:
-        count = max(1, micro_tokens // read_tokens(encoded[order[0]]))
-        yield order[:count]
-        order = order[count:]
 
 
 def _pad(encoded: Sequence[Encoded], row_ids: list[int]) -> Batch:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.batch import Packing
+from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import AdapterError, ConfigError, MergeError
 from lorafit.methods.method import Attached, Method
 from lorafit.units import format_count
@@ -81,8 +82,9 @@ class Pooled(nn.Module):
         self.body, self.head, self.pooling, self.config = body, head, pooling, body.config
         self.train(body.training)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **unused: Any) -> Scores:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Scores:
         """input_ids, attention_mask: (rows, width). Positions are the body's own: families count them differently."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.pooling in POOLINGS:
             hidden = POOLINGS[self.pooling](hidden, attention_mask)[:, None].expand(*hidden.shape[:2], -1)
@@ -142,10 +144,16 @@ def label_head(model: nn.Module) -> LabelHead | None:
 
 
 def engine_of(model: nn.Module, share_prefix: bool) -> Engine:
-    """The engine for a model of either task. Scores of labels are the head's own, whatever a model does to words'."""
-    engine = plain(model) if isinstance(model, Pooled) else prepare(model, share_prefix)
+    """The engine for a model of either task. Scores of labels are the head's own, whatever a model does to words'.
+
+    Of a body that is pooled rows stay side by side; its frozen products are made faster all the same.
+    """
+    engine = prepare(model, share_prefix)
     if label_head(model) is not None:
         engine.chunked = True
+    if isinstance(model, Pooled):
+        engine.packing = Packing(padded=True, share_prefix=False)
+        engine.notes = [note for note in engine.notes if not note.startswith("rows are padded")]  # it always is
     return engine
 
 

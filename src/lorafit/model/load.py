@@ -98,9 +98,9 @@ def _load_encoder(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool, 
         own: Any = transformers.MODEL_MAPPING[type(config)]
         unpooled = "add_pooling_layer" in inspect.signature(own.__init__).parameters
         options = {"add_pooling_layer": False} if unpooled else {}
-        return own.from_pretrained(
-            spec.path, dtype=dtype, use_safetensors=True, local_files_only=True, **REPORTED, **options
-        )
+        SLABS.reserve(spec.parameters * dtype.itemsize)
+        tensors = slab_tensors([file for file in spec.files if file.suffix == ".safetensors"], dtype)
+        return own.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **REPORTED, **options)
 
     model, info = _explained(spec, "weights", read)
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not BEHIND.search(name)]

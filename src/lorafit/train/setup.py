@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.batching import Counted, counted, read_tokens, step_rows
+from lorafit.data.batching import Counted, counted, padded_groups, read_tokens, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
@@ -29,6 +29,7 @@ from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.forecast import measured_speed
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
+from lorafit.plan.trained import Trained
 from lorafit.units import format_bytes, format_count
 
 # Steps that are looked at to find the largest micro-batch.
@@ -45,18 +46,18 @@ def fit_to_memory(
     limit: int,
     force: bool,
     begun: Split | None = None,
-    labels: int = 0,
+    adds: Trained | None = None,
 ) -> tuple[Split, memory.MemoryEstimate]:
     """The fastest split that is predicted to stay below `limit` bytes, and that prediction.
 
-    begun: the split of the run that is resumed, the only one that gives the same numbers. labels: of a head that tells
-    them apart, 0 where the model writes text. Raises DoesNotFitError where
+    begun: the split of the run that is resumed, the only one that gives the same numbers. adds: what is trained,
+    where a head of labels is. Raises DoesNotFitError where
     nothing fits, unless force: then what needs least.
     """
-    adds = trained.of(spec, config, labels)
+    adds = adds or trained.of(spec, config)
 
     def predicted(split: Split) -> memory.MemoryEstimate:
-        tokens, supervised = _largest(rows, config, split.micro_tokens)
+        tokens, supervised = _largest(rows, config, split.micro_tokens, adds.padded)
         held = memory.data_bytes(len(rows), resident_bytes(rows))
         return memory.estimate(spec, adds, precision, tokens, supervised, split.recompute, config.base_storage, held)
 
@@ -88,9 +89,12 @@ def _does_not_fit(
     )
 
 
-def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
+def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, padded: bool = False) -> tuple[int, int]:
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
+    if padded:
+        groups = [group for step in steps for group in padded_groups(rows, step, micro_tokens)]
+        return max(len(group) * read_tokens(rows[group[0]]) for group in groups), max(map(len, groups))
     batches = _batches(rows, config, steps, micro_tokens)
     return max(batch.tokens for batch in batches), max(batch.predicted for batch in batches)
 
