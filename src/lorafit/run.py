@@ -23,6 +23,7 @@ from lorafit import files, rates
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.added import AddedToken, add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
+from lorafit.data.labels import Names
 from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
 from lorafit.data.preflight import before_training, counts_of, told_counts
@@ -100,7 +101,9 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             _check_same_run(earlier.identity, identity, console)
         print_config(config, source, chosen, console)
 
-        adds = trained.of(inputs.spec, config, len(labels or ()), padded=is_encoder or pooling != "last")
+        adds = trained.of(
+            inputs.spec, config, len(labels.names if labels else ()), padded=is_encoder or pooling != "last"
+        )
         SLABS.reserve(memory.reserved_bytes(inputs.spec, adds, chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
         loaded = model_load.load(
@@ -115,7 +118,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        told = Labels(labels, pooling) if labels else None
+        told = Labels(labels.names, pooling, labels.several) if labels else None
         if told:
             loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
         attached = table.attach(loaded.model, config)
@@ -150,7 +153,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
-        quality = _quality(engine, held, labels, evaluation_micro) if labels and held else None
+        quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
         run.clean()
         kept = method.finish(loaded.model, config)
         saved.save(loaded.model, run.adapter, kept, _lasting(config.model), loaded.tokenizer, told)
@@ -241,13 +244,15 @@ def _encode(
     config: TrainConfig,
     inputs: Inputs,
     tokenizer: Any,
-    labels: tuple[str, ...] | None,
+    labels: Names | None,
     is_encoder: bool,
     console: Console,
 ) -> tuple[Data, EncodedSet, EncodedSet | None]:
     """What is known of the training rows, what is trained on, and what is held out."""
     seq_len = min(config.seq_len, tokenizer.model_max_length) if is_encoder else config.seq_len
-    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len, labels)
+    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len)
+    if labels:
+        reading = replace(reading, labels=labels.names, several=labels.several)
 
     def encoded(source: Source) -> Data:
         with counting(console, source.name) as on_rows:
@@ -264,7 +269,7 @@ def _encode(
     console.print(f"train ({data.format}): {train.summary}", highlight=False)
     if labels:
         console.print(
-            f"{format_count(len(labels))} labels: {told_counts(counts_of(data))}", highlight=False, markup=False
+            f"{format_count(len(labels.names))} labels: {told_counts(counts_of(data))}", highlight=False, markup=False
         )
     if held_out is not None:
         console.print(f"held out: {held_out.summary}", highlight=False)

@@ -304,9 +304,8 @@ def _evaluate_labels(
     limit = (
         min(config.seq_len, opened.tokenizer.model_max_length) if isinstance(opened.model, Pooled) else config.seq_len
     )
-    data = encode_rows(
-        rows, opened.tokenizer, Reading(config.format, config.rename, seq_len=limit, labels=labels.names)
-    )
+    reading = Reading(config.format, config.rename, seq_len=limit, labels=labels.names, several=labels.several)
+    data = encode_rows(rows, opened.tokenizer, reading)
     engine, encoded = engine_of(opened.model, share_prefix=True), data.set.encoded
     with infer_evaluate.progress_bar(console) as bar:
         count = infer_evaluate.counter(bar, "rows", len(encoded))
@@ -317,7 +316,12 @@ def _evaluate_labels(
         for wrong in found.wrong[: config.samples]
     ]  # fmt: skip
     of_text = {"perplexity": None, "exact_match": None}
-    told = asdict(found) | {"wrong": len(found.wrong), "pooling": labels.pooling, "cut_rows": data.set.cut_rows}
+    told = asdict(found) | {
+        "wrong": len(found.wrong),
+        "pooling": labels.pooling,
+        "several": labels.several,
+        "cut_rows": data.set.cut_rows,
+    }
     return {"task": "classify"} | of_text | told | {"samples": lines}
 
 

@@ -58,7 +58,8 @@ class Reading:
     """How rows are read. fmt: a format's name, None to know it by the columns. rename: column -> new name.
 
     skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece. labels: names that
-    texts are labelled with, for a model that tells them apart; None for one that writes text.
+    texts are labelled with, for a model that tells them apart; None for one that writes text. several:
+    whether a text may have any number of them.
     """
 
     fmt: str | None = None
@@ -67,6 +68,7 @@ class Reading:
     loss_on: LossOn = "replies"
     seq_len: int = 2048
     labels: tuple[str, ...] | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Data:
     row that was left out, at most TOLD. bad_rows: how many there were. unused: columns -> rows in which they stood.
     odd: where characters stand that are no text, at most TOLD; odd_rows: how many. system: the system message that all
     rows begin with, if they do. targets: the labels that rows are trained on, by number; none where they are no texts
-    with a label.
+    with a label. several: whether a row may have any number of them.
     """
 
     set: EncodedSet
@@ -91,6 +93,7 @@ class Data:
     unused: Mapping[str, int]
     system: str | None
     targets: tuple[str, ...] = ()
+    several: bool = False
 
     def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
         """Which records are held out, about `share` of those that can be used: (records,). As `split.held_out`."""
@@ -196,6 +199,7 @@ def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
         unused=facts["unused"],
         system=facts["system"],
         targets=tuple(facts["targets"]),
+        several=facts["several"],
     )
 
 
@@ -281,8 +285,13 @@ class _Encoder:
                 f"{example.origin} has no label, and these rows are for a model that tells labels apart",
                 "Give rows with text and label",
             )
-        text, rest, label = example.text[:limit], example.text[limit:], number_of(example, self._targets)
-        self._labels[-1] = self._label_numbers.setdefault(example.labels[0], len(self._label_numbers))
+        text, rest, label = (
+            example.text[:limit],
+            example.text[limit:],
+            number_of(example, self._targets, self.reading.several),
+        )
+        if not self.reading.several:
+            self._labels[-1] = self._label_numbers.setdefault(example.labels[0], len(self._label_numbers))
         return [Draft(text, (), example.origin, templated=False, rest=rest, label=label)]
 
     def _note_system(self, example: Example) -> None:
@@ -356,4 +365,5 @@ class _Encoder:
             "unused": self.reader.unused,
             "system": only,
             "targets": list(self.reading.labels or ()),
+            "several": self.reading.several,
         }

@@ -7,7 +7,7 @@ which the text's last token predicts. So batches are made of labelled rows as of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,9 @@ from lorafit.errors import DataError, listed
 if TYPE_CHECKING:
     from lorafit.data.mask import Marks
 
+# Bits of a cell that are free for a set of labels: the highest is its mask, and it is read as a signed number.
+MOST_OF_SEVERAL = 30
+
 
 def is_labelled(source: Source, fmt: str | None, rename: Mapping[str, str]) -> bool:
     """Whether the rows are texts with a label, by --format or else by the first row's columns. Raises DataError."""
@@ -35,43 +38,61 @@ def is_labelled(source: Source, fmt: str | None, rename: Mapping[str, str]) -> b
     return False
 
 
-def names_of(rows: Iterable[Row], fmt: str | None, rename: Mapping[str, str], skip_bad: bool) -> tuple[str, ...]:
-    """Every label of the rows, sorted: by number where all are whole numbers, else as text.
+@dataclass(frozen=True)
+class Names:
+    """Labels, sorted. several: whether a row may have any number of them: at least one row has a list."""
 
-    Raises DataError for fewer than two, and for a row that cannot be used where those are not skipped.
+    names: tuple[str, ...]
+    several: bool = False
+
+
+def names_of(rows: Iterable[Row], fmt: str | None, rename: Mapping[str, str], skip_bad: bool) -> Names:
+    """Every label of the rows: by number where all are whole numbers, else as text.
+
+    Raises DataError for fewer than two, for more than a row's set can hold, and for a row that cannot be used where
+    those are not skipped.
     """
-    reader, found = FormatReader(fmt, rename), set[str]()
+    reader, found, several = FormatReader(fmt, rename), set[str](), False
     for row in rows:
         try:
             example = reader.read(row)
             if isinstance(example, Labelled):
-                found.add(only_label(example))
+                found.update(example.labels)
+                several = several or example.several
         except DataError:
             if not skip_bad:
                 raise
     if len(found) < 2:
         raise DataError(f"the rows have {len(found)} label ({listed(found)})", "Give rows of two labels at least")
-    if all(name.lstrip("-").isdecimal() for name in found):
-        return tuple(sorted(found, key=int))
-    return tuple(sorted(found))
-
-
-def only_label(example: Labelled) -> str:
-    """The one label of a row. Raises DataError where several may hold."""
-    if example.several:
+    if several and len(found) > MOST_OF_SEVERAL:
         raise DataError(
-            f"{example.origin} has a list of labels, and a head that finds several is not available",
-            "Write one label a row, as a string or a whole number",
+            f"rows have lists of labels, of {len(found)} in all; at most {MOST_OF_SEVERAL} are told side by side",
+            "Leave out rare labels, or train one run for each group of them",
         )
-    return example.labels[0]
+    whole = all(name.lstrip("-").isdecimal() for name in found)
+    return Names(tuple(sorted(found, key=int) if whole else sorted(found)), several)
 
 
-def number_of(example: Labelled, names: Mapping[str, int]) -> int:
-    """The number of a row's label. names: those there are, with their numbers. Raises DataError for another."""
-    label = only_label(example)
+def number_of(example: Labelled, names: Mapping[str, int], several: bool) -> int:
+    """The number of a row's label; where it may have several, of its set: bit k for label k.
+
+    names: those there are, with their numbers. Raises DataError for another, and for a list where there is to be one.
+    """
+    if example.several and not several:
+        raise DataError(f"{example.origin} has a list of labels, and a row is to have one", "Write one label a row")
+    numbers = [_number(label, example.origin, names) for label in set(example.labels)]
+    return sum(1 << number for number in numbers) if several else numbers[0]
+
+
+def members(number: int, names: Sequence[str], several: bool) -> list[str]:
+    """What `number_of` stands for: the label, or those of the set."""
+    return [name for k, name in enumerate(names) if number >> k & 1] if several else [names[number]]
+
+
+def _number(label: str, origin: str, names: Mapping[str, int]) -> int:
     if label not in names:
         raise DataError(
-            f"{example.origin} has the label {label!r}, which is none of the {len(names)} of the training rows: "
+            f"{origin} has the label {label!r}, which is none of the {len(names)} of the training rows: "
             f"{listed(names, 6)}",
             "Remove the row, or train with rows of that label",
         )

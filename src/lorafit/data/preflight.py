@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.encode import Data
+from lorafit.data.labels import members
 from lorafit.data.near import NearRows
 from lorafit.data.store import Encoded, Tokens
 
@@ -108,15 +109,17 @@ def inspect(
         prefix=prefix,
         prefix_text=str(tokenizer.decode(rows[0].input_ids[:prefix])) if prefix else "",
         shared_share=prefix * (len(rows) - 1) / max(1, encoded.tokens),
-        samples=tuple((row.origin, spans(row, tokenizer, data.targets)) for row in rows[:samples]),
+        samples=tuple((row.origin, spans(row, tokenizer, data)) for row in rows[:samples]),
     )
 
 
-def spans(row: Encoded, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] = ()) -> tuple[Span, ...]:
-    """The row's text as the model sees it, cut where the mask changes. labels: names, where its last cell is one."""
-    if labels:
+def spans(row: Encoded, tokenizer: PreTrainedTokenizerBase, data: Data | None = None) -> tuple[Span, ...]:
+    """The row's text as the model sees it, cut where the mask changes. data: that it is of, where it has labels."""
+    if data and data.targets:
         text = str(tokenizer.decode(row.input_ids[:-1].tolist()))
-        return Span(text, False), Span(f" {labels[int(row.input_ids[-1])]}", True)
+        return Span(text, False), Span(
+            f" {', '.join(members(int(row.input_ids[-1]), data.targets, data.several))}", True
+        )
     parts = groupby(zip(row.input_ids.tolist(), row.supervised.tolist(), strict=True), key=lambda pair: pair[1])
     return tuple(Span(str(tokenizer.decode([token for token, _ in pairs])), mask) for mask, pairs in parts)
 
@@ -145,6 +148,10 @@ def _histogram(lengths: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
 
 def counts_of(data: Data) -> dict[str, int]:
     """How many records have each label, the most frequent first."""
+    if data.several:
+        sets = np.array([row.input_ids[-1] for row in data.set.encoded])
+        found = {name: int((sets >> number & 1).sum()) for number, name in enumerate(data.targets)}
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
     counts = np.bincount(data.records["label"] + 1, minlength=len(data.labels) + 1)[1:]
     return dict(sorted(zip(data.labels, counts.tolist(), strict=True), key=lambda pair: -pair[1]))
 

@@ -15,7 +15,7 @@ from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import Engine
 from lorafit.errors import NumericsError
-from lorafit.methods.labels import label_head
+from lorafit.methods.labels import LabelHead, bits, label_head
 from lorafit.methods.virtual import lead_of
 
 
@@ -71,9 +71,11 @@ def measure(
     """All of it. micro_tokens: most tokens of a forward pass. Raises NumericsError for scores that are not finite."""
     started = time.perf_counter()
     scores, targets = scores_of(engine, rows, micro_tokens, on_rows)
+    head = label_head(engine.model)
+    if head is not None and head.several:
+        return _measure_sets(head, scores, targets, names, started)
     loss = float(F.cross_entropy(scores.double(), targets))
-    if not math.isfinite(loss):
-        raise NumericsError(f"the loss is {loss}, not a finite number", "Use --precision fp32, or lower --scale")
+    _refuse_infinite(loss)
     got = scores.argmax(1)
     table = torch.bincount(targets * len(names) + got, minlength=len(names) ** 2).view(len(names), len(names))
     by_label = tuple(_label(table, number, name) for number, name in enumerate(names))
@@ -91,6 +93,39 @@ def measure(
         ),
         seconds=time.perf_counter() - started,
     )
+
+
+def _measure_sets(
+    head: LabelHead, scores: Tensor, targets: Tensor, names: Sequence[str], started: float
+) -> LabelsMeasured:
+    """Where any number of labels may hold: a row is right where all of them are. No label is taken for another."""
+    loss = float(head.nll(scores.double(), targets).mean())
+    _refuse_infinite(loss)
+    wanted, got = bits(targets, scores).bool(), scores > 0
+    right = (wanted == got).all(1)
+    by_label = tuple(
+        _shares(name, *(int(x.sum()) for x in (w & g, w, g))) for name, w, g in zip(names, wanted.T, got.T, strict=True)
+    )
+    known = [one.f1 for number, one in enumerate(by_label) if one.rows or int(got[:, number].sum())]
+
+    def told(row: Tensor) -> str:
+        return ", ".join(name for name, holds in zip(names, row.tolist(), strict=True) if holds) or "(none)"
+
+    return LabelsMeasured(
+        loss=loss,
+        accuracy=float(right.double().mean()),
+        macro_f1=sum(known) / len(known) if known else 0.0,
+        rows=len(scores),
+        labels=by_label,
+        confusions=(),
+        wrong=tuple(Wrong(n, told(wanted[n]), told(got[n])) for n in torch.nonzero(~right).flatten().tolist()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _refuse_infinite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise NumericsError(f"the loss is {loss}, not a finite number", "Use --precision fp32, or lower --scale")
 
 
 @torch.no_grad()
@@ -113,7 +148,11 @@ def scores_of(
 
 def _label(table: Tensor, number: int, name: str) -> LabelResult:
     """table: (labels, labels), rows of a label that were taken for another."""
-    right, rows, given = (int(x) for x in (table[number, number], table[number].sum(), table[:, number].sum()))
+    return _shares(name, *(int(x) for x in (table[number, number], table[number].sum(), table[:, number].sum())))
+
+
+def _shares(name: str, right: int, rows: int, given: int) -> LabelResult:
+    """given: rows that were told so. right: of them rightly."""
     precision, recall = right / given if given else 0.0, right / rows if rows else 0.0
     f1 = 2 * right / (rows + given) if rows + given else 0.0
     return LabelResult(name, rows, precision, recall, f1)

@@ -31,20 +31,25 @@ IN_FRONT = ("prefix", "prompt")
 
 @dataclass(frozen=True)
 class Labels:
-    """What a head tells apart. names: by number, sorted. pooling: last, mean or cls."""
+    """What a head tells apart. names: by number, sorted. pooling: last, mean or cls.
+
+    several: whether any number of them may hold of a row.
+    """
 
     names: tuple[str, ...]
     pooling: str
+    several: bool = False
 
 
 class LabelHead(nn.Module):
     """Scores = W x + b in float32, whatever the type of x. x: (..., hidden). Returns (..., labels).
 
-    weight: (labels, hidden), bias: (labels,).
+    weight: (labels, hidden), bias: (labels,). several: any number of labels may hold, each by itself.
     """
 
-    def __init__(self, hidden: int, labels: int, seed: int) -> None:
+    def __init__(self, hidden: int, labels: int, seed: int, several: bool = False) -> None:
         super().__init__()
+        self.several = several
         first = torch.randn(labels, hidden, generator=torch.Generator().manual_seed(seed % 2**63))
         self.weight = nn.Parameter(FIRST_DEVIATION * first)
         self.bias = nn.Parameter(torch.zeros(labels))
@@ -52,6 +57,17 @@ class LabelHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As above."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def nll(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each row: (rows,). scores: (rows, labels). targets: (rows,) int64, of a label, or bits of a set."""
+        if not self.several:
+            return F.cross_entropy(scores, targets, reduction="none")
+        return F.binary_cross_entropy_with_logits(scores, bits(targets, scores), reduction="none").sum(1)
+
+
+def bits(sets: Tensor, like: Tensor) -> Tensor:
+    """Sets of labels, (rows,), as 0 and 1, shaped and typed like `like`: (rows, labels)."""
+    return (sets[:, None] >> torch.arange(like.shape[1], device=sets.device) & 1).to(like.dtype)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +138,7 @@ def pooling_of(wanted: str, is_encoder: bool, method: str) -> str:
 
 def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
     """The model with a fresh head. Returns the model itself, or a `Pooled` around its body."""
-    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed)  # type: ignore[union-attr, operator]
+    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.several)  # type: ignore[union-attr, operator]
     head.to(next(model.parameters()).device)
     if labels.pooling == "last" and model.get_output_embeddings() is not None:  # type: ignore[operator]
         model.set_output_embeddings(head)  # type: ignore[operator]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.encode import Data
-from lorafit.data.labels import is_labelled, names_of
+from lorafit.data.labels import Names, is_labelled, names_of
 from lorafit.data.load import Source
 from lorafit.data.pack import micro_batches
 from lorafit.data.preflight import counts_of
@@ -36,7 +36,7 @@ ROWS_AT_ONCE = 2048
 OF_TEXT = {"template": "conversations", "loss_on": "conversations", "add_tokens": "text that a model writes"}
 
 
-def find_labels(config: TrainConfig, train: Source) -> tuple[str, ...] | None:
+def find_labels(config: TrainConfig, train: Source) -> Names | None:
     """The labels of the training rows, sorted; None where the model is to write text.
 
     Raises ConfigError for settings of the other task, DataError for rows that cannot be used.
@@ -167,6 +167,7 @@ def labelled_facts(
         "labels": list(labels.names),
         "label_counts": counts_of(data),
         "pooling": labels.pooling,
+        "several": labels.several,
         "eval_accuracy": quality[0] if quality else None,
         "eval_macro_f1": quality[1] if quality else None,
     }
