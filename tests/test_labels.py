@@ -93,9 +93,12 @@ def test_any_number_of_labels_is_told_where_rows_have_lists(
         measured(one_each, str(tiny.write_rows(tmp_path / "l.jsonl", [{"text": "a", "label": ["odd", "even"]}])))
 
 
-def test_a_run_is_repeated_by_its_toml_and_goes_on_where_it_was_bitwise(places: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{"method": "lora", "dropout": 0.1}, {"method": "head"}])
+def test_a_run_is_repeated_by_its_toml_and_goes_on_where_it_was_bitwise(
+    more: dict[str, Any], places: dict[str, str], tmp_path: Path
+) -> None:
     first = {"model": places["bert"], "data": places["rows"], "output": str(tmp_path / "first"), "epochs": 2,
-             "dropout": 0.1, "save_every": 3, "eval": "25%"}  # fmt: skip
+             "save_every": 3, "eval": "25%", **more}  # fmt: skip
     result, _ = run(first)
     assert result["eval_loss"] is not None
     assert 0 <= result["eval_accuracy"] <= 1

@@ -70,7 +70,7 @@ def drafts(
     if isinstance(example, Labelled):
         raise DataError(
             f"{example.origin} is text with a label, and these rows are read for a model that writes text",
-            "Leave --task out, or write the label as the reply: an assistant message after a user's with the text",
+            "Train with --task auto for a head of labels, or write the label as a reply to a message with the text",
         )
     if isinstance(example, Plain):
         return [Draft(example.text, (), example.origin, templated=False)]

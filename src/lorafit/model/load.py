@@ -281,7 +281,7 @@ def _refuse_other_tasks(spec: ModelSpec, config: Any) -> None:
     if not _generates(config):
         raise ModelError(
             f"{spec.name} is no causal language model but {listed(config.architectures or []) or spec.architecture}",
-            "Give a model that generates text, as Llama, Qwen or Gemma",
+            "Give a model that generates text, as Llama, Qwen or Gemma; for an encoder, rows with text and label",
         )
 
 
