@@ -93,15 +93,17 @@ class Pooled(nn.Module):
     Its "logits" are the same at every token of a row: those of what the row was pooled to.
     """
 
-    def __init__(self, body: nn.Module, head: LabelHead, pooling: str) -> None:
+    def __init__(self, body: nn.Module, head: LabelHead, pooling: str, writes_text: bool) -> None:
         super().__init__()
+        # A decoder would keep keys and values for tokens to come; an encoder may not know the word.
+        self.options = {"use_cache": False} if writes_text else {}
         self.body, self.head, self.pooling, self.config = body, head, pooling, body.config
         self.train(body.training)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Scores:
         """input_ids, attention_mask: (rows, width). Positions are the body's own: families count them differently."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
         if self.pooling in POOLINGS:
             hidden = POOLINGS[self.pooling](hidden, attention_mask)[:, None].expand(*hidden.shape[:2], -1)
         return Scores(self.head(hidden))
@@ -140,11 +142,12 @@ def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
     """The model with a fresh head. Returns the model itself, or a `Pooled` around its body."""
     head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.several)  # type: ignore[union-attr, operator]
     head.to(next(model.parameters()).device)
-    if labels.pooling == "last" and model.get_output_embeddings() is not None:  # type: ignore[operator]
+    writes_text = model.get_output_embeddings() is not None  # type: ignore[operator]
+    if labels.pooling == "last" and writes_text:
         model.set_output_embeddings(head)  # type: ignore[operator]
         made = model
     else:
-        made = Pooled(_body(model), head, labels.pooling)
+        made = Pooled(_body(model), head, labels.pooling, writes_text)
     object.__setattr__(made, ATTRIBUTE, head)  # not a second place for its parameters
     return made
 
