@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from lorafit.config import METHOD_VARIANTS, MethodConfig
 from lorafit.data.pack import micro_batches
@@ -191,6 +199,31 @@ def test_the_mean_is_that_of_all_tokens_and_cls_the_first() -> None:
         head = label_head(pooled)
         assert head is not None
         assert off(head(torch.stack(expected)).detach(), scores(pooled, given)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "gpt2"])
+def test_positions_are_those_of_the_family(family: str) -> None:
+    torch.manual_seed(0)
+    small = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    made = {
+        "roberta": lambda: RobertaModel(
+            RobertaConfig(**small, max_position_embeddings=66, pad_token_id=1), add_pooling_layer=False
+        ),
+        "distilbert": lambda: DistilBertModel(
+            DistilBertConfig(vocab_size=258, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64)
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    }
+    model, given = made[family]().eval(), rows()
+    body = getattr(model, "transformer", model) if family == "gpt2" else model
+    with torch.no_grad():
+        ids = [torch.from_numpy(row.input_ids[:-1].astype(np.int64))[None] for row in given]
+        expected = torch.stack([body(input_ids=one)[0][0].mean(0) for one in ids])
+    pooled = put_head(model, Labels(NAMES, "mean"), seed=4)
+    head = label_head(pooled)
+    assert head is not None
+    assert off(head(expected).detach(), scores(pooled, given, fast=True)) < 1e-5
 
 
 @pytest.mark.parametrize("body", BODIES)
