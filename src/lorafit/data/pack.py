@@ -30,7 +30,8 @@ def micro_batches(
         lots = (row_ids[first : first + micro_tokens] for first in range(0, len(row_ids), micro_tokens))
         return [_of_known(encoded, np.array(lot)) for lot in lots]
     if packing.padded:
-        return [_pad(encoded, rows) for rows in padded_groups(encoded, row_ids, micro_tokens)]
+        groups = padded_groups(encoded, row_ids, micro_tokens, packing)
+        return [_pad(encoded, rows, packing) for rows in groups]
     found = find_families(encoded, row_ids, packing.share_prefix)
     return [_pack(encoded, parts) for parts in share_out(encoded, found, micro_tokens)]
 
@@ -188,11 +189,11 @@ def _of_known(rows: Known, chosen: NDArray[np.int64]) -> Batch:
 # --- padded ---------------------------------------------------------------------------------------------------------
 
 
-def _pad(encoded: Sequence[Encoded], row_ids: list[int]) -> Batch:
+def _pad(encoded: Sequence[Encoded], row_ids: list[int], packing: Packing) -> Batch:
     """Rows side by side, padded on the right to the longest. Padding is any token: it is masked by position."""
     rows = [encoded[row] for row in row_ids]
     lengths = np.array([read_tokens(row) for row in rows])
-    width = int(lengths.max())
+    width = packing.width(int(lengths.max()))
     input_ids = np.stack([np.pad(read(row).astype(np.int64), (0, width - read_tokens(row))) for row in rows])
     places = [np.flatnonzero(row.supervised) for row in rows]
     return Batch(

@@ -22,7 +22,7 @@ from lorafit.engine import workspace
 from lorafit.engine.engine import Engine, plain
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
-from lorafit.methods.labels import engine_of
+from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
 from lorafit.plan.counts import lora_params
@@ -93,8 +93,10 @@ def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, pa
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
     if padded:
-        groups = [group for step in steps for group in padded_groups(rows, step, micro_tokens)]
-        return max(len(group) * read_tokens(rows[group[0]]) for group in groups), max(map(len, groups))
+        groups = [group for step in steps for group in padded_groups(rows, step, micro_tokens, SIDE_BY_SIDE)]
+        return max(len(group) * SIDE_BY_SIDE.width(read_tokens(rows[group[0]])) for group in groups), max(
+            map(len, groups)
+        )
     batches = _batches(rows, config, steps, micro_tokens)
     return max(batch.tokens for batch in batches), max(batch.predicted for batch in batches)
 
