@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -69,6 +69,48 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     """Rows as JSONL."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+LABELS = ("odd", "even")
+
+
+def write_labelled(path: Path, count: int, names: tuple[str, ...] = LABELS) -> Path:
+    """`count` texts whose label is told by a word in them, of differing lengths."""
+    rows = [
+        {"text": f"{n} is said to be {names[n % len(names)]}{'!' * (n % 5)}", "label": names[n % len(names)]}
+        for n in range(count)
+    ]
+    return write_rows(path, rows)
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that writes [CLS] before a text and [SEP] behind it, as BERT's."""
+    fast = tokenizer(None)
+    backend = fast.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 0), ("<|im_end|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="<|im_start|>", sep_token="<|im_end|>", pad_token="<|im_end|>",
+        model_max_length=64,
+    )  # fmt: skip
+
+
+def bert(seed: int = 0) -> BertModel:
+    """A random BERT of 2 layers, width 32, without a pooler: 258 tokens, 64 positions."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def write_bert(directory: Path, seed: int = 0) -> Path:
+    """The encoder and its tokenizer as a Hugging Face directory."""
+    bert(seed).save_pretrained(directory)
+    bert_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def write_chat(path: Path, count: int = 10) -> Path:

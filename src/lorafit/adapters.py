@@ -118,7 +118,7 @@ def _losses(config: ScaleConfig, sources: Mapping[str, str], console: Console) -
             table.of(opened.model).set_scale(opened.model, at)
             for name, one in sets.items():
                 done = partial(bar.advance, task)
-                losses[name].append(mean_loss(engine, one, config.seq_len, done))
+                losses[name].append(mean_loss(engine, one.encoded, config.seq_len, done))
     return losses
 
 

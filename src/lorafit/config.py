@@ -118,19 +118,23 @@ METHOD_VARIANTS = {
     "ia3": ("ia3",),
     "bitfit": ("bitfit",),
     "full": ("full",),
+    "head": ("head",),
 }
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
-    "lora:vera": 2e-2,
+    "lora:vera": 2e-2, "head": 5e-3,
 }  # fmt: skip
+
+# Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
+EPOCHS = {"head": 10}
 
 
 class MethodConfig(LoRAConfig):
     """What is trained, by whichever method."""
 
     method: str = "lora"
-    """What is trained: lora, adapter, prefix, prompt, ia3, bitfit, full."""
+    """What is trained: lora, adapter, prefix, prompt, ia3, bitfit, full; head for the head of labels alone."""
     variant: str = "lora"
     """The form of it. lora: lora, dora, lora-fa, vera. adapter: pfeiffer, houlsby, parallel, compacter. prefix:
     p-tuning-v2, reparametrised. Default: the first."""
@@ -172,7 +176,8 @@ class RowsConfig(Frozen):
     """How rows are read and written out."""
 
     format: str | None = None
-    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text. Default: known by their columns."""
+    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text/label, text. Default: known by their
+    columns."""
     rename: Names = Field(default_factory=dict)
     """Columns under other names: question=prompt,answer=completion."""
     template: str | None = None
@@ -196,8 +201,13 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Evaluate every N steps. Default: at the end of each epoch."""
     patience: int | None = Field(None, ge=1)
     """Stop after N evaluations without a better loss. Default: never."""
+    task: Literal["auto", "generate", "classify"] = "auto"
+    """Write text, or tell labels apart by a head that is trained. auto: labels where the rows have text and label."""
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    """What of a row the head of labels is given: its last token, the mean of all, or the first. auto: the last token
+    of a decoder that is trained itself, else the mean."""
     epochs: int = Field(1, ge=1)
-    """How often each row is seen."""
+    """How often each row is seen. Default: 1; 10 for a head alone, where the model is run once for all."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after N optimizer steps, whatever --epochs says."""
     batch_size: int = Field(16, ge=1)
@@ -247,12 +257,13 @@ class TrainConfig(MethodConfig, RowsConfig):
     @model_validator(mode="before")
     @classmethod
     def _rate_follows_method(cls, values: Any) -> Any:
-        """Where no rate is given it is the usual one of the method."""
-        if isinstance(values, dict) and values.get("lr") is None:
-            method = values.get("method") or "lora"
-            own = RATES.get(f"{method}:{values.get('variant')}") or RATES.get(method, RATES["lora"])
-            return {**values, "lr": own}
-        return values
+        """Where no rate and no number of epochs is given they are the usual ones of the method."""
+        if not isinstance(values, dict):
+            return values
+        method = values.get("method") or "lora"
+        rate = RATES.get(f"{method}:{values.get('variant')}") or RATES.get(method, RATES["lora"])
+        usual = {"lr": rate, "epochs": EPOCHS.get(method, 1)}
+        return {**values, **{name: value for name, value in usual.items() if values.get(name) is None}}
 
     @property
     def order_seed(self) -> int | None:

@@ -17,7 +17,7 @@ from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import gpus, machine
-from lorafit.plan.counts import by_part, trainable
+from lorafit.plan.counts import LABELS, by_part, trainable
 from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, TYPES, Forecast, fastest, forecast, on_gpu, ways
 from lorafit.plan.gpus import gpu_of
 from lorafit.plan.memory import data_bytes, splits
@@ -143,6 +143,7 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
         "unusable": data.bad_rows,
         "first_unusable": data.bad[0] if data.bad else None,
         "cut": data.set.cut_rows,
+        "labels": len(data.targets),
     }
     return Rows(work, count, round(tokens / pieces), loss_share, seen)
 
@@ -151,6 +152,7 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
     """Some rows, as they are and as the model reads them."""
     # Only here: reading rows takes libraries that a plan without them does without.
     from lorafit.data.encode import Reading, encode_rows
+    from lorafit.data.labels import Names, is_labelled, names_of
     from lorafit.data.load import locate
     from lorafit.data.sample import sample
     from lorafit.data.template import use_template
@@ -161,7 +163,10 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
         use_template(tokenizer, config.template)
     some = sample(locate(name).train())
     seq_len = config.seq_len or TrainConfig.model_fields["seq_len"].default
-    reading = Reading(config.format, config.rename, skip_bad=True, loss_on=config.loss_on, seq_len=seq_len)
+    found = Names(())
+    if is_labelled(locate(name).train(), config.format, config.rename):
+        found = names_of(some.rows, config.format, config.rename, skip_bad=True)
+    reading = Reading(config.format, config.rename, True, config.loss_on, seq_len, found.names or None, found.several)
     return some, encode_rows(some.rows, tokenizer, reading)
 
 
@@ -198,7 +203,7 @@ def _as_json(
         "stored_as": dict(spec.storage),
         "weight_bytes": spec.weight_bytes,
         "sizes": [asdict(size) for size in sizes(spec)],
-        "trainable": [asdict(one) for one in trainable(spec)],
+        "trainable": [asdict(one) for one in trainable(spec, (rows.data or {}).get("labels") or LABELS)],
         "flop_per_token": {
             "forward": lora.forward / rows.work.tokens,
             "lora": lora.total / rows.work.tokens,

@@ -11,10 +11,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -23,9 +23,10 @@ from lorafit import files, rates
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.added import AddedToken, add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
+from lorafit.data.labels import Names
 from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
-from lorafit.data.preflight import before_training
+from lorafit.data.preflight import before_training, counts_of, told_counts
 from lorafit.data.progress import counting
 from lorafit.data.store import Encoded, led
 from lorafit.data.template import read_template, use_template
@@ -34,10 +35,11 @@ from lorafit.engine.engine import Engine
 from lorafit.errors import CheckpointError, ConfigError
 from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
+from lorafit.infer.labels import measure
 from lorafit.lora.tokens import make_room
 from lorafit.methods import rounding, spectral, table
+from lorafit.methods.labels import Labels, label_head, pooling_of, put_head
 from lorafit.methods.method import Attached, Beginning
-from lorafit.methods.table import METHODS
 from lorafit.methods.tokens import attach_tokens
 from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
@@ -49,6 +51,7 @@ from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
 from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint, Progress
+from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
 from lorafit.train.setup import (
@@ -61,7 +64,10 @@ from lorafit.train.setup import (
 )
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
-from lorafit.units import format_seconds
+from lorafit.units import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 STEPS_THAT_TELL = 10
@@ -84,7 +90,6 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
     source: where each setting came from, for the printed table. Raises LorafitError for whatever the user can mend.
     """
-    method = METHODS[config.method]
     rounding.check(config.init, config.base_storage, config.variant)
     spectral.check(config)
     run = RunDir(config.output)
@@ -96,25 +101,37 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         earlier = _earlier(run, console) if start.resume else None
         inputs = _read_inputs(config)
-        chosen = _chosen(config, earlier)
+        labels = find_labels(config, inputs.train)
+        is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
+        pooling = pooling_of(config.pooling, is_encoder, config.method)
+        chosen = _chosen(config, earlier, is_encoder)
         identity = _identity(config, inputs, chosen)
         if earlier:
             _check_same_run(earlier.identity, identity, console)
         print_config(config, source, chosen, console)
 
-        SLABS.reserve(memory.reserved_bytes(inputs.spec, trained.of(inputs.spec, config), chosen["precision"]))
+        adds = trained.of(
+            inputs.spec, config, len(labels.names if labels else ()), padded=is_encoder or pooling != "last"
+        )
+        SLABS.reserve(memory.reserved_bytes(inputs.spec, adds, chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
-        loaded = model_load.load(inputs.spec, dtype, config.trust_remote_code, config.base_storage)
+        loaded = model_load.load(
+            inputs.spec, dtype, config.trust_remote_code, config.base_storage, features=labels is not None
+        )
         if loaded.kept:
             console.print(loaded.kept.describe(), highlight=False)
         if config.template:
             use_template(loaded.tokenizer, config.template)
         added = _add_tokens(config, loaded, console)
-        data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, console)
+        data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, labels, is_encoder, console)
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
-        estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), start.force, console)
+        estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+        told = Labels(labels.names, pooling, labels.several) if labels else None
+        if told:
+            loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
         attached = table.attach(loaded.model, config)
+        method = table.of(loaded.model)
         rows = led(encoded.encoded, lead_of(loaded.model))
         if added:
             ids, pieces = [token.id for token in added], [token.pieces for token in added]
@@ -124,26 +141,35 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             console.print(line, highlight=False)
         split = Split(chosen["micro_tokens"], chosen["recompute"])
         engine = make_engine(loaded.model, rows, config, chosen["precision"], split, run.scratch, console)
+        held: Sequence[Encoded] | None = held_out.encoded if held_out else None
+        evaluation_micro = evaluation_tokens(rows, config, split)
+        once = None
+        if config.method == "head":
+            once = look_once(engine, rows, held, config, split.micro_tokens, run.scratch, console)
+        if once:
+            engine, rows, held = once.engine, once.rows, once.held_out
         work = Work(
-            model=loaded.model,
+            model=engine.model,
             method=method,
             rows=rows,
             micro_tokens=split.micro_tokens,
             engine=engine,
             config=config,
             identity=identity,
-            evaluate=_evaluation(engine, held_out, evaluation_tokens(rows, config, split)) if held_out else None,
+            evaluate=_evaluation(engine, held, evaluation_micro) if held else None,
         )
         load_s = time.time() - start.started_at
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
+        quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
         run.clean()
         kept = method.finish(loaded.model, config)
-        saved.save(loaded.model, run.adapter, kept, base=_lasting(config.model), tokenizer=loaded.tokenizer)
+        saved.save(loaded.model, run.adapter, kept, _lasting(config.model), loaded.tokenizer, told)
         result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
         result["predicted_train_s"] = expected
-        _remember_speed(result, inputs.spec, config)
+        if not told:
+            _remember_speed(result, inputs.spec, config)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
@@ -155,8 +181,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
             "base_license": licence_of(inputs.spec),
-            "not_exported": ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
-        }
+            "not_exported": {} if told else ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
+        } | labelled_facts(told, data, progress.tokens_seen - progress.tokens_supervised, quality, once)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -208,7 +234,9 @@ def _beginning(
 ) -> Beginning:
     """What a method may know before the first step."""
     if config.prompt_text is None:
-        first, told = [int(token) for token in rows[0].input_ids], "the first row's tokens"
+        labelled = label_head(loaded.model) is not None  # then the last cell is no token
+        first = [int(token) for token in rows[0].input_ids[: -1 if labelled else None]]
+        told = "the first row's tokens"
     else:
         first = loaded.tokenizer(config.prompt_text, add_special_tokens=False)["input_ids"]
         told = "the tokens of --prompt-text"
@@ -229,10 +257,18 @@ def _share(text: str) -> float:
 
 
 def _encode(
-    config: TrainConfig, inputs: Inputs, tokenizer: Any, console: Console
+    config: TrainConfig,
+    inputs: Inputs,
+    tokenizer: Any,
+    labels: Names | None,
+    is_encoder: bool,
+    console: Console,
 ) -> tuple[Data, EncodedSet, EncodedSet | None]:
     """What is known of the training rows, what is trained on, and what is held out."""
-    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, config.seq_len)
+    seq_len = min(config.seq_len, tokenizer.model_max_length) if is_encoder else config.seq_len
+    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len)
+    if labels:
+        reading = replace(reading, labels=labels.names, several=labels.several)
 
     def encoded(source: Source) -> Data:
         with counting(console, source.name) as on_rows:
@@ -247,8 +283,14 @@ def _encode(
         other = encoded(inputs.held_out)
         held_out = other.set
     console.print(f"train ({data.format}): {train.summary}", highlight=False)
+    if labels:
+        console.print(
+            f"{format_count(len(labels.names))} labels: {told_counts(counts_of(data))}", highlight=False, markup=False
+        )
     if held_out is not None:
         console.print(f"held out: {held_out.summary}", highlight=False)
+    for line in other.left_out() if other else ():
+        console.print(f"held out: {line}", style="yellow", highlight=False)
     for line in [*data.remarks(), *before_training(config.data, data, tokenizer, other)]:
         console.print(line, style="yellow", highlight=False)
     return data, train, held_out
@@ -259,6 +301,7 @@ def _plan(
     spec: model_spec.ModelSpec,
     chosen: dict[str, Any],
     rows: Sequence[Encoded],
+    adds: trained.Trained,
     force: bool,
     console: Console,
 ) -> tuple[memory.MemoryEstimate, float | None]:
@@ -268,18 +311,20 @@ def _plan(
     """
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
     begun = Split(chosen["micro_tokens"], chosen["recompute"]) if "micro_tokens" in chosen else None
-    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun)
+    split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun, adds)
     chosen |= {"micro_tokens": split.micro_tokens, "recompute": split.recompute}
     console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
     if chosen["micro_tokens"] < config.micro_tokens:
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
-    expected = expected_s(spec, config, chosen["precision"], rows, split, chosen["threads"])
+    expected = None
+    if not adds.labels:  # how fast heads of labels train was not measured
+        expected = expected_s(spec, config, chosen["precision"], rows, split, chosen["threads"])
     if expected is not None:
         console.print(f"predicted time: {format_seconds(expected)}", highlight=False)
     return estimate, expected
 
 
-def _evaluation(engine: Engine, held_out: EncodedSet, micro_tokens: int) -> Callable[[], float]:
+def _evaluation(engine: Engine, held_out: Sequence[Encoded], micro_tokens: int) -> Callable[[], float]:
     """A function that gives the mean loss per supervised token over the held-out rows, without dropout."""
 
     def evaluate() -> float:
@@ -289,25 +334,33 @@ def _evaluation(engine: Engine, held_out: EncodedSet, micro_tokens: int) -> Call
     return evaluate
 
 
+def _quality(
+    engine: Engine, held_out: Sequence[Encoded], labels: Sequence[str], micro_tokens: int
+) -> tuple[float, float]:
+    """Accuracy and macro-F1 of the best head."""
+    found = measure(engine, held_out, labels, micro_tokens, lambda rows: None)
+    return found.accuracy, found.macro_f1
+
+
 # --- a run and its resumption -------------------------------------------------------------------------------------
 
 
-def _chosen(config: TrainConfig, earlier: Checkpoint | None) -> dict[str, Any]:
+def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -> dict[str, Any]:
     """What is chosen by measuring is chosen once: a resumed run uses what the first one found. Sets torch's threads."""
     found = earlier.identity["chosen"] if earlier else {}
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
     return {
         **found,
-        "precision": found.get("precision") or _precision(config),
+        "precision": found.get("precision") or _precision(config, is_encoder),
         "threads": threads,
     }
 
 
-def _precision(config: TrainConfig) -> str:
+def _precision(config: TrainConfig, is_encoder: bool) -> str:
     """The type of products. Weights that are trained themselves are in fp32: an update of 16 bits is lost in them."""
     if config.method != "full":
-        return precision.choose(config.precision, config.base_storage)
+        return precision_of(config, is_encoder)
     if config.precision not in ("auto", "fp32"):
         raise ConfigError(
             f"--method full is given with --precision {config.precision}, and trains weights in fp32 alone",

@@ -126,7 +126,7 @@ class Task:
 
     def loss(self, model: Any) -> float:
         """Nats per supervised token."""
-        return model_loss(model, self.encoded, self.seq_len)
+        return model_loss(model, self.encoded.encoded, self.seq_len)
 
 
 # --- the same GGUF types --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -20,16 +20,21 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from lorafit.config import ChatConfig, EvalConfig
+from lorafit.data.encode import Reading, encode_rows
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
+from lorafit.data.rows import Row
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
-from lorafit.errors import AdapterError, ConfigError, ModelError
+from lorafit.errors import AdapterError, ConfigError, ModelError, listed
 from lorafit.export import saved
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
+from lorafit.infer import labels as infer_labels
+from lorafit.infer.show_labels import print_labels
 from lorafit.methods import table
+from lorafit.methods.labels import Labels, Pooled, engine_of, put_head
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine
@@ -51,7 +56,8 @@ class Opened:
     """A model that is ready to run, its adapter attached at the scale asked for.
 
     system: the system message that all training rows began with, if they did. base: the model's name as it was given
-    or as the run knows it. precision: what it computes in.
+    or as the run knows it. precision: what it computes in. labels: what its head tells apart, None
+    where it writes text.
     """
 
     model: PreTrainedModel
@@ -61,6 +67,7 @@ class Opened:
     base: str
     has_adapter: bool
     precision: str
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def open_target(
     console: Console,
     storage: str = "auto",
     full: bool = False,
+    labelled: bool = False,
 ) -> Opened:
     """Load a run, a model, or a model and an adapter, and set the scale. Says on `console` what it opened.
 
@@ -91,7 +99,8 @@ def open_target(
     in PEFT's format, for a model alone. precision_name: `auto` takes what a run was trained in, so that its figures can
     be compared; for anything else it measures. storage: where it is not `auto`, frozen weights stay so in memory. The
     base of a run is rounded as in training in any case, and `auto` decodes it at once: the same numbers, faster. full:
-    but not even that; the base is as it was before training rounded it.
+    but not even that; the base is as it was before training rounded it. labelled: whether one that tells labels apart
+    will do as well.
     Raises ConfigError for a scale that is not finite or scales nothing, or another storage than the run's, RunDirError
     for an unfinished run, AdapterError for an adapter that does not belong to the model, ModelError.
     """
@@ -100,6 +109,12 @@ def open_target(
     found = find(target, adapter)
     if full:
         found = replace(found, storage="auto")
+    labels = saved.labels_of(found.adapter) if found.adapter is not None else None
+    if labels and not labelled:
+        raise ConfigError(
+            f"{target} tells {len(labels.names)} labels apart ({listed(labels.names, 4)}) and writes no text",
+            f"Use it by `lorafit eval {target} DATA`",
+        )
     if found.adapter is None and scale != 1:
         raise ConfigError(
             f"--scale {scale:g} scales an adapter, and {target} is a model without one",
@@ -112,7 +127,10 @@ def open_target(
         )
     spec = read_base(target, found)
     check_same_model(target, found, spec)
-    loaded, chosen = load_base(found, spec, precision_name, trust_remote_code, storage)
+    loaded, chosen = load_base(found, spec, precision_name, trust_remote_code, storage, features=labels is not None)
+    if labels:
+        loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, labels, seed=0)))
+        loaded.model.requires_grad_(False)
     tokenizer = loaded.tokenizer
     if found.adapter is not None:
         saved.load(loaded.model, found.adapter)
@@ -131,6 +149,7 @@ def open_target(
         base=found.base,
         has_adapter=found.adapter is not None,
         precision=chosen,
+        labels=labels,
     )
 
 
@@ -165,13 +184,20 @@ def read_base(target: str, found: Found) -> model_spec.ModelSpec:
 
 
 def load_base(
-    found: Found, spec: model_spec.ModelSpec, precision_name: str, trust_remote_code: bool, storage: str = "auto"
+    found: Found,
+    spec: model_spec.ModelSpec,
+    precision_name: str,
+    trust_remote_code: bool,
+    storage: str = "auto",
+    features: bool = False,
 ) -> tuple[model_load.Loaded, str]:
     """The base alone, frozen, and what it computes in; rounded, stored and chosen as `open_target` says."""
     chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
     kept = found.storage if storage == "auto" else storage
-    loaded = model_load.load(spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded=storage == "auto")
+    loaded = model_load.load(
+        spec, precision.DTYPES[chosen], trust_remote_code, kept, decoded=storage == "auto", features=features
+    )
     loaded.model.requires_grad_(False)
     return loaded, chosen
 
@@ -239,8 +265,9 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     Raises LorafitError for whatever the user can mend.
     """
     torch.set_num_threads(config.threads or machine.physical_cores())
-    rows = islice(locate(config.data).unseen().rows(), config.rows)
-    examples = read_examples(rows, config.format, config.rename)
+    rows = list(islice(locate(config.data).unseen().rows(), config.rows))
+    labelled = _tells_labels(config)
+    examples = [] if labelled else read_examples(rows, config.format, config.rename)
     opened = open_target(
         config.target,
         config.adapter,
@@ -249,7 +276,13 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         config.trust_remote_code,
         console,
         config.base_storage,
+        labelled=labelled,
     )
+    what = {"target": config.target, "base": opened.base, "data": config.data, "adapter": config.adapter}
+    how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
+    how["base_storage"] = config.base_storage
+    if opened.labels:
+        return what | how | _evaluate_labels(opened, opened.labels, rows, config, console)
     if config.template:
         use_template(opened.tokenizer, config.template)
     result = infer_evaluate.evaluate(
@@ -264,13 +297,54 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
         console=console,
     )
-    what = {"target": config.target, "base": opened.base, "data": config.data, "adapter": config.adapter}
-    how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
-    how["base_storage"] = config.base_storage
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
     return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}
 
+
+def _tells_labels(config: EvalConfig) -> bool:
+    """Whether the target has a head of labels. Raises ConfigError for settings of text that it would leave unread."""
+    found = find(config.target, config.adapter)
+    if found.adapter is None or saved.labels_of(found.adapter) is None:
+        return False
+    for name, value in (("template", config.template), ("max_new_tokens", config.max_new_tokens)):
+        if value is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is given, and {config.target} tells labels apart and writes no text",
+                "Leave it out",
+            )
+    return True
+
+
+def _evaluate_labels(
+    opened: Opened, labels: Labels, rows: list[Row], config: EvalConfig, console: Console
+) -> dict[str, Any]:
+    """As `evaluate`, of a head of labels; what is of text alone is None."""
+    limit = (
+        min(config.seq_len, opened.tokenizer.model_max_length) if isinstance(opened.model, Pooled) else config.seq_len
+    )
+    reading = Reading(config.format, config.rename, seq_len=limit, labels=labels.names, several=labels.several)
+    data = encode_rows(rows, opened.tokenizer, reading)
+    engine, encoded = engine_of(opened.model, share_prefix=True), data.set.encoded
+    with infer_evaluate.progress_bar(console) as bar:
+        count = infer_evaluate.counter(bar, "rows", len(encoded))
+        found = infer_labels.measure(engine, encoded, labels.names, min(limit, MICRO_TOKENS), count)
+    lines = [
+        {"prompt": opened.tokenizer.decode(encoded[wrong.row].input_ids[:-1].tolist(), skip_special_tokens=True),
+         "expected": wrong.expected, "got": wrong.got, "right": False}
+        for wrong in found.wrong[: config.samples]
+    ]  # fmt: skip
+    of_text = {"perplexity": None, "exact_match": None}
+    told = asdict(found) | {
+        "wrong": len(found.wrong),
+        "pooling": labels.pooling,
+        "several": labels.several,
+        "cut_rows": data.set.cut_rows,
+    }
+    return {"task": "classify"} | of_text | told | {"samples": lines}
+
+
+MICRO_TOKENS = 1024  # of a forward pass over rows with labels, as in training
 
 MEANINGS = {
     "loss": "nats per token with a loss",
@@ -284,6 +358,8 @@ SHOWN_CHARS = 400  # of each text of a sample; --json gives all of it
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
     """What `evaluate` returned, for people: a table of the measures, what was cut, and the first rows."""
+    if report.get("task") == "classify":
+        return print_labels(report, console)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, meaning in MEANINGS.items():
         if name in ("loss", "perplexity"):

@@ -182,11 +182,11 @@ def test_the_loss_is_measured_with_the_head_that_was_saved(tmp_path: Path) -> No
     merge_into_base(plain, None)
     rows = locate(str(tiny.write_chat(tmp_path / "rows.jsonl", 6))).unseen().rows()
     encoded = encode_all(read_examples(rows), tiny.tokenizer(), 512)
-    expected = model_loss(plain, encoded, 200)
-    assert model_loss(ours, encoded, 200) == pytest.approx(expected, rel=1e-5)
+    expected = model_loss(plain, encoded.encoded, 200)
+    assert model_loss(ours, encoded.encoded, 200) == pytest.approx(expected, rel=1e-5)
     set_scale(ours, 0)
-    assert model_loss(ours, encoded, 200) == pytest.approx(model_loss(untuned, encoded, 200), rel=1e-6)
-    assert abs(model_loss(ours, encoded, 200) - expected) > 1e-2
+    assert model_loss(ours, encoded.encoded, 200) == pytest.approx(model_loss(untuned, encoded.encoded, 200), rel=1e-6)
+    assert abs(model_loss(ours, encoded.encoded, 200) - expected) > 1e-2
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "data": {"data": "other"},
     "output": {"output": "other"},
     "method": {"method": "ia3"},
+    "task": {"task": "classify"},
+    "pooling": {"pooling": "last", "method": "head", "data": "labelled"},
     "bottleneck": {"bottleneck": 5, "method": "adapter"},
     "virtual_tokens": {"virtual_tokens": 3, "method": "prompt"},
     "prompt_text": {"prompt_text": "Say what it is.", "method": "prompt"},
@@ -92,6 +94,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "with code": str(with_code),
         "data": str(tiny.write_chat(directory / "rows.jsonl", 12)),
         "other data": str(tiny.write_chat(directory / "other.jsonl", 13)),
+        "labelled": str(tiny.write_labelled(directory / "labelled.jsonl", 12)),
         "with bad rows": str(
             tiny.write_rows(
                 directory / "bad.jsonl", [*(tiny.chat_row(f"{n}?", "!") for n in range(12)), {"messages": []}]

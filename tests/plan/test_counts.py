@@ -13,6 +13,7 @@ from lorafit.lora.variants import VARIANTS
 from lorafit.methods import lora
 from lorafit.model import spec as model_spec
 from lorafit.plan import counts
+from lorafit.plan.forecast import ways
 from tests import tiny
 
 
@@ -52,3 +53,16 @@ def test_a_rank_that_a_layer_cannot_hold_is_shown_as_such(tmp_path: Path) -> Non
     found = {one.method: one for one in counts.trainable(model_spec.read(str(tmp_path / "model")))}
     assert found["lora, r = 16"].impossible is None
     assert found["lora, r = 32"].impossible == "4 of its layers hold a rank of at most 16"
+
+
+def test_an_encoder_is_planned_without_what_it_cannot_do(tmp_path: Path) -> None:
+    tiny.bert().save_pretrained(tmp_path)
+    found = {one.method: one for one in counts.trainable(model_spec.read(str(tmp_path)), labels=7)}
+    assert found["head, 7 labels"].params == 7 * (32 + 1)
+    assert [name for name, one in found.items() if one.impossible and "lora" not in name and "dora" not in name] == [
+        "adapter (parallel), width 64",
+        "prefix (p-tuning-v2) of 20 tokens",
+        "prefix (reparametrised) of 20 tokens",
+        "prompt of 20 tokens",
+    ]
+    assert ways(model_spec.read(str(tmp_path))) == [("bf16", "auto"), ("fp32", "auto")]

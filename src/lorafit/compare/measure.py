@@ -129,7 +129,7 @@ def _examples(path: str, config: CompareConfig) -> list[Example]:
 def _row_losses(engine: Engine, opened: Opened, examples: Sequence[Example], config: CompareConfig) -> dict[str, Any]:
     engine.model.eval()
     encoded = encode_all(examples, opened.tokenizer, config.seq_len, config.loss_on)
-    return _by_row(*row_losses(engine, encoded, config.seq_len, nothing), encoded)
+    return _by_row(*row_losses(engine, encoded.encoded, config.seq_len, nothing), encoded)
 
 
 def _by_row(nats: NDArray[np.float64], tokens: NDArray[np.int64], encoded: EncodedSet) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _keep(engine: Engine, opened: Opened, keep: str) -> dict[str, Any]:
     examples = read_examples(locate(keep).unseen().rows())
     engine.model.eval()
     encoded = encode_all(examples, opened.tokenizer, KEEP_TOKENS)
-    nats, tokens = row_losses(engine, encoded, KEEP_TOKENS, nothing)
+    nats, tokens = row_losses(engine, encoded.encoded, KEEP_TOKENS, nothing)
     return {"nats": nats.tolist(), "tokens": tokens.tolist()}
 
 

@@ -11,12 +11,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.store import Encoded
+
+if TYPE_CHECKING:
+    from lorafit.engine.batch import Packing  # which imports torch
 
 # Micro-batches of a step may be larger than their mean by so much, the least that does: rows are not cut.
 EVENNESS = (1.02, 1.05, 1.1, 1.2, 1.4)
@@ -153,6 +156,17 @@ def length_step(tokens: int) -> int:
     oneDNN makes a primitive for every shape of a product that it meets (about 0.5 ms and 0.6 MB each, and kept).
     """
     return min(64, max(16, 1 << (max(tokens, 32) // 32).bit_length() - 1))
+
+
+def padded_groups(
+    encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int, packing: Packing
+) -> Iterator[list[int]]:
+    """Rows that stand side by side, padded to the first of them, the longest; of micro_tokens at most, or one row."""
+    order = sorted(row_ids, key=lambda row: (-read_tokens(encoded[row]), row))
+    while order:
+        count = max(1, micro_tokens // packing.width(read_tokens(encoded[order[0]])))
+        yield order[:count]
+        order = order[count:]
 
 
 # --- counted --------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from lorafit import files
 from lorafit.data import store
-from lorafit.data.example import Chat, Example
+from lorafit.data.example import Chat, Example, Labelled
 from lorafit.data.formats import FormatReader
+from lorafit.data.labels import fit_label, number_of
 from lorafit.data.load import Source
 from lorafit.data.long import reach
 from lorafit.data.mask import CHUNK_ROWS, EncodedSet, Marks, encode_drafts, fit, refuse_unsupervised
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # Of a source that is larger the tokens are kept on disk; what is smaller is tokenised in a second or two.
 LARGE_BYTES = 8 << 20
 # Changes whenever the same rows would become other tokens.
-VERSION = 2
+VERSION = 3
 # Characters that wait to be tokenised at a time, beside those of one long row.
 CHUNK_CHARS = 4 << 20
 # Faults that are told one by one; beyond that they are counted.
@@ -56,7 +57,9 @@ ROW = np.dtype([("digest", DIGEST), ("label", "<i4")])  # label: its number, -1 
 class Reading:
     """How rows are read. fmt: a format's name, None to know it by the columns. rename: column -> new name.
 
-    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece.
+    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece. labels: names that
+    texts are labelled with, for a model that tells them apart; None for one that writes text. several:
+    whether a text may have any number of them.
     """
 
     fmt: str | None = None
@@ -64,6 +67,8 @@ class Reading:
     skip_bad: bool = False
     loss_on: LossOn = "replies"
     seq_len: int = 2048
+    labels: tuple[str, ...] | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class Data:
     records: (rows,) of ROW, for every record that was read. labels: their names by number. bad: a sentence for each
     row that was left out, at most TOLD. bad_rows: how many there were. unused: columns -> rows in which they stood.
     odd: where characters stand that are no text, at most TOLD; odd_rows: how many. system: the system message that all
-    rows begin with, if they do.
+    rows begin with, if they do. targets: the labels that rows are trained on, by number; none where they are no texts
+    with a label. several: whether a row may have any number of them.
     """
 
     set: EncodedSet
@@ -86,6 +92,8 @@ class Data:
     odd_rows: int
     unused: Mapping[str, int]
     system: str | None
+    targets: tuple[str, ...] = ()
+    several: bool = False
 
     def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
         """Which records are held out, about `share` of those that can be used: (records,). As `split.held_out`."""
@@ -98,14 +106,17 @@ class Data:
     def remarks(self) -> list[str]:
         """What should not go unnoticed: columns that are not read, rows left out, equal rows."""
         lines = [f"column {name!r} of {format_count(count)} rows is not read" for name, count in self.unused.items()]
-        if self.bad_rows:
-            lines.append(
-                f"{format_count(self.bad_rows)} rows cannot be used and are left out; the first: {self.bad[0]}"
-            )
+        lines += self.left_out()
         again = len(self.records) - len(np.unique(self.records["digest"]))
         if again:
             lines.append(f"{format_count(again)} rows are equal to an earlier one")
         return lines
+
+    def left_out(self) -> list[str]:
+        """How many rows cannot be used, where there are such."""
+        if not self.bad_rows:
+            return []
+        return [f"{format_count(self.bad_rows)} rows cannot be used and are left out; the first: {self.bad[0]}"]
 
     def also_in(self, other: Data) -> int:
         """How many of the records the other data has too."""
@@ -113,7 +124,9 @@ class Data:
 
     def part(self, rows: NDArray[np.bool_]) -> EncodedSet:
         """The pieces of some of the records. rows: (records,)."""
-        return EncodedSet(self.set.encoded.part(rows[self.set.encoded.fact("row")]), int(rows.sum()))
+        return replace(
+            self.set, encoded=self.set.encoded.part(rows[self.set.encoded.fact("row")]), rows=int(rows.sum())
+        )
 
 
 def encode_source(
@@ -175,7 +188,7 @@ def _encode(
 
 def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
     return Data(
-        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"]),
+        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"], bool(facts["targets"])),
         format=facts["format"],
         records=records,
         labels=tuple(facts["labels"]),
@@ -185,6 +198,8 @@ def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
         odd_rows=facts["odd_rows"],
         unused=facts["unused"],
         system=facts["system"],
+        targets=tuple(facts["targets"]),
+        several=facts["several"],
     )
 
 
@@ -217,6 +232,7 @@ class _Encoder:
         self._labels = array("i")
         self._label_numbers: dict[str, int] = {}
         self._systems: set[str | None] = set()
+        self._targets = {name: number for number, name in enumerate(reading.labels or ())}
 
     def run(self, rows: Iterator[Row], on_rows: Callable[[int], None]) -> None:
         """Encode all rows, in order."""
@@ -251,7 +267,7 @@ class _Encoder:
         self._labels.append(-1 if label is None else self._label_numbers.setdefault(label, len(self._label_numbers)))
         try:
             example = self.reader.read(row)
-            found = drafts(example, self.tokenizer, self.reading.loss_on, reach(self.reading.seq_len))
+            found = self._drafts_of(example)
         except DataError as error:
             self._leave_out(error)
             return []
@@ -259,6 +275,24 @@ class _Encoder:
         self._note_odd(found)
         self.rewritten += len(found) > 1
         return [replace(draft, row=number) for draft in found]
+
+    def _drafts_of(self, example: Example) -> list[Draft]:
+        limit = reach(self.reading.seq_len)
+        if self.reading.labels is None:
+            return drafts(example, self.tokenizer, self.reading.loss_on, limit)
+        if not isinstance(example, Labelled):
+            raise DataError(
+                f"{example.origin} has no label, and these rows are for a model that tells labels apart",
+                "Give rows with text and label",
+            )
+        text, rest, label = (
+            example.text[:limit],
+            example.text[limit:],
+            number_of(example, self._targets, self.reading.several),
+        )
+        if not self.reading.several:
+            self._labels[-1] = self._label_numbers.setdefault(example.labels[0], len(self._label_numbers))
+        return [Draft(text, (), example.origin, templated=False, rest=rest, label=label)]
 
     def _note_system(self, example: Example) -> None:
         """Which system messages there are, as long as it may be one."""
@@ -291,12 +325,17 @@ class _Encoder:
             try:
                 if isinstance(row, DataError):
                     raise row
-                pieces = fit(row, self.reading.seq_len)
+                pieces = self._fit(row)
             except DataError as error:
                 self._leave_out(error)
                 continue
             for piece in pieces:
                 self.writer.add(piece)
+
+    def _fit(self, row: Encoded) -> list[Encoded]:
+        if self.reading.labels is None:
+            return fit(row, self.reading.seq_len)
+        return [fit_label(row, self.reading.seq_len, self.marks)]
 
     def _leave_out(self, error: DataError) -> None:
         if not self.reading.skip_bad:
@@ -325,4 +364,6 @@ class _Encoder:
             "rewritten": self.rewritten,
             "unused": self.reader.unused,
             "system": only,
+            "targets": list(self.reading.labels or ()),
+            "several": self.reading.several,
         }

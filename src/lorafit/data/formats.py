@@ -130,14 +130,24 @@ def _text(record: Record, origin: str) -> str:
     return text
 
 
+def _renamed(names: Mapping[str, str]) -> Callable[[Record, str], Example]:
+    """`read_label` of rows whose columns have other names."""
+    return lambda record, origin: read_label({names.get(key, key): value for key, value in record.items()}, origin)
+
+
 FORMATS: dict[str, Format] = {  # a row with the columns of several is the first of them
     "messages": Format(("messages",), read_openai, ("tools",)),
     "sharegpt": Format(("conversations",), read_sharegpt, ("system", "tools")),
     "prompt/completion": Format(("prompt", "completion"), read_prompt_completion, ("tools",)),
     "alpaca": Format(("instruction", "output"), read_alpaca, ("input", "system", "history")),
     "text/label": Format(("text", "label"), read_label),
+    "sentence/label": Format(("sentence", "label"), _renamed({"sentence": "text"})),
+    "text/labels": Format(("text", "labels"), _renamed({"labels": "label"})),
     "text": Format(("text",), read_text),
 }
+
+# Those of labelled texts.
+LABELLED = ("text/label", "sentence/label", "text/labels")
 
 # Rows that mean another task: columns -> what they are, what to do.
 REFUSED: dict[tuple[str, ...], tuple[str, str]] = {

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from lorafit.data import long
 from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain, Tool
+from lorafit.data.labels import with_label
 from lorafit.data.store import Encoded, Tokens, Writer
 from lorafit.data.template import as_chat, render
 from lorafit.data.tokenise import Text, Tokeniser
@@ -45,12 +46,14 @@ class EncodedSet:
     """All rows of a data file. encoded: one per piece.
 
     rows: how many there were before running text and conversations were split. rewritten: conversations that became
-    one piece a reply, because the template writes a reply differently once others follow.
+    one piece a reply, because the template writes a reply differently once others follow. labelled: whether the last
+    cell of each is the number of its label, which is no token.
     """
 
     encoded: Tokens
     rows: int
     rewritten: int = 0
+    labelled: bool = False
 
     @property
     def pieces(self) -> int:
@@ -60,7 +63,7 @@ class EncodedSet:
     @property
     def tokens(self) -> int:
         """Tokens of all pieces."""
-        return int(self.encoded.lengths.sum())
+        return int(self.encoded.lengths.sum()) - self.labelled * self.pieces
 
     @property
     def supervised_tokens(self) -> int:
@@ -70,7 +73,7 @@ class EncodedSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest piece."""
-        return int(self.encoded.lengths.max())
+        return int(self.encoded.lengths.max()) - self.labelled
 
     @property
     def cut_rows(self) -> int:
@@ -89,7 +92,9 @@ class EncodedSet:
         parts = [
             f"{format_count(self.rows)} rows",
             f"{format_count(self.tokens)} tokens (longest {format_count(self.longest)})",
-            f"{format_count(supervised)} with a loss ({format_share(supervised, self.tokens)})",
+            "each row with a label"
+            if self.labelled
+            else f"{format_count(supervised)} with a loss ({format_share(supervised, self.tokens)})",
         ]
         if self.pieces != self.rows:
             parts.append(f"split into {format_count(self.pieces)} pieces")
@@ -196,13 +201,15 @@ class Marks:
 
     bos: ids that it puts in front of a text by itself, often none. eos: its end-of-sequence token, if it has one.
     control: every added token that is not mere whitespace, and eos: one of these ends a turn. beginning: its
-    beginning-of-sequence token, whoever writes it, as id and as text.
+    beginning-of-sequence token, whoever writes it, as id and as text. closing: ids that end a text with a label: those
+    that it puts behind a text by itself, else eos.
     """
 
     bos: tuple[int, ...]
     eos: int | None
     control: frozenset[int]
     beginning: tuple[int | None, str | None]
+    closing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Marks:
@@ -213,7 +220,8 @@ class Marks:
         control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         eos = tokenizer.eos_token_id
         own = frozenset(control if eos is None else control | {eos})
-        return cls(tuple(full[:first]), eos, own, (tokenizer.bos_token_id, tokenizer.bos_token))
+        closing = tuple(full[first + len(bare) :]) or (() if eos is None else (eos,))
+        return cls(tuple(full[:first]), eos, own, (tokenizer.bos_token_id, tokenizer.bos_token), closing)
 
 
 def encode_drafts(rows: Sequence[Draft], tokeniser: Tokeniser, marks: Marks) -> list[Encoded]:
@@ -230,7 +238,10 @@ def encode_drafts(rows: Sequence[Draft], tokeniser: Tokeniser, marks: Marks) -> 
 
 
 def _supervise(row: Draft, text: Text | Ids, tokeniser: Tokeniser, marks: Marks) -> Encoded:
-    if isinstance(text, list | np.ndarray):
+    if row.label is not None:
+        ids = text if isinstance(text, list | np.ndarray) else text.ids
+        encoded = with_label(ids, row.label, marks, row.origin, row.row)
+    elif isinstance(text, list | np.ndarray):
         encoded = _supervise_text(row, text, marks)
     elif not row.turns:
         encoded = _supervise_text(row, text.ids, marks)

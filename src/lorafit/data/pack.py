@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorafit.data.batching import Family, find_families, length_step, read, read_tokens, share_out
-from lorafit.data.store import Encoded
+from lorafit.data.batching import Family, find_families, length_step, padded_groups, read, read_tokens, share_out
+from lorafit.data.store import Encoded, Known
 from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, WIDTH_STEP, Batch, Bucket, Packing
 
 
@@ -26,8 +26,12 @@ def micro_batches(
 
     A row longer than micro_tokens stands alone. Longest first where padded, so that memory peaks at once.
     """
+    if isinstance(encoded, Known):
+        lots = (row_ids[first : first + micro_tokens] for first in range(0, len(row_ids), micro_tokens))
+        return [_of_known(encoded, np.array(lot)) for lot in lots]
     if packing.padded:
-        return [_pad(encoded, rows) for rows in _padded_groups(encoded, row_ids, micro_tokens)]
+        groups = padded_groups(encoded, row_ids, micro_tokens, packing)
+        return [_pad(encoded, rows, packing) for rows in groups]
     found = find_families(encoded, row_ids, packing.share_prefix)
     return [_pack(encoded, parts) for parts in share_out(encoded, found, micro_tokens)]
 
@@ -164,22 +168,32 @@ def _bucket(runs: list[_Run]) -> Bucket:
     )
 
 
+def _of_known(rows: Known, chosen: NDArray[np.int64]) -> Batch:
+    """A token a row, its number, which predicts the row's label."""
+    ids = torch.from_numpy(rows.numbers[chosen])[:, None]
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.zeros_like(ids),
+        attention_mask=torch.ones_like(ids),
+        layout=None,
+        token_rows=torch.from_numpy(chosen)[:, None],
+        predicts=torch.arange(len(ids)),
+        targets=torch.from_numpy(rows.targets[chosen]),
+        weights=torch.ones(len(ids)),
+        rows=len(ids),
+        real_tokens=int(rows.tokens[chosen].sum()),
+        supervised_tokens=len(ids),
+    )
+
+
 # --- padded ---------------------------------------------------------------------------------------------------------
 
 
-def _padded_groups(encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
-    order = sorted(row_ids, key=lambda row: (-read_tokens(encoded[row]), row))
-    while order:
-        count = max(1, micro_tokens // read_tokens(encoded[order[0]]))
-        yield order[:count]
-        order = order[count:]
-
-
-def _pad(encoded: Sequence[Encoded], row_ids: list[int]) -> Batch:
+def _pad(encoded: Sequence[Encoded], row_ids: list[int], packing: Packing) -> Batch:
     """Rows side by side, padded on the right to the longest. Padding is any token: it is masked by position."""
     rows = [encoded[row] for row in row_ids]
     lengths = np.array([read_tokens(row) for row in rows])
-    width = int(lengths.max())
+    width = packing.width(int(lengths.max()))
     input_ids = np.stack([np.pad(read(row).astype(np.int64), (0, width - read_tokens(row))) for row in rows])
     places = [np.flatnonzero(row.supervised) for row in rows]
     return Batch(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.encode import Data
+from lorafit.data.labels import members
 from lorafit.data.near import NearRows
 from lorafit.data.store import Encoded, Tokens
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 200_000  # rows among which near duplicates are sought
 LOOKED_AT_QUICKLY = 10_000  # rows, before every run
+SHOWN_LABELS = 5
 SHOWN = 10  # pairs, faults and the like that are named one by one
 
 
@@ -95,7 +97,7 @@ def inspect(
         cut_rows=encoded.cut_rows,
         cut_tokens=encoded.cut_tokens,
         lengths=_histogram(rows.lengths),
-        labels=_labels(data),
+        labels=counts_of(data),
         unused_columns=dict(data.unused),
         odd_rows=data.odd_rows,
         odd=data.odd,
@@ -107,12 +109,17 @@ def inspect(
         prefix=prefix,
         prefix_text=str(tokenizer.decode(rows[0].input_ids[:prefix])) if prefix else "",
         shared_share=prefix * (len(rows) - 1) / max(1, encoded.tokens),
-        samples=tuple((row.origin, spans(row, tokenizer)) for row in rows[:samples]),
+        samples=tuple((row.origin, spans(row, tokenizer, data)) for row in rows[:samples]),
     )
 
 
-def spans(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> tuple[Span, ...]:
-    """The row's text as the model sees it, cut where the mask changes."""
+def spans(row: Encoded, tokenizer: PreTrainedTokenizerBase, data: Data | None = None) -> tuple[Span, ...]:
+    """The row's text as the model sees it, cut where the mask changes. data: that it is of, where it has labels."""
+    if data and data.targets:
+        text = str(tokenizer.decode(row.input_ids[:-1].tolist()))
+        return Span(text, False), Span(
+            f" {', '.join(members(int(row.input_ids[-1]), data.targets, data.several))}", True
+        )
     parts = groupby(zip(row.input_ids.tolist(), row.supervised.tolist(), strict=True), key=lambda pair: pair[1])
     return tuple(Span(str(tokenizer.decode([token for token, _ in pairs])), mask) for mask, pairs in parts)
 
@@ -139,9 +146,22 @@ def _histogram(lengths: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(tops, counts.tolist(), strict=True))
 
 
-def _labels(data: Data) -> dict[str, int]:
+def counts_of(data: Data) -> dict[str, int]:
+    """How many records have each label, the most frequent first."""
+    if data.several:
+        sets = np.array([row.input_ids[-1] for row in data.set.encoded])
+        found = {name: int((sets >> number & 1).sum()) for number, name in enumerate(data.targets)}
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
     counts = np.bincount(data.records["label"] + 1, minlength=len(data.labels) + 1)[1:]
     return dict(sorted(zip(data.labels, counts.tolist(), strict=True), key=lambda pair: -pair[1]))
+
+
+def told_counts(counts: dict[str, int]) -> str:
+    """All of a few labels; of many, the most and the least frequent."""
+    lines = [f"{name} {count:,}" for name, count in counts.items()]
+    return ", ".join(
+        lines if len(lines) <= 2 * SHOWN_LABELS else [*lines[:SHOWN_LABELS], "...", *lines[-SHOWN_LABELS:]]
+    )
 
 
 # --- rows that are there twice ----------------------------------------------------------------------------------------

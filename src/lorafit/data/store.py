@@ -148,6 +148,32 @@ class Led(Sequence[Encoded]):
         )
 
 
+class Known(Sequence[Encoded]):
+    """Labelled rows whose features are known: each is read as its number among those, one token, and has its label.
+
+    first: the number of the first row. numbers, targets, tokens: (rows,) int64; tokens: of the texts.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], first: int) -> None:
+        self.rows = rows
+        self.numbers = np.arange(first, first + len(rows))
+        self.targets = np.array([row.input_ids[-1] for row in rows], dtype=np.int64)
+        self.tokens = lengths(rows) - 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, at: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        ids = np.array([self.numbers[at], self.targets[at]], dtype=np.int32)
+        return replace(self.rows[at], input_ids=ids, supervised=np.array([False, True]), prompt_length=1)
+
+
 def led(rows: Sequence[Encoded], lead: Sequence[int]) -> Sequence[Encoded]:
     """The rows, with `lead` in front of each where there is any."""
     return Led(rows, lead) if lead else rows

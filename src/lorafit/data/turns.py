@@ -41,7 +41,7 @@ class Draft:
     turns: the replies with a loss, in order; empty for running text. templated: the text came from a chat template,
     which wrote its special tokens; otherwise BOS and end-of-sequence are still to be put around it. whole: everything
     has a loss, not the turns alone. row: number of the record in its source. rest: what follows the text and is cut
-    off in any case; it is only counted.
+    off in any case; it is only counted. label: its number, of a text with a label alone.
     """
 
     text: str
@@ -51,6 +51,7 @@ class Draft:
     whole: bool = False
     row: int = 0
     rest: str = ""
+    label: int | None = None
 
 
 def drafts(
@@ -68,9 +69,8 @@ def drafts(
         return _draft_chat(example, tokenizer, loss_on, reach)
     if isinstance(example, Labelled):
         raise DataError(
-            f"{example.origin} has text and label: labelled text for a classification head, which comes with "
-            "--method head and is not available yet",
-            "Write the label as the reply: a user message with the text, an assistant message with the label",
+            f"{example.origin} is text with a label, and these rows are read for a model that writes text",
+            "Train with --task auto for a head of labels, or write the label as a reply to a message with the text",
         )
     if isinstance(example, Plain):
         return [Draft(example.text, (), example.origin, templated=False)]

@@ -111,7 +111,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How rows become batches. padded: side by side. share_prefix: what rows begin with in common is computed once."""
+    """How rows become batches. padded: side by side. share_prefix: what rows begin with in common is computed once.
+
+    width_step: rows side by side are as wide as a multiple of this, so that shapes repeat; not beyond widest.
+    """
 
     padded: bool = False
     share_prefix: bool = True
+    width_step: int = 1
+    widest: int = 1 << 62
+
+    def width(self, longest: int) -> int:
+        """Of rows side by side, the longest of which has so many tokens."""
+        width = -(-longest // self.width_step) * self.width_step
+        return width if width <= self.widest else longest

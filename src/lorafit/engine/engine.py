@@ -102,6 +102,13 @@ class Engine:
         with self._in_force(batch.layout, batch.predicting):
             return compute(self.model, batch)
 
+    @torch.no_grad()
+    def head_inputs(self, batch: Batch) -> Tensor:
+        """What the output head is given where `batch` predicts something: (pairs, hidden), in their order."""
+        batch = self._moved(batch)
+        with self._in_force(batch.layout, batch.predicting):
+            return loss.head_inputs(self.model, batch)
+
     def _moved(self, batch: Batch) -> Batch:
         """The batch where the model is."""
         device = next(self.model.parameters()).device

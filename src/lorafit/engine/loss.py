@@ -7,8 +7,9 @@ gradient takes the place of its logits at once: softmax minus one-hot needs noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +56,12 @@ def whole_nll(model: nn.Module, batch: Batch) -> Tensor:
 
     with _hook(head.register_forward_pre_hook(select)):
         logits = run(model, batch).logits
-    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    return _nll(head)(logits.float(), batch.targets)
 
 
 def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The same as `whole_loss` for a model whose logits are its head's output: CHUNK rows of logits at a time."""
-    head, hidden = head_of(model), _hidden(model, batch)
+    head, hidden = head_of(model), head_inputs(model, batch)
     frozen = head.base if isinstance(head, TokenRows) else head
     if (W := _frozen_weight(frozen)) is not None:
         rows = head if isinstance(head, TokenRows) and head.is_active else None
@@ -70,13 +71,13 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def chunked_nll(model: nn.Module, batch: Batch) -> Tensor:
     """The same as `whole_nll` for such a model."""
-    head, hidden = head_of(model), _hidden(model, batch)
+    head, hidden = head_of(model), head_inputs(model, batch)
     parts = zip(torch.split(hidden, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
-    return torch.cat([F.cross_entropy(head(rows).float(), targets, reduction="none") for rows, targets in parts])
+    return torch.cat([_nll(head)(head(rows).float(), targets) for rows, targets in parts])
 
 
-def _hidden(model: nn.Module, batch: Batch) -> Tensor:
-    """What the head is given where something supervised is predicted: (pairs, width)."""
+def head_inputs(model: nn.Module, batch: Batch) -> Tensor:
+    """What the head is given where something is predicted: (pairs, hidden)."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -97,6 +98,12 @@ def run(model: nn.Module, batch: Batch) -> Any:
     )
 
 
+def _nll(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits, targets) -> nats of each row: the head's own where it has one, else of one target among all."""
+    own: Callable[[Tensor, Tensor], Tensor] | None = getattr(head, "nll", None)
+    return own if own is not None else partial(F.cross_entropy, reduction="none")
+
+
 def _frozen_weight(head: nn.Module) -> Tensor | Stored | None:
     """The weight of a head that is a product and nothing else; None for any other."""
     if isinstance(head, QuantizedLinear):
@@ -109,7 +116,7 @@ def _by_module(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
     """For a head that is adapted or trained: each chunk's logits are computed again in the backward pass."""
 
     def loss(rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return (F.cross_entropy(head(rows).float(), targets, reduction="none") * weights).sum()
+        return (_nll(head)(head(rows).float(), targets) * weights).sum()
 
     parts = zip(*(torch.split(x, CHUNK) for x in (hidden, batch.targets, batch.weights)), strict=True)
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()

@@ -22,6 +22,7 @@ SETTINGS = {
     "base_storage": "storage of the frozen base",
     "threads": "threads",
     "system": "system message of all rows",
+    "pooling": "what of a row the head is given",
 }
 
 TRAINING = {
@@ -43,13 +44,13 @@ def render(result: dict[str, Any], adapter: str = "adapter") -> str:
     adapter: its directory, as seen from where the card lies.
     """
     where = "beside this file" if adapter == "." else f"in `{adapter}/`"
-    form = "PEFT's format" if result["method"] == "lora" else "lorafit's own format"
+    form = "PEFT's format" if result["method"] == "lora" and not result.get("labels") else "lorafit's own format"
     told = f"Trained on `{result['data']}` with lorafit. The adapter is {where}, in {form}."
     if not result.get("base_license"):
         told += " The files of the base model state no licence; look for it where the model came from."
     sections = [
         _front_matter(result),
-        f"# {result['variant']} adapter for {result['model']}",
+        _title(result),
         told,
         _table("Settings", _settings(result)),
         _table("Measured", _measured(result)),
@@ -66,6 +67,12 @@ def _settings(result: dict[str, Any]) -> dict[str, Any]:
     return shown | {label: chosen.get(key) for key, label in TRAINING.items()}
 
 
+def _title(result: dict[str, Any]) -> str:
+    if result.get("labels"):
+        return f"# {format_count(len(result['labels']))} labels by {result['method']} on {result['model']}"
+    return f"# {result['variant']} adapter for {result['model']}"
+
+
 def _front_matter(result: dict[str, Any]) -> str:
     tags = dict.fromkeys(["lorafit", "lora", result["method"], result["variant"]])
     licence = result.get("base_license")
@@ -73,8 +80,8 @@ def _front_matter(result: dict[str, Any]) -> str:
         "---",
         *([f"license: {json.dumps(licence, ensure_ascii=False)}"] if licence else []),
         f"base_model: {json.dumps(result['model'], ensure_ascii=False)}",  # a JSON string is a YAML string
-        "library_name: peft",
-        "pipeline_tag: text-generation",
+        f"library_name: {'lorafit' if result.get('labels') else 'peft'}",
+        f"pipeline_tag: text-{'classification' if result.get('labels') else 'generation'}",
         "tags:",
         *[f"- {tag}" for tag in tags],
         "---",
@@ -87,6 +94,8 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
     formats: dict[str, tuple[str, Any]] = {
         "train_loss": ("training loss of the last step", "{:.4f}".format),
         "eval_loss": ("best held-out loss", "{:.4f}".format),
+        "eval_accuracy": ("accuracy on held-out rows", "{:.4f}".format),
+        "eval_macro_f1": ("macro-F1 on held-out rows", "{:.4f}".format),
         "best_step": ("step of the best held-out loss", format_count),
         "steps": ("optimizer steps", format_count),
         "tokens_seen": ("tokens seen", format_count),
@@ -113,10 +122,20 @@ def _usage(result: dict[str, Any], adapter: str) -> str:
 
     PEFT reads what `lora` trains; other methods are in a format of lorafit's own.
     """
+    if result.get("labels"):
+        return f"## Use\n\nIn this directory:\n\n{_eval(result)}"
     parts = ["## Use", "All commands are for this directory.", _in_lorafit(result)]
     parts += [_in_peft(result, adapter)] if result["method"] == "lora" else []
     parts += [_in_llama_cpp(result), _in_ollama(result)] if "not_exported" in result else []
     return "\n\n".join(parts)
+
+
+def _eval(result: dict[str, Any]) -> str:
+    rows = shlex.quote(result.get("eval_data") or result["data"])
+    told = "" if result.get("eval_data") else ", here of the training's rows"
+    return f"""```bash
+lorafit eval . {rows}  # loss, accuracy, F1 of each label and what is taken for what{told}
+```"""
 
 
 def _in_lorafit(result: dict[str, Any]) -> str:

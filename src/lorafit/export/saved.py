@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lorafit.config import LoRAConfig, MethodConfig
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.export import peft
 from lorafit.methods import full, table
+from lorafit.methods.labels import Labels, label_head
 
 CONFIG_NAME, WEIGHTS_NAME = "method.json", "method.safetensors"
 
@@ -26,18 +28,27 @@ def is_saved(directory: Path) -> bool:
     return any((directory / name).is_file() for name in names) and not (directory / "config.json").is_file()
 
 
-def save(model: nn.Module, directory: Path, config: MethodConfig, base: str, tokenizer: Any | None) -> None:
+def save(
+    model: nn.Module,
+    directory: Path,
+    config: MethodConfig,
+    base: str,
+    tokenizer: Any | None,
+    labels: Labels | None = None,
+) -> None:
     """Write what was trained to `directory`, all of it or nothing. base: where the model is found.
 
-    tokenizer: saved beside it, with its chat template, unless None. Raises AdapterError, RunDirError.
+    tokenizer: saved beside it, with its chat template, unless None. labels: of the model's head, if it has one: then
+    LoRA is written in our own form too, as PEFT has no place for what the head reads. Raises AdapterError, RunDirError.
     """
-    if config.method == "lora":
+    if config.method == "lora" and labels is None:
         return peft.save(model, directory, config, base, tokenizer)
     settings = {name: getattr(config, name) for name in MethodConfig.model_fields}
     weights = to_safetensors(table.of(model).state(model), metadata={"format": "pt"})
 
     def fill(temporary: Path) -> None:
-        files.write_json(temporary / CONFIG_NAME, {"base": base, "settings": settings})
+        told = {"labels": dataclasses.asdict(labels)} if labels is not None else {}
+        files.write_json(temporary / CONFIG_NAME, {"base": base, "settings": settings} | told)
         (temporary / WEIGHTS_NAME).write_bytes(weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -52,8 +63,11 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     """
     if not (directory / CONFIG_NAME).is_file():
         return peft.load(model, directory)
-    _, config = _read(directory)
-    method = table.METHODS[config.method]
+    _, config, labels = _read(directory)
+    if labels is not None and label_head(model) is None:
+        raise AdapterError(
+            f"{directory} holds a head of {len(labels.names)} labels, and the model has none", "Use `lorafit eval`"
+        )
     try:
         tensors = load_file(directory / WEIGHTS_NAME)
     except Exception as error:  # safetensors raises its own for damage, OSError where there is no file
@@ -61,7 +75,7 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     table.attach(model, config)
     if config.method == "full":
         full.keep_before(model)
-    method.load_state(model, tensors)
+    table.of(model).load_state(model, tensors)
     return config
 
 
@@ -77,10 +91,21 @@ def base_of(directory: Path) -> str | None:
     return peft.read_config(directory).base
 
 
-def _read(directory: Path) -> tuple[str | None, MethodConfig]:
+def labels_of(directory: Path) -> Labels | None:
+    """What the head in `directory` tells apart; None where there is no head. Raises AdapterError."""
+    return _read(directory)[2] if (directory / CONFIG_NAME).is_file() else None
+
+
+def _read(directory: Path) -> tuple[str | None, MethodConfig, Labels | None]:
     path = directory / CONFIG_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found.get("base") or None, MethodConfig.model_validate(found["settings"])
+        told = found.get("labels")
+        labels = (
+            None
+            if told is None
+            else Labels(tuple(map(str, told["names"])), str(told["pooling"]), bool(told.get("several", False)))
+        )
+        return found.get("base") or None, MethodConfig.model_validate(found["settings"]), labels
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ConfigError, ValidationError) as error:
         raise AdapterError(f"{path} cannot be read: {str(error).splitlines()[0]}", "Copy the run again") from None

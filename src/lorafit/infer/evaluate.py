@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit.data.example import Chat, Completion, Example
-from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
+from lorafit.data.mask import encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
-from lorafit.data.store import led
+from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import NumericsError
 from lorafit.infer.generate import Answer, answer
@@ -91,9 +91,9 @@ def evaluate(
     engine.model.eval()
     encoded = encode_all(examples, tokenizer, seq_len)
     replies = [reply for example in examples if (reply := expected_reply(example)) is not None] if generate else []
-    with _bar(console) as bar:
-        loss = mean_loss(engine, encoded, micro_tokens, _counter(bar, "loss", encoded.pieces))
-        count = _counter(bar, "answers", len(replies))
+    with progress_bar(console) as bar:
+        loss = mean_loss(engine, encoded.encoded, micro_tokens, counter(bar, "loss", encoded.pieces))
+        count = counter(bar, "answers", len(replies))
         model, most = engine.model, max_new_tokens
         got = answers(model, tokenizer, examples, replies, batch_size, most, lambda: count(1)) if replies else []
     right = [is_right(one, reply) for one, reply in zip(got, replies, strict=True)]
@@ -117,14 +117,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def mean_loss(engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]) -> float:
+def mean_loss(engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]) -> float:
     """Nats per supervised token, the mean over all of them. on_rows: called with how many rows were just measured.
 
     Raises NumericsError if it is not finite.
     """
     total, count = 0.0, 0
-    rows = led(encoded.encoded, lead_of(engine.model))
-    for batch in micro_batches(rows, range(encoded.pieces), micro_tokens, engine.packing):
+    given = led(rows, lead_of(engine.model))
+    for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
         total, count = total + float(engine.loss(batch)), count + batch.supervised_tokens
         on_rows(batch.rows)
     if not math.isfinite(total):
@@ -135,31 +135,31 @@ def mean_loss(engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: C
     return total / count
 
 
-def model_loss(model: Any, encoded: EncodedSet, micro_tokens: int) -> float:
+def model_loss(model: Any, rows: Sequence[Encoded], micro_tokens: int) -> float:
     """`mean_loss` of a model that is left as it was. Raises NumericsError if it is not finite."""
     engine = prepare(model, share_prefix=True)
     try:
-        return mean_loss(engine, encoded, micro_tokens, lambda rows: None)
+        return mean_loss(engine, rows, micro_tokens, lambda _: None)
     finally:
         engine.close()
 
 
 def row_losses(
-    engine: Engine, encoded: EncodedSet, micro_tokens: int, on_rows: Callable[[int], None]
+    engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Of each piece the nats of its supervised tokens, added up, and how many those are: (pieces,) both.
+    """Of each row the nats of its supervised tokens, added up, and how many those are: (rows,) both.
 
     Their sums divided are `mean_loss`. What rows have in common is computed once; each has its own part of the loss.
     Nothing is refused here: a loss that is not finite stands as such.
     """
-    rows = led(encoded.encoded, lead_of(engine.model))
-    nats, counts = np.zeros(encoded.pieces), np.zeros(encoded.pieces, dtype=np.int64)
-    for batch in micro_batches(rows, range(encoded.pieces), micro_tokens, engine.packing):
+    given = led(rows, lead_of(engine.model))
+    nats, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
         pairs = zip(batch.predicts.tolist(), batch.targets.tolist(), strict=True)
         # Rows that go on from the same place with the same token have the same pair, and the same loss.
         found = dict(zip(pairs, engine.nll(batch).tolist(), strict=True))
         for number, places in batch.row_places():
-            ids, at = rows[number].input_ids.tolist(), np.flatnonzero(rows[number].supervised).tolist()
+            ids, at = given[number].input_ids.tolist(), np.flatnonzero(given[number].supervised).tolist()
             nats[number], counts[number] = sum(found[int(places[t - 1]), ids[t]] for t in at), len(at)
         on_rows(batch.rows)
     return nats, counts
@@ -225,7 +225,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Rows that are done, on a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -238,7 +239,7 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _counter(bar: Progress, name: str, total: int) -> Callable[[int], None]:
+def counter(bar: Progress, name: str, total: int) -> Callable[[int], None]:
     """A line of the bar; call it with how many rows are done now."""
     task = bar.add_task(name, total=total)
     return lambda rows: bar.advance(task, rows)

@@ -202,7 +202,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], found: Selectio
             _skip(name, module, reason, found)
         else:
             hits.append(name)
-    found.notes += _bare_weights(modules, found)
+    found.notes += _bare_weights({name: module for name, module in modules.items() if name not in heads}, found)
     return hits
 
 

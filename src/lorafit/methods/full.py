@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorafit.config import MethodConfig
 from lorafit.errors import AdapterError, ConfigError, TargetError, listed
 from lorafit.lora.targets import select_layers
+from lorafit.methods.labels import label_head
 from lorafit.methods.method import Attached, Beginning, Method
 from lorafit.methods.wrapped import begins_at_once, nothing_before
 from lorafit.quant.modules import Quantized, number_count
@@ -35,7 +36,8 @@ def attach(model: nn.Module, config: MethodConfig) -> Attached:
     """Let parameters train: all, or those of --layers. Raises TargetError over weights in fewer bits."""
     if any(isinstance(module, Quantized) for module in model.modules()):
         raise TargetError("weights that stay in fewer bits cannot be trained themselves", "Leave out --base-storage")
-    owners = dict(model.named_parameters())
+    head = {id(parameter) for parameter in getattr(label_head(model), "parameters", list)()}
+    owners = {name: p for name, p in model.named_parameters() if id(p) not in head}
     names = select_layers(model, list(owners), config.layers)
     model.requires_grad_(False)
     for name in names:

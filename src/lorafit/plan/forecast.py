@@ -52,6 +52,8 @@ class Forecast:
 
 def ways(spec: ModelSpec) -> list[tuple[str, str]]:
     """(precision, storage of frozen weights) of every way in which the model could be trained."""
+    if not spec.writes_text:  # an encoder's layers run as they are
+        return [("bf16", "auto"), ("fp32", "auto")]
     in_blocks = any(name in BLOCK_TYPES for name in spec.storage)
     stored = ["nf4", "int8"] if spec.kind == "hf" else ["keep"] if in_blocks else []
     return [(precision, "auto") for precision in PRECISIONS] + [("bf16", storage) for storage in stored]

@@ -99,6 +99,8 @@ def estimate(
     dtype = "fp32" if precision == "fp32" else "bf16"
     layer_weights = frozen_block_weights(spec, trained)
     activations = activation_bytes(spec, trained.per_token, dtype, tokens, recompute)
+    if trained.runs_once:
+        activations = 3 * activations // (spec.layers + 2)  # of the layers that are being computed: none is kept
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
     if storage != "auto":
         weights = _stored_bytes(spec, storage, dtype)
@@ -109,7 +111,8 @@ def estimate(
         made = bytes_of(2 * trained.params, "fp32")
         before = layer_weights + made + round((1 + WORK[dtype]) * few)
         weights += max(0, before - adapter - round((1 + WORK[dtype]) * activations))
-    logits = min(supervised, LOGIT_ROWS) * spec.vocab * (TRAINED_LOGITS if trained.owned else 1)
+    own_head = bool(trained.owned or trained.labels)
+    logits = min(supervised, LOGIT_ROWS) * (trained.labels or spec.vocab) * (TRAINED_LOGITS if own_head else 1)
     return MemoryEstimate(
         {
             "runtime": RUNTIME_BYTES,

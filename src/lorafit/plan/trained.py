@@ -6,7 +6,7 @@ are off is measured by benchmarks/plan_error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
@@ -14,6 +14,8 @@ from lorafit.plan.counts import block_weights, lora_params, matrices, method_par
 
 # In 16 bits LoRA's factors are packed as well, both ways round, their rank filled up to so many.
 RANK_STEP, PACKED_BYTES = 16, 4
+# What is not run by the engine's own layers keeps what its norms give too.
+NORMS = 2
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,17 @@ class Trained:
     """params: that are trained. per_token: numbers kept for each token of each layer, beside those of the base's own.
 
     packed_bytes: of copies that products need, in 16 bits. owned: of the model's own weights, how many are trained.
+    labels: of a head that tells them apart, 0 where the model writes text. runs_once: whether the model runs without a
+    backward pass, for the features of a head alone. padded: whether rows stand side by side.
     """
 
     params: int
     per_token: int
     packed_bytes: int = 0
     owned: int = 0
+    labels: int = 0
+    runs_once: bool = False
+    padded: bool = False
 
 
 def lora(spec: ModelSpec, r: int, variant: str = "lora") -> Trained:
@@ -37,8 +44,26 @@ def lora(spec: ModelSpec, r: int, variant: str = "lora") -> Trained:
     return Trained(method_params(spec, config), 7 * r + beside, PACKED_BYTES * filled)
 
 
-def of(spec: ModelSpec, config: MethodConfig) -> Trained:
-    """What the method of `config` adds, on all of its usual layers."""
+def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = False) -> Trained:
+    """What the method of `config` adds, on all of its usual layers, and a head of so many labels.
+
+    padded: whether the head reads more of a row than its last token, so that rows stand side by side.
+    """
+    found = _of(spec, config)
+    if not labels:
+        return found
+    return replace(
+        found,
+        params=method_params(spec, config, labels),
+        per_token=found.per_token + padded * NORMS * spec.hidden,
+        owned=found.owned and method_params(spec, config, labels),
+        labels=labels,
+        runs_once=config.method == "head",
+        padded=padded,
+    )
+
+
+def _of(spec: ModelSpec, config: MethodConfig) -> Trained:
     if config.method == "lora":
         return lora(spec, config.r, config.variant)
     params = method_params(spec, config)
@@ -58,6 +83,7 @@ def _kept(spec: ModelSpec, config: MethodConfig) -> int:
         "bitfit": _apart(spec) + 2 * kv,
         "prefix": _apart(spec),
         "prompt": 0,
+        "head": 0,
     }[config.method]
 
 

@@ -15,20 +15,22 @@ from torch import nn
 
 from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.batching import Counted, counted, read_tokens, step_rows
+from lorafit.data.batching import Counted, counted, padded_groups, read_tokens, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
 from lorafit.engine.batch import Batch
-from lorafit.engine.engine import Engine, plain, prepare
+from lorafit.engine.engine import Engine, plain
 from lorafit.engine.layers import Features, untouched_layers
 from lorafit.errors import DoesNotFitError, ModelError
+from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
 from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.forecast import measured_speed
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
+from lorafit.plan.trained import Trained
 from lorafit.units import format_bytes, format_count
 
 # Steps that are looked at to find the largest micro-batch.
@@ -47,16 +49,18 @@ def fit_to_memory(
     limit: int,
     force: bool,
     begun: Split | None = None,
+    adds: Trained | None = None,
 ) -> tuple[Split, memory.MemoryEstimate]:
     """The fastest split that is predicted to stay below `limit` bytes, and that prediction.
 
-    begun: the split of the run that is resumed, the only one that gives the same numbers. Raises DoesNotFitError where
+    begun: the split of the run that is resumed, the only one that gives the same numbers. adds: what is trained,
+    where a head of labels is. Raises DoesNotFitError where
     nothing fits, unless force: then what needs least.
     """
-    adds = trained.of(spec, config)
+    adds = adds or trained.of(spec, config)
 
     def predicted(split: Split) -> memory.MemoryEstimate:
-        tokens, supervised = _largest(rows, config, split.micro_tokens)
+        tokens, supervised = _largest(rows, config, split.micro_tokens, adds.padded)
         held = memory.data_bytes(len(rows), resident_bytes(rows))
         return memory.estimate(spec, adds, precision, tokens, supervised, split.recompute, config.base_storage, held)
 
@@ -88,9 +92,14 @@ def _does_not_fit(
     )
 
 
-def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int) -> tuple[int, int]:
+def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, padded: bool = False) -> tuple[int, int]:
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
+    if padded:
+        groups = [group for step in steps for group in padded_groups(rows, step, micro_tokens, SIDE_BY_SIDE)]
+        return max(len(group) * SIDE_BY_SIDE.width(read_tokens(rows[group[0]])) for group in groups), max(
+            map(len, groups)
+        )
     batches = _batches(rows, config, steps, micro_tokens)
     return max(batch.tokens for batch in batches), max(batch.predicted for batch in batches)
 
@@ -176,7 +185,7 @@ def make_engine(
 
     directory: where the activations of frozen layers are kept while the run lasts.
     """
-    engine = prepare(model, share_prefix=config.dropout == 0)
+    engine = engine_of(model, share_prefix=config.dropout == 0)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
         engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
@@ -191,7 +200,8 @@ def make_engine(
     if split.recompute:
         engine.recompute_layers()
         console.print("layers are computed again in the backward pass, to save memory", highlight=False)
-    _keep_features(engine, rows, config, split, directory, console)
+    if config.method != "head":  # its own features are kept, see `labelled.look_once`
+        _keep_features(engine, rows, config, split, directory, console)
     return engine
 
 

@@ -47,10 +47,12 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
         f"(predicted {format_bytes(result['predicted_peak_bytes'])})",
         highlight=False,
     )
+    if result.get("eval_accuracy") is not None:
+        console.print(
+            f"held-out rows: accuracy {result['eval_accuracy']:.1%}, macro-F1 {result['eval_macro_f1']:.3f}",
+            highlight=False,
+        )
     console.print(f"wrote {path}. Next:")
-    for command in (
-        f"lorafit eval {path} TEST.jsonl",
-        f"lorafit chat {path}",
-        f"lorafit merge {path} -o DIR",
-    ):
+    text = (f"lorafit chat {path}", f"lorafit merge {path} -o DIR") if result["task"] == "generate" else ()
+    for command in (f"lorafit eval {path} TEST.jsonl", *text):
         console.print(f"  {command}", highlight=False, markup=False)

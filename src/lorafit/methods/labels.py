@@ -1,0 +1,237 @@
+"""The head that tells labels apart, beside whatever method trains the body: features of a row -> a score a label.
+
+In a decoder that is read by its last token the head takes the place of the output head: a row's last token then
+predicts its label as it would predict a word, so batches, packing and the loss are those of any rows. Everywhere else
+`Pooled` stands around the body and gives every token of a row what the whole row was pooled to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.engine.batch import WIDTH_STEP, Packing
+from lorafit.engine.engine import Engine, prepare
+from lorafit.errors import AdapterError, ConfigError, MergeError
+from lorafit.methods.method import Attached, Method
+from lorafit.units import format_count
+
+# Of the head's first weights, as BERT's: small, but not 0, or nothing below it would have a gradient at first.
+# Source: Devlin et al. 2019, https://github.com/google-research/bert, modeling.py.
+FIRST_DEVIATION = 0.02
+ATTRIBUTE, PREFIX = "_lorafit_label_head", "label_head"
+# Of rows that are pooled: few widths, as oneDNN keeps what it makes for each shape (0.6 MB).
+SIDE_BY_SIDE = Packing(padded=True, share_prefix=False, width_step=WIDTH_STEP)
+# These put tokens in front of a row, which a mean would count and which would be the first.
+IN_FRONT = ("prefix", "prompt")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a head tells apart. names: by number, sorted. pooling: last, mean or cls.
+
+    several: whether any number of them may hold of a row.
+    """
+
+    names: tuple[str, ...]
+    pooling: str
+    several: bool = False
+
+
+class LabelHead(nn.Module):
+    """Scores = W x + b in float32, whatever the type of x. x: (..., hidden). Returns (..., labels).
+
+    weight: (labels, hidden), bias: (labels,). several: any number of labels may hold, each by itself.
+    """
+
+    def __init__(self, hidden: int, labels: int, seed: int, several: bool = False) -> None:
+        super().__init__()
+        self.several = several
+        first = torch.randn(labels, hidden, generator=torch.Generator().manual_seed(seed % 2**63))
+        self.weight = nn.Parameter(FIRST_DEVIATION * first)
+        self.bias = nn.Parameter(torch.zeros(labels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As above."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def nll(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each row: (rows,). scores: (rows, labels). targets: (rows,) int64, of a label, or bits of a set."""
+        if not self.several:
+            return F.cross_entropy(scores, targets, reduction="none")
+        return F.binary_cross_entropy_with_logits(scores, bits(targets, scores), reduction="none").sum(1)
+
+
+def bits(sets: Tensor, like: Tensor) -> Tensor:
+    """Sets of labels, (rows,), as 0 and 1, shaped and typed like `like`: (rows, labels)."""
+    return (sets[:, None] >> torch.arange(like.shape[1], device=sets.device) & 1).to(like.dtype)
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """In float32, over the tokens that are no padding."""
+    weights = mask.to(torch.float32)[..., None]
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+# (hidden states (rows, width, hidden), mask (rows, width)) -> (rows, hidden).
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "cls": lambda hidden, mask: hidden[:, 0]}
+
+
+@dataclass
+class Scores:
+    """What a model returns, by the name that the engine reads."""
+
+    logits: Tensor
+
+
+class Pooled(nn.Module):
+    """A body that gives hidden states, read as a whole: rows are padded on the right, side by side.
+
+    Its "logits" are the same at every token of a row: those of what the row was pooled to.
+    """
+
+    def __init__(self, body: nn.Module, head: LabelHead, pooling: str, writes_text: bool) -> None:
+        super().__init__()
+        # A decoder would keep keys and values for tokens to come; an encoder may not know the word.
+        self.options = {"use_cache": False} if writes_text else {}
+        self.body, self.head, self.pooling, self.config = body, head, pooling, body.config
+        self.train(body.training)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Scores:
+        """input_ids, attention_mask: (rows, width). Positions are the body's own: families count them differently."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
+        if self.pooling in POOLINGS:
+            hidden = POOLINGS[self.pooling](hidden, attention_mask)[:, None].expand(*hidden.shape[:2], -1)
+        return Scores(self.head(hidden))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The body's."""
+        return cast(nn.Module, self.body.get_input_embeddings())  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head: what the loss is computed behind."""
+        return self.head
+
+
+# --- put on ---------------------------------------------------------------------------------------------------------
+
+
+def pooling_of(wanted: str, is_encoder: bool, method: str) -> str:
+    """last, mean or cls for what was asked for. Raises ConfigError for what cannot be.
+
+    What a decoder says at its last token is about the next one, unless it is trained: a head alone finds more in the
+    mean (docs/log.md).
+    """
+    usual = "mean" if is_encoder or method == "head" else "last"
+    found = usual if wanted == "auto" else wanted
+    if found == "cls" and not is_encoder:
+        raise ConfigError("--pooling cls: the first token of a decoder has seen no other", "Give last or mean")
+    if method in IN_FRONT and (found != "last" or is_encoder):
+        raise ConfigError(
+            f"--method {method} puts tokens in front of a row, and this head would read them as part of it",
+            "Give a decoder with --pooling last, or another method",
+        )
+    return found
+
+
+def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
+    """The model with a fresh head. Returns the model itself, or a `Pooled` around its body."""
+    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.several)  # type: ignore[union-attr, operator]
+    head.to(next(model.parameters()).device)
+    writes_text = model.get_output_embeddings() is not None  # type: ignore[operator]
+    if labels.pooling == "last" and writes_text:
+        model.set_output_embeddings(head)  # type: ignore[operator]
+        made = model
+    else:
+        made = Pooled(_body(model), head, labels.pooling, writes_text)
+    object.__setattr__(made, ATTRIBUTE, head)  # not a second place for its parameters
+    return made
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """What gives hidden states: the model itself, or what is inside of one that writes text."""
+    return cast(nn.Module, getattr(model, str(getattr(model, "base_model_prefix", "")), model))
+
+
+def label_head(model: nn.Module) -> LabelHead | None:
+    """The head of a model that tells labels apart, else None."""
+    return cast("LabelHead | None", getattr(model, ATTRIBUTE, None))
+
+
+def engine_of(model: nn.Module, share_prefix: bool) -> Engine:
+    """The engine for a model of either task. Scores of labels are the head's own, whatever a model does to words'.
+
+    Of a body that is pooled rows stay side by side; its frozen products are made faster all the same.
+    """
+    engine = prepare(model, share_prefix)
+    if label_head(model) is not None:
+        engine.chunked = True
+    if isinstance(model, Pooled):
+        positions = getattr(model.config, "max_position_embeddings", None)  # RoBERTa's family leaves out two
+        engine.packing = replace(SIDE_BY_SIDE, widest=positions - 2) if isinstance(positions, int) else SIDE_BY_SIDE
+        engine.notes = [note for note in engine.notes if not note.startswith("rows are padded")]  # it always is
+    return engine
+
+
+# --- beside a method --------------------------------------------------------------------------------------------------
+
+
+def with_head(inner: Method) -> Method:
+    """A method that trains the head too. The head has no scale: at 0 it reads the base's features."""
+
+    def load_state(model: nn.Module, given: dict[str, Tensor]) -> None:
+        own = _own(model)
+        _check(own, given)
+        inner.load_state(model, {name: value for name, value in given.items() if name not in own})
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(given[name])
+
+    return replace(
+        inner,
+        trainable=lambda model: inner.trainable(model) | _own(model),
+        state=lambda model: inner.state(model) | {n: p.detach().to("cpu", copy=True) for n, p in _own(model).items()},
+        load_state=load_state,
+        merge=_no_merge,
+    )
+
+
+def attached_with(model: nn.Module, head: LabelHead, attached: Attached) -> Attached:
+    """What a method did to a model that has a head already, the head included. Lets the head train."""
+    head.requires_grad_(True)
+    count = sum(parameter.numel() for parameter in head.parameters())
+    summary = f"{attached.summary}, and a head of {format_count(len(head.bias))} labels"
+    return replace(
+        attached,
+        trainable_params=attached.trainable_params + count,
+        total_params=attached.total_params - count,
+        summary=summary,
+    )
+
+
+def _own(model: nn.Module) -> dict[str, nn.Parameter]:
+    head = label_head(model)
+    return {f"{PREFIX}.{name}": p for name, p in head.named_parameters()} if head is not None else {}
+
+
+def _check(own: Mapping[str, nn.Parameter], given: Mapping[str, Tensor]) -> None:
+    for name, parameter in own.items():
+        if name not in given:
+            raise AdapterError(f"{name} is missing: there is no head of labels", "Copy the run again")
+        if given[name].shape != parameter.shape:
+            raise AdapterError(
+                f"{name} has shape {tuple(given[name].shape)}, the model wants {tuple(parameter.shape)}",
+                "Is it the head of another model, or of other labels?",
+            )
+        if not given[name].isfinite().all():
+            raise AdapterError(f"{name} holds values that are not finite", "Save the run again, or train it again")
+
+
+def _no_merge(model: nn.Module) -> None:
+    raise MergeError("a model with a head of labels is not merged", "Use the run as it is, by `lorafit eval`")
