@@ -53,7 +53,7 @@ def first_rows(path: Path, count: int, to: Path) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    from lorafit.run import versions
+    from lorafit.train.outcome import versions
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     return {"commit": commit, "machine": platform.machine(), "versions": versions()}

@@ -38,7 +38,7 @@ def seconds(code: str) -> float:
 
 
 def main() -> None:
-    from lorafit.run import versions
+    from lorafit.train.outcome import versions
 
     ours, theirs = [], []
     for repeat in range(5):

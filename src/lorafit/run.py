@@ -6,20 +6,17 @@ config -> model spec -> rows -> plan -> model + adapter -> token ids and masks -
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
 
-from lorafit import files, rates
+from lorafit import files
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.added import AddedToken, add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
@@ -39,7 +36,7 @@ from lorafit.infer.labels import measure
 from lorafit.lora.tokens import make_room
 from lorafit.methods import rounding, spectral, table
 from lorafit.methods.labels import Labels, label_head, pooling_of, put_head
-from lorafit.methods.method import Attached, Beginning
+from lorafit.methods.method import Beginning
 from lorafit.methods.tokens import attach_tokens
 from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
@@ -49,7 +46,7 @@ from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
-from lorafit.train import checkpoint
+from lorafit.train import checkpoint, outcome
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
@@ -69,8 +66,6 @@ from lorafit.units import format_count, format_seconds
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
-STEPS_THAT_TELL = 10
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
 FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})
 
@@ -165,18 +160,18 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
         run.clean()
         kept = method.finish(loaded.model, config)
-        saved.save(loaded.model, run.adapter, kept, _lasting(config.model), loaded.tokenizer, told)
-        result = _result(config, attached, progress, identity, estimate, load_s) | _engine_facts(engine)
+        saved.save(loaded.model, run.adapter, kept, outcome.lasting(config.model), loaded.tokenizer, told)
+        result = outcome.result(config, attached, progress, identity, estimate, load_s) | outcome.engine_facts(engine)
         result["predicted_train_s"] = expected
         if not told:
-            _remember_speed(result, inputs.spec, config)
+            outcome.remember_speed(result, inputs.spec, config)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,
             "rows_left_out": data.bad_rows,
             "left_out": list(data.bad),
-            "eval_data": _lasting(config.eval) if config.eval and not config.eval.endswith("%") else None,
+            "eval_data": outcome.lasting(config.eval) if config.eval and not config.eval.endswith("%") else None,
             "settings": config.model_dump(include=set(card.TRAINING)),
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
@@ -372,12 +367,7 @@ def _precision(config: TrainConfig, is_encoder: bool) -> str:
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be the same: settings, inputs, choices, versions."""
     settings = {name: value for name, value in config.model_dump().items() if name not in FREE_TO_CHANGE}
-    return {"config": settings, "sha256": inputs.hashes, "chosen": chosen, "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {"config": settings, "sha256": inputs.hashes, "chosen": chosen, "versions": outcome.versions()}
 
 
 def _earlier(run: RunDir, console: Console) -> Checkpoint | None:
@@ -416,83 +406,3 @@ def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, console: Console) 
 
     with ConsoleReporter(log, console, work.total_steps, done) as report, stop_on_signals() as stop:
         return fit(work, earlier, save, stop, report)
-
-
-# --- after the loop -------------------------------------------------------------------------------------------------
-
-
-def _result(
-    config: TrainConfig,
-    attached: Attached,
-    progress: Progress,
-    identity: dict[str, Any],
-    estimate: memory.MemoryEstimate,
-    load_s: float,
-) -> dict[str, Any]:
-    return {
-        "model": _lasting(config.model),
-        "data": _lasting(config.data),
-        "method": config.method,
-        "variant": config.variant,
-        "r": config.r,
-        "alpha": config.alpha,
-        "train_s": progress.train_s,
-        "load_s": load_s,
-        "steps": progress.step,
-        "skipped_steps": progress.skipped_steps,
-        "stopped_early": progress.stopped_early,
-        "tokens_seen": progress.tokens_seen,
-        "tokens_supervised": progress.tokens_supervised,
-        "tokens_computed": progress.tokens_computed,
-        "flop": progress.flop,
-        "mfu": _mfu(progress, identity["chosen"]["precision"]),
-        "peak_rss_bytes": machine.peak_rss_bytes(),
-        "predicted_peak_bytes": estimate.peak_bytes,
-        "trainable_params": attached.trainable_params,
-        "total_params": attached.total_params,
-        "train_loss": progress.last_loss,
-        "eval_loss": progress.best_loss,
-        "best_step": progress.best_step,
-        "seed": config.seed,
-        "precision": identity["chosen"]["precision"],
-        "base_storage": config.base_storage,
-        "micro_tokens": identity["chosen"]["micro_tokens"],
-        "recompute": identity["chosen"]["recompute"],
-        "threads": identity["chosen"]["threads"],
-        "versions": identity["versions"],
-        "data_sha256": identity["sha256"]["data"],
-        "model_sha256": identity["sha256"]["model"],
-    }
-
-
-def _engine_facts(engine: Engine) -> dict[str, Any]:
-    """What preparing took of train_s (with compiling, probing and calibrating), and what could not be made faster."""
-    return {
-        "prepare_s": engine.prepare_s,
-        "padded": engine.packing.padded,
-        "int8_left_out": [error.label for error in engine.int8_errors if error.too_large],
-    }
-
-
-def _mfu(progress: Progress, precision_name: str) -> float | None:
-    """Model FLOPs utilization: the share of the machine's measured matrix rate that training reached."""
-    rate = precision.flop_per_s()[precision_name]
-    return progress.flop / progress.train_s / rate if progress.train_s else None
-
-
-def _remember_speed(result: dict[str, Any], spec: model_spec.ModelSpec, config: TrainConfig) -> None:
-    """For plans to come: how many operations a second this run reached.
-
-    Of a few steps, or of a part of the layers, it would say little.
-    """
-    is_whole = config.layers is None and config.targets == "all-linear" and result["variant"] == "lora"
-    if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
-        key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
-        updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]
-        passes_s = max(result["train_s"] - updates_s, result["train_s"] / 2)
-        rates.keep(result["threads"], rates.Rates(reached={key: result["flop"] / passes_s}))
-
-
-def _lasting(name: str) -> str:
-    """A name that still holds in another working directory: a path becomes absolute."""
-    return str(Path(name).resolve()) if Path(name).exists() else name

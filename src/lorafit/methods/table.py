@@ -1,6 +1,6 @@
 """METHODS: what `train --method` knows. A new method is one file and one line here.
 
-Names, variants and usual rates stand in `config.py` too, which is read without torch.
+Names, variants and usual rates stand in `config/` too, which is read without torch.
 """
 
 from __future__ import annotations
