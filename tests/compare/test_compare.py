@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lorafit.compare import child
+from lorafit.compare import child, line
 from lorafit.compare.line import compare
 from lorafit.config import CompareConfig, EvalConfig
 from lorafit.errors import CheckpointError, DataError, RunDirError
@@ -203,7 +203,10 @@ def test_the_page_needs_nothing_else_and_the_table_says_what_it_says(
         assert method["name"] in table and f"{method['trainable_params']:,}" in table and f"{method['lr']:g}" in page
 
 
-def test_a_time_that_is_used_up_leaves_a_report_that_says_so(inputs: dict[str, str], tmp_path: Path) -> None:
+def test_a_time_that_is_used_up_leaves_a_report_that_says_so(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line, "parse_seconds", lambda text, flag: 1e-3)  # the least that can be typed is a second
     heard = io.StringIO()
     found = compare(config(inputs, tmp_path / "c", budget="1s"), False, quiet(), Console(file=heard, width=200))
     assert [method["status"] for method in found["methods"]] == ["not tried", "not tried"]
