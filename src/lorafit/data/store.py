@@ -9,6 +9,7 @@ import json
 import mmap
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -52,7 +53,40 @@ class Encoded:
     row: int = 0
 
 
-class Tokens(Sequence[Encoded]):
+class Rows(Sequence[Encoded]):
+    """Rows by number, which need not be in memory."""
+
+    @overload
+    def __getitem__(self, at: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, at: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return self.row(at % len(self))
+
+    @abstractmethod
+    def row(self, at: int) -> Encoded:
+        """One of them. at: from 0."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+
+    @property
+    @abstractmethod
+    def resident_bytes(self) -> int:
+        """What of this has to be in memory."""
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Hand back what was read of mapped files."""
+
+
+class Tokens(Rows):
     """Rows of one source, by number.
 
     cells: (tokens,) uint32. pieces: (rows,) of PIECE. origins: UTF-8, one after the other. chosen: numbers of the
@@ -71,16 +105,9 @@ class Tokens(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self._all if self._chosen is None else self._chosen)
 
-    @overload
-    def __getitem__(self, at: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, at: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
-        number = at % len(self) if self._chosen is None else int(self._chosen[at])
+    def row(self, at: int) -> Encoded:
+        """Read from where it lies."""
+        number = at if self._chosen is None else int(self._chosen[at])
         piece, before = self._all[number], self._all[number - 1] if number else np.zeros((), PIECE)
         cells = np.asarray(self._cells[int(before["end"]) : int(piece["end"])])
         origin = bytes(self._origins[int(before["origin"]) : int(piece["origin"])]).decode()
@@ -123,7 +150,7 @@ class Tokens(Sequence[Encoded]):
         return Tokens(self._cells, self._all, self._origins, numbers if self._chosen is None else self._chosen[numbers])
 
 
-class Led(Sequence[Encoded]):
+class Led(Rows):
     """Rows that begin with the same tokens more, which have no loss. lead: those, at least one."""
 
     def __init__(self, rows: Sequence[Encoded], lead: Sequence[int]) -> None:
@@ -132,13 +159,8 @@ class Led(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, at: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, at: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(len(self)))]
+    def row(self, at: int) -> Encoded:
+        """With the tokens in front."""
         row = self.rows[at]
         return replace(
             row,
@@ -147,8 +169,22 @@ class Led(Sequence[Encoded]):
             prompt_length=row.prompt_length + len(self.lead),
         )
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, those in front included."""
+        return lengths(self.rows) + len(self.lead)
 
-class Known(Sequence[Encoded]):
+    @property
+    def resident_bytes(self) -> int:
+        """What of the rows has to be."""
+        return resident_bytes(self.rows)
+
+    def let_go(self) -> None:
+        """Hand back what was read of mapped files."""
+        let_go(self.rows)
+
+
+class Known(Rows):
     """Labelled rows whose features are known: each is read as its number among those, one token, and has its label.
 
     first: the number of the first row. numbers, targets, tokens: (rows,) int64; tokens: of the texts.
@@ -163,15 +199,24 @@ class Known(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, at: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, at: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(len(self)))]
+    def row(self, at: int) -> Encoded:
+        """Its number, and its label."""
         ids = np.array([self.numbers[at], self.targets[at]], dtype=np.int32)
         return replace(self.rows[at], input_ids=ids, supervised=np.array([False, True]), prompt_length=1)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Two each."""
+        return np.full(len(self.rows), 2, dtype=np.int64)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What of the rows has to be, and what is known of each."""
+        return resident_bytes(self.rows) + self.numbers.nbytes + self.targets.nbytes + self.tokens.nbytes
+
+    def let_go(self) -> None:
+        """Hand back what was read of mapped files."""
+        let_go(self.rows)
 
 
 def led(rows: Sequence[Encoded], lead: Sequence[int]) -> Sequence[Encoded]:
@@ -181,26 +226,20 @@ def led(rows: Sequence[Encoded], lead: Sequence[int]) -> Sequence[Encoded]:
 
 def resident_bytes(rows: Sequence[Encoded]) -> int:
     """What of the rows has to be in memory."""
-    if isinstance(rows, Led):
-        return resident_bytes(rows.rows)
-    if isinstance(rows, Tokens):
+    if isinstance(rows, Rows):
         return rows.resident_bytes
     return sum(row.input_ids.nbytes + row.supervised.nbytes for row in rows)
 
 
 def let_go(rows: Sequence[Encoded]) -> None:
     """Hand back what was read of mapped files."""
-    if isinstance(rows, Led):
-        return let_go(rows.rows)
-    if isinstance(rows, Tokens):
+    if isinstance(rows, Rows):
         rows.let_go()
 
 
 def lengths(rows: Sequence[Encoded]) -> NDArray[np.int64]:
     """Tokens of each row."""
-    if isinstance(rows, Led):
-        return lengths(rows.rows) + len(rows.lead)
-    return rows.lengths if isinstance(rows, Tokens) else np.array([len(row.input_ids) for row in rows], np.int64)
+    return rows.lengths if isinstance(rows, Rows) else np.array([len(row.input_ids) for row in rows], np.int64)
 
 
 class Writer:
