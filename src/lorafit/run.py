@@ -119,6 +119,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             use_template(loaded.tokenizer, config.template)
         added = _add_tokens(config, loaded, console)
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, labels, is_encoder, console)
+        adds = replace(adds, evaluated=held_out is not None)
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated

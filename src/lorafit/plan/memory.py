@@ -27,6 +27,10 @@ BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
 # Rows of the output head that are decoded together, where it stays in blocks.
 DECODED_TOKENS = 8192
+# Of what is trained, as it was at the best evaluation: that copy, and what making it leaves.
+BEST_COPIES = 2
+# An evaluation's batches have other lengths than training's, and oneDNN keeps what it makes for each: measured on one set.
+EVALUATION_BYTES = 60 * MIB
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
 # In float32, of own weights that are trained: gradient, two moments, and the value before the first step.
@@ -121,6 +125,7 @@ def estimate(
             "activations": activations,
             "logits": bytes_of(logits, dtype),
             "data": data,
+            "evaluation": _evaluation_bytes(trained),
             "workspace": round(WORK[dtype] * activations) + KERNEL_BYTES,
         }
     )
@@ -132,6 +137,10 @@ def _adapter_bytes(trained: Trained, dtype: str) -> int:
         return OWNED_COPIES * bytes_of(trained.owned, "fp32")
     copies = round(ADAPTER_COPIES[dtype] * bytes_of(trained.params, "fp32"))
     return copies if dtype == "fp32" else copies + trained.packed_bytes
+
+
+def _evaluation_bytes(trained: Trained) -> int:
+    return EVALUATION_BYTES + BEST_COPIES * bytes_of(trained.params, "fp32") if trained.evaluated else 0
 
 
 def data_bytes(rows: int, resident: int) -> int:

@@ -25,7 +25,8 @@ class Trained:
 
     packed_bytes: of copies that products need, in 16 bits. owned: of the model's own weights, how many are trained.
     labels: of a head that tells them apart, 0 where the model writes text. runs_once: whether the model runs without a
-    backward pass, for the features of a head alone. padded: whether rows stand side by side.
+    backward pass, for the features of a head alone. padded: whether rows stand side by side. evaluated: whether the
+    best of several evaluations is kept.
     """
 
     params: int
@@ -35,6 +36,7 @@ class Trained:
     labels: int = 0
     runs_once: bool = False
     padded: bool = False
+    evaluated: bool = False
 
 
 def lora(spec: ModelSpec, r: int, variant: str = "lora") -> Trained:

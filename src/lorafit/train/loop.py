@@ -235,7 +235,8 @@ def _evaluate(loop: _Loop, evaluate: Callable[[], float], report: Reporter) -> N
     better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
     if better:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
-        loop.best = {name: value.clone() for name, value in loop.work.method.state(loop.work.model).items()}
+        loop.best = {}  # before there are two of them
+        loop.best = dict(loop.work.method.state(loop.work.model))
     else:
         progress.evaluations_without_gain += 1
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
