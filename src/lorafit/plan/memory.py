@@ -29,7 +29,7 @@ LOGIT_ROWS = 256
 DECODED_TOKENS = 8192
 # Of what is trained, as it was at the best evaluation: that copy, and what making it leaves.
 BEST_COPIES = 2
-# An evaluation's batches have other lengths than training's, and oneDNN keeps what it makes for each: measured on one set.
+# An evaluation's batches have other lengths than training's, and oneDNN keeps what it makes for each: measured once.
 EVALUATION_BYTES = 60 * MIB
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
@@ -81,7 +81,7 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """One line: the peak and its parts."""
-        parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in self.parts.items())
+        parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in self.parts.items() if count)
         return f"{format_bytes(self.peak_bytes)} ({parts})"
 
 
