@@ -11,7 +11,7 @@ KEPT_BACK = 0.03
 
 @dataclass
 class Budget:
-    """total_s: infinite without a budget. spent_s: in trials and measurements, those of earlier sittings included."""
+    """total_s: infinite without a budget. spent_s: in trials and measurements, those before a resume included."""
 
     total_s: float = math.inf
     spent_s: float = 0.0

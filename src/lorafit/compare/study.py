@@ -312,7 +312,7 @@ class Study:
             started = time.monotonic()
             record = work(path.with_suffix(".log"))
             record["wall_s"] = time.monotonic() - started
-            if "again" not in record:  # another sitting may have the memory
+            if "again" not in record:  # after a resume there may be the memory
                 files.write_atomic(path, json.dumps(record))
         self.budget.spent_s += record["wall_s"]
         return record
