@@ -225,6 +225,32 @@ def test_a_run_with_added_tokens_goes_on_bitwise_after_a_resume(inputs: dict[str
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "adapter", "variant": "compacter", "bottleneck": 8},
+        {"method": "prefix", "variant": "reparametrised", "virtual_tokens": 3},
+        {"method": "prompt", "virtual_tokens": 3},
+        {"method": "full", "layers": "last:1"},
+        {"variant": "vera"},
+        {"init": "pissa"},
+        {"init": "lora-ga", "lora_plus": 4.0},
+    ],
+    ids=lambda more: " ".join(str(value) for value in more.values()),
+)
+def test_every_method_goes_on_bitwise_after_a_resume(
+    more: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**inputs, **more, "epochs": 2, "save_every": 1, "output": str(tmp_path / "run")}
+    whole, _ = run(settings)
+    (saved,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
+    before = saved.read_bytes()
+    _drop_after(tmp_path / "run", whole["steps"] - 1)
+    _, printed = run(settings, resume=True)
+    assert "resuming after step" in printed
+    assert saved.read_bytes() == before
+
+
 def test_a_run_tells_later_ones_how_long_they_will_take(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from lorafit.data.store import Encoded, led
 from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
-from lorafit.errors import CheckpointError, ConfigError
+from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure
@@ -381,17 +381,7 @@ def _earlier(run: RunDir, console: Console) -> Checkpoint | None:
 
 def _check_same_run(earlier: dict[str, Any], now: dict[str, Any], console: Console) -> None:
     """Refuse to resume under other settings or inputs. Raises CheckpointError that shows each difference."""
-    changed = [
-        f"{name} was {earlier[part].get(name)!r}, now {now[part].get(name)!r}"
-        for part in ("config", "sha256")
-        for name in sorted(earlier[part].keys() | now[part].keys())
-        if earlier[part].get(name) != now[part].get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"this run was started otherwise: {'; '.join(changed)}",
-            "Resume with the same settings and files, or start anew in another directory with -o",
-        )
+    checkpoint.check_same("run", earlier, now)
     if earlier["versions"] != now["versions"]:
         console.print(
             "versions differ from those the run began with: the result may differ in rounding", style="yellow"

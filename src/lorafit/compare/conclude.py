@@ -301,13 +301,16 @@ def _said(quality: Found) -> str:
     return told if quality["metric"] == "loss" else f"{told}, loss {_value(quality['loss'], 'loss')}"
 
 
-def figure(one: Found | None, metric: str) -> str:
-    """A figure with its interval: `91.2% (84.1 to 96.3)` or `0.0812 (0.06 to 0.12)`; - where there is none."""
+def figure(one: Found | None, metric: str, sign: str = "") -> str:
+    """A figure with its interval: `91.2% (84.1 to 96.3)` or `0.0812 (0.06 to 0.12)`; - where there is none.
+
+    sign: `+` for a difference.
+    """
     if one is None:
         return "-"
     value, (low, high) = one["value"], one["interval"]
     if value is None or low is None:
         return "not finite"
     if metric == "accuracy":
-        return f"{100 * value:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{value:.3g} ({low:.3g} to {high:.3g})"
+        return f"{100 * value:{sign}.1f}% ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+    return f"{value:{sign}.3g} ({low:{sign}.3g} to {high:{sign}.3g})"

@@ -25,9 +25,10 @@ from lorafit.compare.study import Study, candidates
 from lorafit.config import CompareConfig, parse_seconds
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
-from lorafit.errors import CheckpointError, RunDirError
+from lorafit.errors import RunDirError
 from lorafit.model import spec as model_spec
 from lorafit.rundir import LOCK
+from lorafit.train.checkpoint import check_same
 
 KEEP = Path(__file__).parent / "keep.txt"
 FILE_NAMES = ("compare.json", "report.html", "setup.json", "rows", "trials")
@@ -122,7 +123,7 @@ def _setup(
     inputs |= {side: files.sha256(Path(rows.path(side))) for side in rows.counts}
     if path.is_file():
         earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _check_same(earlier, {"config": settings, "sha256": inputs})
+        check_same("comparison", earlier, {"config": settings, "sha256": inputs})
         return earlier
     from lorafit.compare import measure  # needs torch
 
@@ -136,17 +137,3 @@ def _setup(
     setup = {"config": settings, "sha256": inputs, "precision": seen["precision"], "generate": generate}
     files.write_json(path, setup)
     return setup
-
-
-def _check_same(earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        f"{name} was {earlier[part].get(name)!r}, now {now[part].get(name)!r}"
-        for part in ("config", "sha256")
-        for name in sorted(earlier[part].keys() | now[part].keys())
-        if earlier[part].get(name) != now[part].get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"this comparison was started otherwise: {'; '.join(changed)}",
-            "Resume with the same settings and files, or start anew in another directory with -o",
-        )

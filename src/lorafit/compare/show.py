@@ -78,20 +78,9 @@ def _quality(found: Found) -> list[tuple[str, ...]]:
 def _differences(found: Found) -> list[tuple[str, ...]]:
     compared = [method for method in ordered(found) if method["versus_best"]]
     return [
-        (method["name"], *(_gap(method["versus_best"].get(key), key) for key in ("accuracy", "loss")))
+        (method["name"], *(figure(method["versus_best"].get(key), key, "+") for key in ("accuracy", "loss")))
         for method in compared
     ]
-
-
-def _gap(one: Found | None, metric: str) -> str:
-    if one is None:
-        return "-"
-    value, (low, high) = one["value"], one["interval"]
-    if value is None or low is None:
-        return "not finite"
-    if metric == "accuracy":
-        return f"{100 * value:+.1f}% ({100 * low:+.1f} to {100 * high:+.1f})"
-    return f"{value:+.3g} ({low:+.3g} to {high:+.3g})"
 
 
 def _training(method: Found) -> tuple[str, ...]:
