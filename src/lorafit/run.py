@@ -177,6 +177,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
             "base_license": licence_of(inputs.spec),
+            "not_merged": "it tells labels apart" if told else table.why_not_merged(loaded.model),
             "not_exported": {} if told else ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         } | labelled_facts(told, data, progress.tokens_seen - progress.tokens_supervised, quality, once)
         files.write_atomic(run.readme, card.render(result))

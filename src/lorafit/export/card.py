@@ -141,13 +141,14 @@ lorafit eval . {rows}  # loss, accuracy, F1 of each label and what is taken for 
 def _in_lorafit(result: dict[str, Any]) -> str:
     rows = shlex.quote(result.get("eval_data") or result["data"])
     told = "" if result.get("eval_data") else "  # the rows of the training: give others"
+    merge = "lorafit merge . -o merged  # a plain Hugging Face model, without adapter\n"
+    why = result.get("not_merged")
     return f"""### lorafit
 
 ```bash
 lorafit eval . {rows} --rows 100{told}
 lorafit chat .  # /scale 0 is the base model, /scale 1 this one
-lorafit merge . -o merged  # a plain Hugging Face model, without adapter
-```"""
+{"" if why else merge}```""" + (f"\n\nIt cannot be merged: {why}." if why else "")
 
 
 def _in_peft(result: dict[str, Any], adapter: str) -> str:

@@ -16,7 +16,7 @@ from lorafit.config import MethodConfig
 from lorafit.errors import AdapterError, ConfigError, TargetError, listed
 from lorafit.lora.targets import select_layers
 from lorafit.methods.labels import label_head
-from lorafit.methods.method import Attached, Beginning, Method
+from lorafit.methods.method import Attached, Method
 from lorafit.methods.wrapped import begins_at_once, nothing_before
 from lorafit.quant.modules import Quantized, number_count
 from lorafit.units import format_count
@@ -46,11 +46,6 @@ def attach(model: nn.Module, config: MethodConfig) -> Attached:
     count = sum(owners[name].numel() for name in names)
     where = "all parameters" if config.layers is None else f"parameters of layers {config.layers}"
     return Attached(count, number_count(model), f"{where} ({format_count(len(names))} tensors)", [])
-
-
-def start(model: nn.Module, beginning: Beginning) -> list[str]:
-    """Nothing is to be known of rows first."""
-    return begins_at_once(model, beginning)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,7 +131,7 @@ def _trained(model: nn.Module) -> _Trained:
 
 METHOD = Method(
     attach=attach,
-    start=start,
+    start=begins_at_once,
     trainable=trainable,
     state=state,
     load_state=load_state,

@@ -53,6 +53,7 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     console.print(f"wrote {path}. Next:")
-    text = (f"lorafit chat {path}", f"lorafit merge {path} -o DIR") if result["task"] == "generate" else ()
-    for command in (f"lorafit eval {path} TEST.jsonl", *text):
+    chat = [f"lorafit chat {path}"] if result["task"] == "generate" else []
+    merge = [] if result["not_merged"] else [f"lorafit merge {path} -o DIR"]
+    for command in (f"lorafit eval {path} TEST.jsonl", *chat, *merge):
         console.print(f"  {command}", highlight=False, markup=False)
