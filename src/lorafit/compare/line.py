@@ -28,7 +28,6 @@ from lorafit.data.load import locate
 from lorafit.errors import RunDirError
 from lorafit.model import spec as model_spec
 from lorafit.rundir import LOCK
-from lorafit.train.checkpoint import check_same
 
 KEEP = Path(__file__).parent / "keep.txt"
 FILE_NAMES = ("compare.json", "report.html", "setup.json", "rows", "trials")
@@ -123,6 +122,8 @@ def _setup(
     inputs |= {side: files.sha256(Path(rows.path(side))) for side in rows.counts}
     if path.is_file():
         earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        from lorafit.train.checkpoint import check_same  # needs torch, which bad settings never wait for
+
         check_same("comparison", earlier, {"config": settings, "sha256": inputs})
         return earlier
     from lorafit.compare import measure  # needs torch
