@@ -13,13 +13,15 @@ import pytest
 from rich.console import Console
 
 from lorafit import rates
-from lorafit.config import PlanConfig
+from lorafit.config import PlanConfig, TrainConfig
 from lorafit.data.batching import counted, step_rows
 from lorafit.data.example import Chat
 from lorafit.data.mask import encode_all
-from lorafit.errors import ConfigError, ModelError
+from lorafit.errors import ConfigError, ModelError, TargetError
+from lorafit.model import spec as model_spec
+from lorafit.plan import counts
 from lorafit.planning import plan
-from lorafit.units import format_bytes
+from lorafit.units import MIB, format_bytes
 from tests import tiny
 
 LLAMA_70B = {
@@ -174,6 +176,78 @@ def test_the_advice_names_a_storage_where_nothing_else_fits() -> None:
     assert advice.startswith("lorafit train smollm2-135m DATA -o runs/first --precision bf16 --base-storage keep")
 
 
+def test_every_method_stands_in_each_way_that_it_can_be_trained_in(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    found, printed = planned(model, r=3, memory="64GiB")
+    ways = {row["name"]: [(run["precision"], run["base_storage"]) for run in row["runs"]] for row in found["methods"]}
+    every = [("int8", "auto"), ("bf16", "auto"), ("fp32", "auto"), ("bf16", "nf4"), ("bf16", "int8")]
+    assert ways["lora"] == ways["adapter:houlsby"] == ways["prompt"] == every
+    assert ways["full"] == [("fp32", "auto")]
+    assert "head" not in ways  # there are no labels
+    runs = {row["name"]: row["runs"] for row in found["methods"]}
+    assert runs["lora"] == found["runs"]
+    config = TrainConfig(model="m", data="d", output="o", method="adapter", variant="houlsby")
+    assert runs["adapter:houlsby"][0]["params"] == counts.method_params(model_spec.read(model), config)
+    assert all(f"{run['peak_bytes'] / MIB:,.0f}" in printed for own in runs.values() for run in own)
+    assert "x: does not fit" in printed
+
+
+def test_what_does_not_fit_fits_in_smaller_passes_or_with_layers_recomputed_is_marked() -> None:
+    free = planned("smollm2-135m", memory="64GiB")[0]
+    peak = next(row["runs"][1]["peak_bytes"] for row in free["methods"] if row["name"] == "lora")
+    found, printed = planned("smollm2-135m", memory=f"{0.97 * peak / 1e6:.0f}MB", seq_len=128)
+    runs = [run for row in found["methods"] for run in row["runs"]]
+    smaller = next(run for run in runs if run["fits"] and run["micro_tokens"] < 1024 and not run["recompute"])
+    large = next(run for run in runs if not run["fits"])
+    assert f"{smaller['peak_bytes'] / MIB:,.0f} s" in printed
+    assert f"{large['peak_bytes'] / MIB:,.0f} x" in printed
+
+
+def test_the_method_that_is_asked_for_is_planned_in_detail_and_in_the_command() -> None:
+    found, printed = planned("smollm2-135m", method="full", layers="last:2", memory="64GiB")
+    assert [run["precision"] for run in found["runs"]] == ["fp32"]
+    assert found["runs"][0]["params"] == 7_080_192
+    whole = next(row for row in found["methods"] if row["name"] == "full")
+    assert whole["runs"][0]["peak_bytes"] > 2 * found["runs"][0]["peak_bytes"]
+    assert "--precision fp32 --method full --layers last:2" in found["advice"]
+    assert "Training by full, --layers last:2" in printed
+    own = planned("smollm2-135m", method="adapter", variant="compacter")[0]["methods"]
+    assert own[0]["name"] == "adapter:compacter" and own[1]["name"] == "lora"
+
+
+def test_times_are_of_the_method_where_it_was_timed_else_of_lora_and_said_to_be(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    rates.keep(2, rates.Rates({"fp32": 4e11}, {"bf16/64": 4e11, "bf16, adapter/64": 2e11}))
+    found, printed = planned(model, threads=2, r=3)
+    rows = {
+        row["name"]: {run["precision"]: run for run in row["runs"] if run["base_storage"] == "auto"}
+        for row in found["methods"]
+    }
+    assert rows["lora"]["bf16"]["speed_from"] == "measured"
+    assert rows["adapter:pfeiffer"]["bf16"]["step_s"] == pytest.approx(rows["adapter:pfeiffer"]["bf16"]["flop"] / 2e11)
+    assert rows["ia3"]["bf16"]["step_s"] == pytest.approx(rows["ia3"]["bf16"]["flop"] / 4e11)
+    assert (rows["ia3"]["bf16"]["speed_from"], rows["ia3"]["fp32"]["speed_from"]) == ("lora", "assumed")
+    assert rows["ia3"]["int8"]["step_s"] is None
+    assert "~: at the speed of LoRA: no run of this kind was timed here yet" in printed
+    assert "not known" in printed
+
+
+def test_a_grid_of_rows_and_tokens_holds_what_was_asked_for() -> None:
+    found, printed = planned("smollm2-135m", batch_size=3, seq_len=700, memory="64GiB")
+    shapes = found["shapes"]
+    row, column = shapes["batch_sizes"].index(3), shapes["seq_lens"].index(700)
+    way = next(run for run in found["runs"] if run["precision"] == shapes["precision"])
+    assert shapes["runs"][row][column]["peak_bytes"] == way["peak_bytes"]
+    assert "by rows of a step and tokens of every row" in printed
+
+
+def test_layers_that_are_not_there_and_a_head_without_labels_are_refused() -> None:
+    with pytest.raises(TargetError, match="the model has 30 blocks"):
+        planned("smollm2-135m", method="full", layers="last:31")
+    with pytest.raises(ConfigError, match="there are no labels"):
+        planned("smollm2-135m", method="head")
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -211,7 +285,9 @@ def test_the_page_holds_all_that_is_printed_and_a_bar_for_every_part_of_memory(t
     for run in found["runs"]:
         for part, count in run["memory"].items():
             assert f'title="{part} {format_bytes(count)}"' in page
-    assert page.count("<h2>") == 6
+    assert page.count("<h2>") == 9
+    marked = next(run for row in found["methods"] for run in row["runs"] if row["name"] == "lora:dora")
+    assert f">{marked['peak_bytes'] / MIB:,.0f}</td>" in page
     assert found["advice"] in page and "40% assumed" in page
     for cell in ("the whole run", "lora, r = 256", "GGUF Q4_K_M", "bits a parameter"):
         assert cell in printed and cell in page

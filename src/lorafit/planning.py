@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,20 @@ from rich.console import Console
 
 from lorafit import files
 from lorafit import rates as machine_rates
-from lorafit.config import PlanConfig, TrainConfig, parse_bytes
+from lorafit.config import MethodConfig, PlanConfig, TrainConfig, parse_bytes
 from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import gpus, machine
 from lorafit.plan.counts import LABELS, by_part, trainable
-from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, TYPES, Forecast, fastest, forecast, on_gpu, ways
+from lorafit.plan.flops import Flop
+from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, SPEEDS, TYPES, Forecast, fastest, on_gpu
 from lorafit.plan.gpus import gpu_of
 from lorafit.plan.memory import data_bytes, splits
 from lorafit.plan.show import page, print_plan
 from lorafit.plan.storage import sizes
-from lorafit.plan.work import MICRO_TOKENS, Pass, Shape, Steps, Work, full_flop, lora_flop
-from lorafit.rates import Rates
+from lorafit.plan.survey import Around, Row, in_all_ways, name_of, over_shapes, survey
+from lorafit.plan.work import MICRO_TOKENS, Pass, Shape, Steps, Work, step_flop
 
 if TYPE_CHECKING:
     from lorafit.data.encode import Data
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from lorafit.data.store import Encoded
 
 # What of the settings is told beside the figures.
-SHOWN = {"r", "batch_size", "epochs", "watts", "price"}
+SHOWN = {"method", "layers", "r", "batch_size", "epochs", "watts", "price"}
+# What is part of the command that is advised.
+TYPED = {"method", "variant", "layers", "r", "batch_size", "epochs", "format", "template", "loss_on"}
 # Tokens of a row where there are no rows to look at.
 SEQ_LEN = 512
 # How the rows of DATA are to be read: said without DATA, they would be left out of the answer.
@@ -47,14 +51,20 @@ TOKEN_BYTES, MOST_IN_MEMORY = 4, 2 << 20
 class Rows:
     """What is trained on. count: rows of an epoch, None where it is not known. data: what was seen of DATA, or None.
 
-    seq_len, loss_share: tokens of a row, the mean of DATA's, and what of them has a loss.
+    works: the steps for so many virtual tokens in front of each row. seq_len, loss_share: tokens of a row, the mean of
+    DATA's, and what of them has a loss. labels: that DATA has.
     """
 
-    work: Work
+    works: Callable[[int], Work]
     count: int | None
     seq_len: int
     loss_share: float
     data: dict[str, Any] | None
+    labels: int = 0
+
+    def work_of(self, config: MethodConfig) -> Work:
+        """Steps of a run by a method, with its virtual tokens."""
+        return self.works(config.lead_tokens)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +81,7 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     rows that cannot be used, ConfigError.
     """
     _check(config)
+    method = MethodConfig(**config.model_dump(include={"method", "variant", "layers", "r"}))
     spec = model_spec.describe(config.model)
     threads = config.threads or machine.physical_cores()
     if config.calibrate:
@@ -80,10 +91,11 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     rates = machine_rates.read(threads)
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes()
     rows = _rows(config, spec)
-    runs = [
-        forecast(spec, config.r, rows.work, name, limit, rates, storage, rows.nbytes) for name, storage in ways(spec)
-    ]
-    found = _as_json(config, spec, rows, rates, threads, limit, runs)
+    if method.method == "head" and not rows.labels:
+        raise ConfigError("--method head is given, and there are no labels", "Give DATA with text and label")
+    around = Around(spec, limit, rates, rows.nbytes, rows.labels)
+    runs = in_all_ways(around, method, rows.work_of(method))
+    found = _as_json(config, around, method, rows, threads, runs)
     if out is not None:
         print_plan(found, out)
     if config.html:
@@ -115,17 +127,25 @@ def _rows(config: PlanConfig, spec: ModelSpec) -> Rows:
     if config.data is not None:
         return _rows_of_data(config, config.data, spec)
     seq_len, share = config.seq_len or SEQ_LEN, config.loss_share or 1.0
-    return Rows(Shape(config.batch_size, seq_len, share), config.rows, seq_len, share, None)
+    shape = Shape(config.batch_size, seq_len, share)
+    return Rows(lambda lead: replace(shape, lead=lead), config.rows, seq_len, share, None)
 
 
 def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
     """Steps as some of the rows make them."""
+    from lorafit.data.store import led as led_by
+
     some, data = _look(config, name, spec)
     pieces, tokens = data.set.pieces, data.set.tokens
     count = config.rows or (None if some.total is None else max(1, round(some.total * pieces / len(some.rows))))
-    by_micro = _passes(data.set.encoded, config.batch_size)
-    steps = by_micro[MICRO_TOKENS]
-    work = Steps(tokens / pieces * min(pieces, config.batch_size), by_micro)
+    read_tokens = tokens / pieces * min(pieces, config.batch_size)
+
+    @cache
+    def works(lead: int) -> Steps:
+        led = led_by(data.set.encoded, range(spec.vocab, spec.vocab + lead))
+        return Steps(read_tokens, _passes(led, config.batch_size))
+
+    steps = works(0).by_micro[MICRO_TOKENS]
     loss_share = data.set.supervised_tokens / tokens
     seen: dict[str, Any] = {
         "name": name,
@@ -138,14 +158,14 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
         "tokens_per_row": tokens / pieces,
         "longest": data.set.longest,
         "loss_share": loss_share,
-        "read_tokens_per_step": work.tokens,
+        "read_tokens_per_step": read_tokens,
         "computed_tokens_per_step": sum(one.tokens for step in steps for one in step) / len(steps),
         "unusable": data.bad_rows,
         "first_unusable": data.bad[0] if data.bad else None,
         "cut": data.set.cut_rows,
         "labels": len(data.targets),
     }
-    return Rows(work, count, round(tokens / pieces), loss_share, seen)
+    return Rows(works, count, round(tokens / pieces), loss_share, seen, len(data.targets))
 
 
 def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]:
@@ -186,12 +206,12 @@ def _passes(encoded: Sequence[Encoded], batch_size: int) -> dict[int, list[list[
 
 
 def _as_json(
-    config: PlanConfig, spec: ModelSpec, rows: Rows, rates: Rates, threads: int, limit: int, runs: list[Forecast]
+    config: PlanConfig, around: Around, method: MethodConfig, rows: Rows, threads: int, runs: list[Forecast]
 ) -> dict[str, Any]:
+    spec, rates = around.spec, around.rates
     steps = None if rows.count is None else math.ceil(rows.count / config.batch_size) * config.epochs
-    lora, full = lora_flop(spec, config.r, rows.work, MICRO_TOKENS), full_flop(spec, rows.work, MICRO_TOKENS)
     best = fastest(runs)
-    told = {"rows": rows.count, "seq_len": rows.seq_len, "loss_share": rows.loss_share}
+    told = {"rows": rows.count, "seq_len": rows.seq_len, "loss_share": rows.loss_share, "variant": method.variant}
     return {
         "model": config.model,
         "settings": config.model_dump(include=SHOWN) | told,
@@ -203,50 +223,95 @@ def _as_json(
         "stored_as": dict(spec.storage),
         "weight_bytes": spec.weight_bytes,
         "sizes": [asdict(size) for size in sizes(spec)],
-        "trainable": [asdict(one) for one in trainable(spec, (rows.data or {}).get("labels") or LABELS)],
-        "flop_per_token": {
-            "forward": lora.forward / rows.work.tokens,
-            "lora": lora.total / rows.work.tokens,
-            "full": full.total / rows.work.tokens,
-            "attention_share": lora.attention / lora.total,
-        },
+        "trainable": [asdict(one) for one in trainable(spec, rows.labels or LABELS)],
+        "flop_per_token": _flop_per_token(spec, method, rows),
         "machine": {
             "threads": threads,
-            "memory_bytes": limit,
+            "memory_bytes": around.limit,
             "flop_per_s": dict(rates.flop_per_s),
             "mfu": {name: rates.mfu_of(name, spec.hidden) for name in PRECISIONS},
             "assumed_mfu": ASSUMED_MFU,
         },
         "types": TYPES,
+        "speeds": SPEEDS,
         "steps": steps,
+        "method": name_of(method),
         "runs": [_run(one, config, steps) for one in runs],
-        "gpu": _gpu(config, spec, rows, steps) if config.gpu else None,
+        "methods": [_of_method(row, config, steps) for row in survey(around, method, rows.work_of)],
+        "shapes": _shapes(around, method, rows, config, best or runs[0]),
+        "gpu": _gpu(config, around, method, rows, steps) if config.gpu else None,
         "advice": _command(config, best) if best else None,
     }
 
 
-def _gpu(config: PlanConfig, spec: ModelSpec, rows: Rows, steps: int | None) -> dict[str, Any]:
+def _flop_per_token(spec: ModelSpec, method: MethodConfig, rows: Rows) -> dict[str, float]:
+    """Of the method that was asked for, beside LoRA and full fine-tuning."""
+
+    def of(config: MethodConfig) -> Flop:
+        return step_flop(spec, config, rows.work_of(config), MICRO_TOKENS, rows.labels)
+
+    own, tokens = of(method), rows.work_of(method).tokens
+    return {
+        "forward": own.forward / tokens,
+        "method": own.total / tokens,
+        "lora": of(MethodConfig(r=method.r)).total / tokens,
+        "full": of(MethodConfig(method="full")).total / tokens,
+        "attention_share": own.attention / own.total,
+    }
+
+
+def _of_method(row: Row, config: PlanConfig, steps: int | None) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "impossible": row.impossible,
+        "runs": [_run(one, config, steps) for one in row.runs],
+    }
+
+
+def _shapes(around: Around, method: MethodConfig, rows: Rows, config: PlanConfig, best: Forecast) -> dict[str, Any]:
+    """Peaks of the method over rows of a step and tokens of a row. All rows are of one length there."""
+    asked = Shape(config.batch_size, rows.seq_len, rows.loss_share)
+    batches, lengths, found = over_shapes(around, method, (best.precision, best.storage), asked)
+    return {
+        "precision": best.precision,
+        "base_storage": best.storage,
+        "batch_sizes": batches,
+        "seq_lens": lengths,
+        "runs": [[_fit(one) for one in row] for row in found],
+    }
+
+
+def _fit(one: Forecast) -> dict[str, Any]:
+    """What it takes of memory, and how it comes to that."""
+    return {
+        "peak_bytes": one.memory.peak_bytes,
+        "micro_tokens": one.split.micro_tokens,
+        "recompute": one.split.recompute,
+        "fits": one.fits,
+    }
+
+
+def _gpu(config: PlanConfig, around: Around, method: MethodConfig, rows: Rows, steps: int | None) -> dict[str, Any]:
     gpu = gpu_of(config.gpu or "")
     unpowered = config.model_copy(update={"watts": None, "price": None})  # those are this machine's
-    runs = [_run(one, unpowered, steps) for one in on_gpu(spec, config.r, rows.work, gpu)]
+    found = on_gpu(around.spec, method, rows.work_of(method), gpu, rows.labels)
+    runs = [_run(one, unpowered, steps) for one in found]
     return asdict(gpu) | {"assumed_mfu": gpus.ASSUMED_MFU, "runs": runs}
 
 
 def _run(one: Forecast, config: PlanConfig, steps: int | None) -> dict[str, Any]:
-    known = one.step_s is not None and steps is not None
-    energy = one.energy_kwh(config.watts, steps) if config.watts and steps else None
+    energy = one.energy_kwh(config.watts, steps, config.epochs) if config.watts and steps else None
     return {
         "precision": one.precision,
         "base_storage": one.storage,
-        "peak_bytes": one.memory.peak_bytes,
         "memory": one.memory.parts,
-        "micro_tokens": one.split.micro_tokens,
-        "recompute": one.split.recompute,
-        "fits": one.fits,
+        **_fit(one),
+        "params": one.params,
         "flop": one.flop.total,
         "step_s": one.step_s,
+        "speed_from": one.speed_from,
         "tokens_per_s": one.tokens_per_s,
-        "train_s": one.step_s * steps if known and one.step_s and steps else None,
+        "train_s": one.train_s(steps, config.epochs) if steps else None,
         "energy_kwh": energy,
         "cost": energy * config.price if energy is not None and config.price else None,
     }
@@ -256,11 +321,11 @@ def _command(config: PlanConfig, best: Forecast) -> str:
     """What to type. Settings that are the default are left out."""
     usual = TrainConfig.model_fields["seq_len"].default
     seq_len = config.seq_len if config.seq_len and (config.data or config.seq_len > usual) else usual
-    settings = config.model_dump(include={"r", "batch_size", "epochs", "format", "template", "loss_on"})
+    settings = config.model_dump(include=TYPED)
     given = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in (settings | {"seq_len": seq_len}).items()
-        if value != TrainConfig.model_fields[name].default
+        if value not in (None, TrainConfig.model_fields[name].default)
     ]
     given += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
     memory = [f"--memory {config.memory}"] if config.memory else []

@@ -40,9 +40,19 @@ class Rates:
         return reached / rate if reached and rate else None
 
 
-def way(precision: str, storage: str) -> str:
-    """What the speed of training is kept under, beside the width: decoding weights takes time too."""
-    return precision if storage == "auto" else f"{precision}, {storage}"
+def way(precision: str, storage: str, kind: str = "") -> str:
+    """What the speed of training is kept under, beside the width: decoding weights takes time too.
+
+    kind: of method, see `kind_of`.
+    """
+    return ", ".join(part for part in (precision, storage if storage != "auto" else "", kind) if part)
+
+
+def kind_of(method: str, variant: str) -> str:
+    """Methods that are computed alike have one speed: LoRA's plain form, "", its others, and each other method."""
+    if method != "lora":
+        return method
+    return "" if variant == "lora" else f"lora:{variant}"
 
 
 def run_key(way: str, width: int) -> str:

@@ -43,6 +43,7 @@ from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.model.licence import licence_of
 from lorafit.plan import machine, memory, trained
+from lorafit.plan.forecast import SPEEDS
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
@@ -52,8 +53,9 @@ from lorafit.train.labelled import find_labels, labelled_facts, look_once, preci
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
 from lorafit.train.setup import (
+    Expected,
     evaluation_tokens,
-    expected_s,
+    expected,
     fit_to_memory,
     gradients_of_first_rows,
     make_engine,
@@ -121,7 +123,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, labels, is_encoder, console)
         adds = replace(adds, evaluated=held_out is not None)
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
-        estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
+        estimate, predicted = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
         told = Labels(labels.names, pooling, labels.several) if labels else None
         if told:
@@ -162,9 +164,11 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         kept = method.finish(loaded.model, config)
         saved.save(loaded.model, run.adapter, kept, outcome.lasting(config.model), loaded.tokenizer, told)
-        result = outcome.result(config, attached, progress, identity, estimate, load_s) | outcome.engine_facts(engine)
-        result["predicted_train_s"] = expected
-        if not told:
+        flop = outcome.flop_of(config, progress, predicted.flop if predicted else None, work.total_steps)
+        result = outcome.result(config, attached, progress, identity, estimate, load_s, flop)
+        result |= outcome.engine_facts(engine)
+        result["predicted_train_s"] = predicted.train_s if predicted else None
+        if not told or config.method == "head":
             outcome.remember_speed(result, inputs.spec, config)
         result |= {
             "added_tokens": {token.text: token.id for token in added},
@@ -301,8 +305,8 @@ def _plan(
     adds: trained.Trained,
     force: bool,
     console: Console,
-) -> tuple[memory.MemoryEstimate, float | None]:
-    """The predicted peak and seconds, shown; into `chosen`, how steps are split to stay below the limit.
+) -> tuple[memory.MemoryEstimate, Expected | None]:
+    """The predicted peak, operations and seconds, shown; into `chosen`, how steps are split to stay below the limit.
 
     Raises DoesNotFitError.
     """
@@ -313,12 +317,11 @@ def _plan(
     console.print(f"predicted peak memory: {estimate.describe()}", highlight=False)
     if chosen["micro_tokens"] < config.micro_tokens:
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
-    expected = None
-    if not adds.labels:  # how fast heads of labels train was not measured
-        expected = expected_s(spec, config, chosen["precision"], rows, split, chosen["threads"])
-    if expected is not None:
-        console.print(f"predicted time: {format_seconds(expected)}", highlight=False)
-    return estimate, expected
+    found = expected(spec, config, chosen["precision"], rows, split, chosen["threads"], adds)
+    if found and found.train_s is not None and found.speed_from:
+        how = "" if found.speed_from == "measured" else f" ({SPEEDS[found.speed_from]})"
+        console.print(f"predicted time: {format_seconds(found.train_s)}{how}", highlight=False)
+    return estimate, found
 
 
 def _evaluation(engine: Engine, held_out: Sequence[Encoded], micro_tokens: int) -> Callable[[], float]:

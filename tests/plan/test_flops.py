@@ -19,16 +19,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from lorafit.config import LoRAConfig
+from lorafit.config import METHOD_VARIANTS, LoRAConfig, MethodConfig
 from lorafit.data.pack import micro_batches
 from lorafit.engine.engine import prepare
 from lorafit.engine.kernels.products import has_low_rank
 from lorafit.engine.tally import TALLY
 from lorafit.errors import ModelError
-from lorafit.methods import lora
+from lorafit.methods import lora, table
+from lorafit.methods.virtual import lead_of
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.flops import block_groups, causal_pairs, full_step, head_flop, lora_step, padded_pairs
+from lorafit.plan.flops import block_groups, causal_pairs, head_flop, padded_pairs
+from lorafit.plan.steps import Amount, step
 from lorafit.train.calibrate import random_rows
 
 ROWS, LENGTH, R = 3, 11, 5
@@ -59,6 +61,7 @@ def built(name: str, directory: Path) -> tuple[Any, ModelSpec]:
 def counted(model: Any) -> int:
     """Of a forward and a backward pass over rows of one length, with all logits."""
     ids = torch.randint(0, 50, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([torch.tensor(lead_of(model), dtype=torch.int64).expand(ROWS, -1), ids], dim=1)
     counter = FlopCounterMode(display=False)
     with counter:
         model(input_ids=ids).logits.float().square().mean().backward()
@@ -72,7 +75,33 @@ def test_a_step_of_lora_has_just_the_operations_that_torch_counts(name: str, tmp
         model, LoRAConfig(r=R, alpha=7.0, targets=["re:.*(layers?|h)\\.\\d+\\..*"] if name == "bert" else "all-linear")
     )
     tokens, pairs = ROWS * LENGTH, padded_pairs([LENGTH] * ROWS)
-    assert lora_step(spec, R, tokens, tokens, pairs).total == counted(model)
+    assert step(spec, MethodConfig(r=R), Amount(tokens, tokens, pairs)).total == counted(model)
+
+
+CASES = [
+    (method, variant, layers)
+    for method, variants in METHOD_VARIANTS.items()
+    for variant in variants
+    for layers in (None, "last:1", "1")
+    if method != "head" and (layers is None or method not in ("prompt", "full") or (method == "full"))
+]
+
+
+@pytest.mark.parametrize(("method", "variant", "layers"), CASES)
+@pytest.mark.parametrize("name", ["tied llama", "gpt2", "bert"])
+def test_a_step_of_every_method_has_just_the_operations_that_torch_counts(
+    name: str, method: str, variant: str, layers: str | None, tmp_path: Path
+) -> None:
+    if name == "bert" and (method in ("prefix", "prompt") or variant == "parallel"):
+        pytest.skip("not for encoders")
+    model, spec = built(name, tmp_path)
+    blocks = ["re:.*layer\\.\\d+\\..*"] if name == "bert" and method in ("lora", "bitfit") else "all-linear"
+    settings = {"method": method, "variant": variant, "layers": layers, "targets": blocks}
+    config = MethodConfig(r=R, alpha=7.0, bottleneck=8, virtual_tokens=4, **settings)
+    table.attach(model, config)
+    width = LENGTH + config.lead_tokens
+    amount = Amount(ROWS * width, ROWS * width, padded_pairs([width] * ROWS))
+    assert step(spec, config, amount).total == counted(model)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,7 +110,7 @@ def test_a_step_of_full_fine_tuning_has_six_operations_a_weight_and_token_and_th
 ) -> None:
     model, spec = built(name, tmp_path)
     tokens, pairs = ROWS * LENGTH, padded_pairs([LENGTH] * ROWS)
-    expected = full_step(spec, tokens, tokens, pairs)
+    expected = step(spec, MethodConfig(method="full"), Amount(tokens, tokens, pairs))
     # The embeddings' output has a gradient too, so nothing is left out, and torch counts just the same.
     assert expected.total == counted(model)
     linear = sum(out * into for group in block_groups(spec) for out, into in group.shapes) * spec.layers
@@ -118,5 +147,6 @@ def test_the_engine_counts_just_as_many_over_the_tokens_that_it_computes(
     ending = len(batch.predicting) if engine.ends_early else None
     assert len(batch.predicting) < batch.computed_tokens
     assert engine.ends_early is (name != "tied llama" and dtype == torch.bfloat16 and has_low_rank())
-    predicted = lora_step(spec, R, batch.computed_tokens, len(batch.predicts), batch.attended_pairs, ending)
+    amount = Amount(batch.computed_tokens, len(batch.predicts), batch.attended_pairs, ending)
+    predicted = step(spec, MethodConfig(r=R), amount)
     assert predicted.total == TALLY.flop - before

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.config import TrainConfig
+from lorafit.config import MethodConfig, TrainConfig
 from lorafit.methods.table import METHODS
 from lorafit.model import spec as model_spec
 from lorafit.plan import counts, machine, memory, trained
@@ -28,8 +28,12 @@ def test_the_predicted_trainable_count_is_the_actual_one(tmp_path: Path) -> None
 
 def test_the_peak_is_the_sum_of_its_parts_and_grows_with_tokens(tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    small = memory.estimate(spec, trained.lora(spec, 3), "fp32", tokens=100, supervised=10, recompute=False)
-    large = memory.estimate(spec, trained.lora(spec, 3), "fp32", tokens=200, supervised=20, recompute=False)
+    small = memory.estimate(
+        spec, trained.of(spec, MethodConfig(r=3)), "fp32", tokens=100, supervised=10, recompute=False
+    )
+    large = memory.estimate(
+        spec, trained.of(spec, MethodConfig(r=3)), "fp32", tokens=200, supervised=20, recompute=False
+    )
     assert small.peak_bytes == sum(small.parts.values())
     assert large.parts["activations"] == 2 * small.parts["activations"]
     assert large.parts["logits"] == 2 * small.parts["logits"]
@@ -38,7 +42,9 @@ def test_the_peak_is_the_sum_of_its_parts_and_grows_with_tokens(tmp_path: Path) 
 
 def test_logits_are_never_all_in_memory(tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    many = memory.estimate(spec, trained.lora(spec, 3), "bf16", tokens=10_000, supervised=10_000, recompute=False)
+    many = memory.estimate(
+        spec, trained.of(spec, MethodConfig(r=3)), "bf16", tokens=10_000, supervised=10_000, recompute=False
+    )
     assert many.parts["logits"] == 256 * spec.vocab * 2
 
 
@@ -47,7 +53,7 @@ def test_bf16_and_int8_take_a_quarter_of_fp32_with_its_packed_copies(tmp_path: P
     embeddings = spec.vocab * spec.hidden + 5 * spec.hidden  # tied head; five norms
     blocks = spec.parameters - embeddings
     parts = {
-        p: memory.estimate(spec, trained.lora(spec, 3), p, 999, 1, False).parts["weights"]
+        p: memory.estimate(spec, trained.of(spec, MethodConfig(r=3)), p, 999, 1, False).parts["weights"]
         for p in ("fp32", "bf16", "int8")
     }
     assert parts == {
@@ -62,7 +68,7 @@ def test_what_int8_is_made_from_counts_where_it_is_the_peak(tmp_path: Path) -> N
     spec = model_spec.read(str(tmp_path / "model"))
     large = dataclasses.replace(spec, tensors={k: tuple(64 * n for n in v) for k, v in spec.tensors.items()})
     one, many = (
-        memory.estimate(large, trained.lora(large, 3), "int8", n, 1, recompute=True)
+        memory.estimate(large, trained.of(large, MethodConfig(r=3)), "int8", n, 1, recompute=True)
         for n in (memory.CALIBRATION_TOKENS, 999_999)
     )
     assert one.parts["weights"] > many.parts["weights"]
@@ -70,7 +76,9 @@ def test_what_int8_is_made_from_counts_where_it_is_the_peak(tmp_path: Path) -> N
 
 def test_recomputing_layers_keeps_less(tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    kept, again = (memory.activation_bytes(spec, 21, "bf16", 100, recompute) for recompute in (False, True))
+    kept, again = (
+        memory.activation_bytes(spec, 21, "bf16", 100, recompute, depth=spec.layers) for recompute in (False, True)
+    )
     assert again < kept
 
 
@@ -87,4 +95,4 @@ def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
 @pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits", "workspace"])
 def test_the_description_names_every_part(part: str, tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
-    assert part in memory.estimate(spec, trained.lora(spec, 3), "fp32", 1, 1, False).describe()
+    assert part in memory.estimate(spec, trained.of(spec, MethodConfig(r=3)), "fp32", 1, 1, False).describe()

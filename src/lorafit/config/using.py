@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorafit.config.base import Frozen, Names, Texts
-from lorafit.config.training import RowsConfig
+from lorafit.config.training import EPOCHS, RowsConfig
 
 
 class EvalConfig(RowsConfig):
@@ -79,6 +79,12 @@ class PlanConfig(Frozen):
     """Another chat template, as for train."""
     loss_on: Literal["replies", "last", "all"] = "replies"
     """Which tokens of a conversation have a loss, as for train."""
+    method: str = "lora"
+    """Which method the detailed table is of, as for train; all of them stand side by side in another."""
+    variant: str | None = None
+    """The form of it, as for train. Default: the method's first."""
+    layers: str | None = None
+    """Which blocks it trains, as for train: last:K, first:K or 0-3,7. Default: all."""
     r: int = Field(16, ge=1)
     """Rank of the update."""
     batch_size: int = Field(16, ge=1)
@@ -90,7 +96,7 @@ class PlanConfig(Frozen):
     rows: int | None = Field(None, ge=1)
     """Rows of an epoch, to predict how long the whole run takes; with DATA they are counted."""
     epochs: int = Field(1, ge=1)
-    """How often each row is seen."""
+    """How often each row is seen. Default: 1; 10 for a head alone, as for train."""
     memory: str | None = None
     """Stay below this, such as 2GiB. Default: what the machine has free."""
     watts: float | None = Field(None, gt=0)
@@ -105,6 +111,14 @@ class PlanConfig(Frozen):
     """Write the plan as a page to this file, with a picture of each run's memory."""
     calibrate: bool = False
     """Measure first how fast this machine trains, in about half a minute; kept for later plans."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_follow_method(cls, values: Any) -> Any:
+        """Where no number is given it is the usual one of the method."""
+        if not isinstance(values, dict) or values.get("epochs") is not None:
+            return values
+        return {**values, "epochs": EPOCHS.get(values.get("method") or "lora", 1)}
 
 
 class ChatConfig(Frozen):

@@ -20,6 +20,7 @@ from torch import nn
 
 from lorafit.errors import TargetError, did_you_mean, listed
 from lorafit.lora.base import LINEAR_KINDS, kind_name, refusal
+from lorafit.lora.blocks import wanted_blocks
 from lorafit.lora.ties import weight_key
 
 V = TypeVar("V", int, float)
@@ -111,8 +112,10 @@ def select_layers(model: nn.Module, names: Sequence[str], layers: str | Sequence
     if not blocks:
         raise TargetError(f"layers is {layers!r}, but none of the targets lies in a numbered block", "Leave layers out")
     longest = max(count for _, count in blocks.values())
-    _wanted(layers, longest, longest)  # the one check of the range
-    kept = [name for name in names if name in blocks and blocks[name][0] in _wanted(layers, blocks[name][1], longest)]
+    wanted_blocks(layers, longest, longest)  # the one check of the range
+    kept = [
+        name for name in names if name in blocks and blocks[name][0] in wanted_blocks(layers, blocks[name][1], longest)
+    ]
     if not kept:
         raise TargetError(f"layers {layers!r} leaves none of the targets", f"There are {longest} blocks, from 0 on")
     return kept
@@ -130,39 +133,6 @@ def _blocks(model: nn.Module, names: Sequence[str], stack: type[nn.Module]) -> d
                 found[name] = (int(part), len(parent._modules))
                 break
     return found
-
-
-def _wanted(layers: str | Sequence[int], count: int, longest: int) -> set[int]:
-    """Block numbers below count. Raises TargetError if layers can't be read or goes beyond the longest stack."""
-    if isinstance(layers, str):
-        ends = re.fullmatch(r"\s*(first|last):(\d+)\s*", layers)
-        if ends:
-            k = int(ends[2])
-            if not 1 <= k <= longest:
-                raise TargetError(
-                    f"layers {layers!r} is out of range: the model has {longest} blocks", f"Choose from 1 to {longest}"
-                )
-            return set(range(min(k, count))) if ends[1] == "first" else set(range(max(count - k, 0), count))
-        numbers = _ranges(layers)
-    else:
-        numbers = list(layers)
-    beyond = [n for n in numbers if not 0 <= n < longest]
-    if beyond or not numbers:
-        what = f"layers {layers!r} is out of range: the model has {longest} blocks"
-        raise TargetError(what, f"Choose from 0 to {longest - 1}")
-    return {n for n in numbers if n < count}
-
-
-def _ranges(text: str) -> list[int]:
-    numbers: list[int] = []
-    for part in text.split(","):
-        bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
-            raise TargetError(
-                f"layers {text!r} can't be read", "Write last:K, first:K, or numbers and ranges like 0-3,7"
-            )
-        numbers += range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1)
-    return numbers
 
 
 def _adaptable(pattern: str, hits: list[str], modules: dict[str, nn.Module], found: Selection) -> list[str]:

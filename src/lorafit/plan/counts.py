@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 from lorafit.config import METHOD_VARIANTS, MethodConfig
+from lorafit.lora.blocks import wanted_blocks
 from lorafit.model.spec import OUTPUT_WEIGHTS, ModelSpec
 from lorafit.model.sublayers import ATTENTION_ENDS, FUSED, KEYS_AND_VALUES, MLP_ENDS, SEPARATE, is_one_of
 
@@ -21,7 +23,7 @@ PART_NAMES = (
     ("attention", re.compile(r"attn|attention|[qkvo]_proj|query|key|value")),
     ("mlp", re.compile(r"mlp|ffn|experts|fc|dense|intermediate|output|feed_forward")),
 )
-BLOCK = re.compile(r"(?:^|\.)\d+\.")
+BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 BYTES_FP32 = 4
 # What reads hidden states: an output head, or what encoders have there.
 BEHIND = re.compile(r"(?:^|\.)(?:pooler|cls|lm_head|embed_out|classifier|score|vocab_\w+)\.|^output\.")
@@ -36,9 +38,17 @@ def by_part(spec: ModelSpec) -> dict[str, int]:
     return counts
 
 
+@cache
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to."""
     return next((part for part, pattern in PART_NAMES if pattern.search(name)), "other")
+
+
+@cache
+def block_of(name: str) -> int | None:
+    """The number of the block that a parameter lies in."""
+    found = BLOCK.search(name)
+    return int(found[1]) if found else None
 
 
 def block_weights(spec: ModelSpec) -> dict[str, tuple[int, int]]:
@@ -46,8 +56,22 @@ def block_weights(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     return {
         name: (shape[0], shape[1])
         for name, shape in spec.tensors.items()
-        if len(shape) == 2 and BLOCK.search(name) and part_of(name) in ("attention", "mlp", "other")
+        if len(shape) == 2 and block_of(name) is not None and part_of(name) in ("attention", "mlp", "other")
     }
+
+
+def chosen_blocks(spec: ModelSpec, layers: str | None) -> set[int]:
+    """The numbers of the blocks that --layers names, all without. Raises TargetError for what is out of range."""
+    return set(range(spec.layers)) if layers is None else wanted_blocks(layers, spec.layers, spec.layers)
+
+
+def within(spec: ModelSpec, layers: str | None) -> ModelSpec:
+    """The model as if it had the blocks alone that --layers names, and nothing beside them; itself without."""
+    if layers is None:
+        return spec
+    chosen = chosen_blocks(spec, layers)
+    own = {name: shape for name, shape in spec.tensors.items() if block_of(name) in chosen}
+    return replace(spec, tensors=own, parameters=sum(map(prod, own.values())))
 
 
 # --- what each method trains ----------------------------------------------------------------------------------------
@@ -156,7 +180,13 @@ def body_params(spec: ModelSpec) -> int:
 
 
 def method_params(spec: ModelSpec, config: MethodConfig, labels: int = 0) -> int:
-    """What a method trains with these settings, on all of its usual layers, and a head of so many labels beside it."""
+    """What a method trains with these settings, on its usual layers in the blocks of --layers.
+
+    labels: of a head beside it.
+    """
+    if config.layers is not None:
+        own = method_params(within(spec, config.layers), config.model_copy(update={"layers": None}))
+        return own + head_params(spec, labels) if labels else own
     if labels:
         own = body_params(spec) if config.method == "full" else method_params(spec, config)
         return own + head_params(spec, labels)
@@ -181,18 +211,22 @@ def _others(spec: ModelSpec, labels: int) -> list[Trainable]:
     ]  # fmt: skip
     for method, variants in METHOD_VARIANTS.items():
         for variant in variants if method not in ("lora", "full", "head") else ():
-            count = method_params(spec, MethodConfig(method=method, variant=variant))
+            config = MethodConfig(method=method, variant=variant)
+            count = method_params(spec, config)
             saved = BYTES_FP32 * method_params(spec, MethodConfig(method=method))  # a network is dropped at the end
             file = saved if method == "prefix" else BYTES_FP32 * count
-            found.append(Trainable(_name(method, variant), count, file, _why_not(spec, method, variant)))
+            found.append(Trainable(_name(method, variant), count, file, why_not(spec, config)))
     return found
 
 
-def _why_not(spec: ModelSpec, method: str, variant: str) -> str | None:
-    """Why an encoder cannot be trained so."""
-    if not spec.writes_text and method in ("prefix", "prompt"):
+def why_not(spec: ModelSpec, config: MethodConfig) -> str | None:
+    """Why the model cannot be trained so: an encoder, or a rank that layers cannot hold."""
+    small = [min(shape) for shape in block_weights(spec).values() if config.method == "lora" and min(shape) < config.r]
+    if small:
+        return f"{len(small)} of its layers hold a rank of at most {min(small)}"
+    if not spec.writes_text and config.method in ("prefix", "prompt"):
         return "an encoder would read its tokens as part of the row"
-    if not spec.writes_text and variant == "parallel" and not any(".mlp." in name for name in spec.tensors):
+    if not spec.writes_text and config.variant == "parallel" and not any(".mlp." in name for name in spec.tensors):
         return "no module is the whole MLP"
     return None
 
@@ -213,11 +247,9 @@ def trainable(spec: ModelSpec, labels: int = LABELS) -> list[Trainable]:
 
 
 def _lora_row(spec: ModelSpec, variant: str, r: int) -> Trainable:
-    small = {name: min(shape) for name, shape in block_weights(spec).items() if min(shape) < r}
-    name = f"{variant}, r = {r}"
-    if small:
-        least = min(small.values())
-        return Trainable(name, 0, 0, f"{len(small)} of its layers hold a rank of at most {least}")
+    name, reason = f"{variant}, r = {r}", why_not(spec, MethodConfig(variant=variant, r=r))
+    if reason:
+        return Trainable(name, 0, 0, reason)
     return Trainable(name, VARIANT_PARAMS[variant](spec, r), adapter_file_bytes(spec, variant, r))
 
 

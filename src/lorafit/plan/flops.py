@@ -15,17 +15,16 @@ from math import prod
 
 from lorafit.errors import ModelError
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.counts import matrices, part_of
-
-FIRST_BLOCK = re.compile(r"(?:^|\.)0\.")
+from lorafit.plan.counts import block_of, matrices, part_of
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that are given the same input. shapes: (out, in) of each. name: what it is."""
+    """Linear layers that are given the same input. shapes: (out, in) of each. weights: names. name: what they are."""
 
     name: str
     shapes: tuple[tuple[int, int], ...]
+    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,63 +58,17 @@ def block_groups(spec: ModelSpec) -> tuple[Group, ...]:
 
     Raises ModelError for a block with a weight that has no slot, such as a mixture of experts.
     """
-    weights = {name: shape for name, shape in matrices(spec).items() if FIRST_BLOCK.search(name)}
-    found: dict[str, list[tuple[int, int]]] = {slot: [] for slot, _ in SLOTS}
-    for name, shape in weights.items():
+    weights = {name: shape for name, shape in matrices(spec).items() if block_of(name) == 0}
+    found: dict[str, list[str]] = {slot: [] for slot, _ in SLOTS}
+    for name in weights:
         slot = next((slot for slot, pattern in SLOTS if re.search(pattern, name)), None)
         if slot is None:
             raise ModelError(
                 f"{spec.name} has blocks with {name}, whose operations are not known here",
                 "Operations and time are predicted for dense decoders and encoders",
             )
-        found[slot].append(shape)
-    return tuple(Group(slot, tuple(shapes)) for slot, shapes in found.items() if shapes)
-
-
-def lora_step(spec: ModelSpec, r: int, tokens: int, predicted: int, pairs: int, ending: int | None = None) -> Flop:
-    """A step of LoRA on all linear layers of the blocks, a frozen head, frozen embeddings.
-
-    tokens: that go through the blocks. predicted: whose logits are computed. pairs: (query, key) pairs that attention
-    multiplies, summed over the rows. ending: tokens that what follows the last attention is computed for, all by
-    default. Where nothing below is trained no gradient is computed: the input of the lowest layers has none.
-    """
-    flop, groups = Flop(0, 0, 0), block_groups(spec)
-    for layer in range(spec.layers):
-        for number, group in enumerate(groups):
-            if group.name == "o":
-                flop += attention_flop(spec, pairs)
-            ends = ending is not None and layer == spec.layers - 1 and group.name != "qkv"
-            count = ending if ends and ending is not None else tokens
-            flop += _adapted(group, r, count, input_has_gradient=layer > 0 or number > 0)
-    head = head_flop(spec, predicted)
-    return flop + Flop(head, head, 0)
-
-
-def _adapted(group: Group, r: int, tokens: int, input_has_gradient: bool) -> Flop:
-    """Of y = x W^T + h B^T with h = x A^T: W's product, those of h and h B^T, and the gradients of B, h, A and x."""
-    dense = sum(2 * tokens * out * into for out, into in group.shapes)
-    by_A = sum(2 * tokens * r * into for _, into in group.shapes)
-    by_B = sum(2 * tokens * r * out for out, _ in group.shapes)
-    backward = 2 * by_B + by_A + (dense + by_A if input_has_gradient else 0)
-    return Flop(dense + by_A + by_B, backward, 0)
-
-
-def attention_flop(spec: ModelSpec, pairs: int) -> Flop:
-    """Q K^T and P V: 2 * 2 * pairs * heads * head_dim forward; backward each has two products more."""
-    forward = 4 * pairs * spec.heads * spec.head_dim
-    return Flop(forward, 2 * forward, 3 * forward)
-
-
-def full_step(spec: ModelSpec, tokens: int, predicted: int, pairs: int) -> Flop:
-    """A step that trains all weights: every product has a gradient of its input and one of its weight."""
-    flop, groups = Flop(0, 0, 0), block_groups(spec)
-    for _ in range(spec.layers):
-        for group in groups:
-            dense = sum(2 * tokens * out * into for out, into in group.shapes)
-            flop += Flop(dense, 2 * dense, 0)
-        flop += attention_flop(spec, pairs)
-    head = head_flop(spec, predicted)
-    return flop + Flop(head, 2 * head, 0)
+        found[slot].append(name)
+    return tuple(Group(slot, tuple(weights[n] for n in own), tuple(own)) for slot, own in found.items() if own)
 
 
 def head_flop(spec: ModelSpec, predicted: int) -> int:

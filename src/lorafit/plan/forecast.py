@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import gpus, memory, trained
-from lorafit.plan.counts import lora_params
 from lorafit.plan.flops import Flop
 from lorafit.plan.gpus import Gpu
 from lorafit.plan.memory import MemoryEstimate, Split
 from lorafit.plan.storage import BLOCK_TYPES
-from lorafit.plan.work import Work, largest, lora_flop
-from lorafit.rates import Rates, run_key, way
+from lorafit.plan.work import Work, flop_once, largest, step_flop
+from lorafit.rates import Rates, kind_of, run_key, way
 
 PRECISIONS = ("int8", "bf16", "fp32")
 # What is in which type.
@@ -30,12 +31,17 @@ J_PER_KWH = 3.6e6
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run in one precision. step_s, tokens_per_s: None where this machine's rate is not known.
+    """A run by one method in one precision. step_s, tokens_per_s: None where this machine's rate is not known.
 
-    storage: that of frozen weights, as --base-storage.
-    split: how a step is computed. fits: into the memory given.
+    layers: as --layers. params: that are trained. storage: that of frozen weights, as --base-storage. split: how a step
+    is computed. fits: into the memory given. flop: of a step. once_s: of a step's seconds, what later epochs do not
+    take, as the layers below all that is trained are computed once. speed_from: how the speed is known, see SPEEDS.
     """
 
+    method: str
+    variant: str
+    layers: str | None
+    params: int
     precision: str
     storage: str
     memory: MemoryEstimate
@@ -43,56 +49,79 @@ class Forecast:
     fits: bool
     flop: Flop
     step_s: float | None
+    once_s: float | None
     tokens_per_s: float | None
+    speed_from: str | None
 
-    def energy_kwh(self, watts: float, steps: int) -> float | None:
-        """Of so many steps at a steady power."""
-        return None if self.step_s is None else watts * self.step_s * steps / J_PER_KWH
+    def train_s(self, steps: int, epochs: int) -> float | None:
+        """Of so many steps, in so many epochs."""
+        if self.step_s is None or self.once_s is None:
+            return None
+        return self.step_s * steps - self.once_s * (steps - -(-steps // epochs))
+
+    def energy_kwh(self, watts: float, steps: int, epochs: int) -> float | None:
+        """Of the same at a steady power."""
+        seconds = self.train_s(steps, epochs)
+        return None if seconds is None else watts * seconds / J_PER_KWH
 
 
-def ways(spec: ModelSpec) -> list[tuple[str, str]]:
-    """(precision, storage of frozen weights) of every way in which the model could be trained."""
+def ways(spec: ModelSpec, method: str = "lora") -> list[tuple[str, str]]:
+    """(precision, storage of frozen weights) of every way in which a method can train the model."""
+    if method == "full":  # an update of 16 bits would be lost in the weights
+        return [("fp32", "auto")]
     if not spec.writes_text:  # an encoder's layers run as they are
         return [("bf16", "auto"), ("fp32", "auto")]
     in_blocks = any(name in BLOCK_TYPES for name in spec.storage)
     stored = ["nf4", "int8"] if spec.kind == "hf" else ["keep"] if in_blocks else []
-    return [(precision, "auto") for precision in PRECISIONS] + [("bf16", storage) for storage in stored]
+    plain = [name for name in PRECISIONS if name != "int8" or method != "head"]  # int8 is calibrated by going back
+    return [(precision, "auto") for precision in plain] + [("bf16", storage) for storage in stored]
 
 
-def on_gpu(spec: ModelSpec, r: int, work: Work, gpu: Gpu) -> list[Forecast]:
+def on_gpu(spec: ModelSpec, config: MethodConfig, work: Work, gpu: Gpu, labels: int = 0) -> list[Forecast]:
     """The same runs on a GPU, by its datasheet alone. Memory is that of this engine, which is no measurement either."""
-    reached = {run_key(name, spec.hidden): gpus.ASSUMED_MFU * rate for name, rate in gpu.flop_per_s.items()}
+    kind = kind_of(config.method, config.variant)
+    reached = {
+        run_key(way(name, "auto", kind), spec.hidden): gpus.ASSUMED_MFU * rate for name, rate in gpu.flop_per_s.items()
+    }
     rates = Rates(gpu.flop_per_s, reached)
-    return [forecast(spec, r, work, name, gpu.memory_bytes, rates) for name in gpu.flop_per_s]
+    ways = [name for name in gpu.flop_per_s if config.method != "full" or name == "fp32"]
+    return [forecast(spec, config, work, (name, "auto"), gpu.memory_bytes, rates, labels=labels) for name in ways]
 
 
 def forecast(
     spec: ModelSpec,
-    r: int,
+    config: MethodConfig,
     work: Work,
-    precision: str,
+    by: tuple[str, str],
     limit: int,
     rates: Rates,
-    storage: str = "auto",
     data: int = 0,
+    labels: int = 0,
 ) -> Forecast:
     """The fastest way to run in this precision that fits into `limit` bytes, or, where none does, what needs least.
 
-    data: bytes of the rows.
+    by: precision, and storage of frozen weights. data: bytes of the rows. labels: of a head that tells them apart.
     """
-    tried = []
+    precision, storage = by
+    tried, adds = [], trained.of(spec, config, labels)
     for split in memory.splits(work.micro_tokens):
         tokens, predicted = largest(work, split.micro_tokens)
-        estimate = memory.estimate(
-            spec, trained.lora(spec, r), precision, tokens, predicted, split.recompute, storage, data
-        )
+        estimate = memory.estimate(spec, adds, precision, tokens, predicted, split.recompute, storage, data)
         tried.append((estimate, split))
         if estimate.fits(limit):
             break
     estimate, split = min(tried, key=lambda one: one[0].peak_bytes)
-    flop = lora_flop(spec, r, work, split.micro_tokens, ends_early=precision != "fp32")
-    step_s = _seconds(spec, flop, r, precision, storage, split.recompute, rates)
+    flop = step_flop(spec, config, work, split.micro_tokens, labels, in_16_bits=precision != "fp32")
+    speed = speed_of(spec, config, precision, storage, rates)
+    step_s = once_s = None
+    if speed is not None:
+        step_s = flop_of_step(flop, split) / speed.flop_per_s + rates.number_s * adds.params
+        once_s = flop_once(spec, config, work, split.micro_tokens) / speed.flop_per_s
     return Forecast(
+        method=config.method,
+        variant=config.variant,
+        layers=config.layers,
+        params=adds.params,
         precision=precision,
         storage=storage,
         memory=estimate,
@@ -100,22 +129,52 @@ def forecast(
         fits=estimate.fits(limit),
         flop=flop,
         step_s=step_s,
+        once_s=once_s,
         tokens_per_s=work.tokens / step_s if step_s else None,
+        speed_from=speed.told if speed is not None else None,
     )
 
 
-def _seconds(
-    spec: ModelSpec, flop: Flop, r: int, precision: str, storage: str, recompute: bool, rates: Rates
-) -> float | None:
-    assumed = ASSUMED_MFU[precision] * rates.flop_per_s.get(precision, 0.0)
-    speed = measured_speed(spec, precision, storage, rates) or assumed * DECODING.get(storage, 1.0)
-    done = flop.total + (flop.forward if recompute else 0)
-    return done / speed + rates.number_s * lora_params(spec, r) if speed else None
+def flop_of_step(flop: Flop, split: Split) -> int:
+    """All that is computed, what is computed a second time included."""
+    return flop.total + (flop.forward if split.recompute else 0)
 
 
-def measured_speed(spec: ModelSpec, precision: str, storage: str, rates: Rates) -> float | None:
-    """FLOP/s that training reached so, or, in fewer bits, what follows from that of weights in 16; None: unknown."""
-    own, plain = (rates.reached_by(name, spec.hidden) for name in (way(precision, storage), precision))
+class Speed(NamedTuple):
+    """Operations a second that training reaches, and how that is known: one of SPEEDS."""
+
+    flop_per_s: float
+    told: str
+
+
+# How a speed is known.
+SPEEDS = {
+    "measured": "of runs of this kind on this machine",
+    "lora": "at the speed of LoRA: no run of this kind was timed here yet",
+    "assumed": "at a share of the rate of products that is assumed: no run was timed here yet",
+}
+
+
+def speed_of(spec: ModelSpec, config: MethodConfig, precision: str, storage: str, rates: Rates) -> Speed | None:
+    """What runs of this method reached here, else LoRA's in the same precision, else what is assumed; None: unknown."""
+    kind = kind_of(config.method, config.variant)
+    own = measured_speed(spec, precision, storage, rates, kind)
+    if own:
+        return Speed(own, "measured")
+    loras = measured_speed(spec, precision, storage, rates)
+    if loras:
+        return Speed(loras, "lora")
+    assumed = ASSUMED_MFU[precision] * rates.flop_per_s.get(precision, 0.0) * DECODING.get(storage, 1.0)
+    return Speed(assumed, "assumed") if assumed else None
+
+
+def measured_speed(spec: ModelSpec, precision: str, storage: str, rates: Rates, kind: str = "") -> float | None:
+    """FLOP/s that training reached so, or, in fewer bits, what follows from that of weights in 16; None: unknown.
+
+    kind: of method, see `rates.kind_of`; LoRA by default.
+    """
+    keys = (way(precision, storage, kind), way(precision, "auto", kind))
+    own, plain = (rates.reached_by(key, spec.hidden) for key in keys)
     if own:
         return own
     return plain * DECODING.get(storage, 1.0) if plain else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights
 from lorafit.plan.storage import model_bytes
-from lorafit.plan.trained import Trained, frozen_block_weights
+from lorafit.plan.trained import Trained
 from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
@@ -101,17 +101,19 @@ def estimate(
     auto as they are computed with, keep as in the GGUF file, nf4, int8. data: bytes of the rows, see `data_bytes`.
     """
     dtype = "fp32" if precision == "fp32" else "bf16"
-    layer_weights = frozen_block_weights(spec, trained)
-    activations = activation_bytes(spec, trained.per_token, dtype, tokens, recompute)
+    activations = activation_bytes(spec, trained.per_token, dtype, tokens, recompute, trained.depth)
     if trained.runs_once:
         activations = 3 * activations // (spec.layers + 2)  # of the layers that are being computed: none is kept
+    layer_weights = trained.frozen
     weights = layer_weights * BYTES_PER_WEIGHT[precision] + bytes_of(spec.parameters - layer_weights, dtype)
+    if precision == "fp32":  # the second copy is packed when a gradient asks for it
+        weights -= bytes_of(trained.unreached, dtype)
     if storage != "auto":
         weights = _stored_bytes(spec, storage, dtype)
     adapter = _adapter_bytes(trained, dtype)
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
-        few = activation_bytes(spec, trained.per_token, dtype, min(tokens, CALIBRATION_TOKENS), recompute=False)
+        few = activation_bytes(spec, trained.per_token, dtype, min(tokens, CALIBRATION_TOKENS), False, trained.depth)
         made = bytes_of(2 * trained.params, "fp32")
         before = layer_weights + made + round((1 + WORK[dtype]) * few)
         weights += max(0, before - adapter - round((1 + WORK[dtype]) * activations))
@@ -167,12 +169,12 @@ def reserved_bytes(spec: ModelSpec, trained: Trained, precision: str) -> int:
     if precision != "int8":
         return 0
     copies = sum(a * b for a, b in block_weights(spec).values())
-    few = activation_bytes(spec, trained.per_token, "bf16", CALIBRATION_TOKENS, recompute=False)
+    few = activation_bytes(spec, trained.per_token, "bf16", CALIBRATION_TOKENS, False, trained.depth)
     return copies + round((1 + WORK["bf16"]) * few)
 
 
-def activation_bytes(spec: ModelSpec, more: int, dtype: str, tokens: int, recompute: bool) -> int:
-    """What one micro-batch keeps for its backward pass.
+def activation_bytes(spec: ModelSpec, more: int, dtype: str, tokens: int, recompute: bool, depth: int) -> int:
+    """What one micro-batch keeps for its backward pass, in so many layers (`depth`).
 
     Per token and layer: the inputs of two norms, rotated q and k, v, the attention's output, gate and up, `more`
     numbers of what is trained beside them, and a float32 for each head's sum and each norm. Two more layers' worth
@@ -182,4 +184,4 @@ def activation_bytes(spec: ModelSpec, more: int, dtype: str, tokens: int, recomp
     wide = 2 * spec.hidden + 2 * q + 2 * kv + 2 * spec.intermediate + more
     layer = bytes_of(wide, dtype) + 4 * (spec.heads + 2)
     kept = bytes_of(spec.hidden, dtype) if recompute else layer
-    return tokens * (spec.layers * kept + (3 if recompute else 2) * layer)
+    return tokens * (depth * kept + (3 if recompute else 2) * layer)

@@ -10,18 +10,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorafit.plan.work import MICRO_TOKENS
 from lorafit.rates import way
-from lorafit.units import format_bytes, format_count, format_flop, format_seconds, format_share
+from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds, format_share
 
 PAGE = Path(__file__).parent / "page.html.jinja"
 Found = dict[str, Any]
+# What stands behind a figure, and how it is shown: on a terminal, and as a class of the page.
+MARKS = {" x": ("red", "bad"), " r": ("yellow", "tight"), " s": ("yellow", "tight")}
+LEGEND = "x: does not fit; s: fits in smaller passes; r: fits with layers computed again, a third more time"
 
 
 @dataclass(frozen=True)
 class Section:
     """A table. columns: their heads, the first to the left, numbers to the right. notes: lines below it.
 
-    remarks: a word on each row, such as why it is impossible; empty strings where there is none.
+    remarks: a word on each row, such as why it is impossible; empty strings where there is none. marked: whether cells
+    end in one of MARKS.
     """
 
     title: str
@@ -29,6 +34,7 @@ class Section:
     rows: Sequence[tuple[str, ...]]
     remarks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    marked: bool = False
 
 
 def headline(found: Found) -> str:
@@ -48,7 +54,9 @@ def advice(found: Found) -> str:
 def sections(found: Found) -> list[Section]:
     """All tables, in their order."""
     makers = (
-        *(_parts, _sizes, _trainable, *((_data,) if found["data"] else ()), _operations, _runs),
+        *(_parts, _sizes, _trainable, *((_data,) if found["data"] else ()), _operations, _runs, _methods),
+        *((_times,) if found["machine"]["flop_per_s"] else ()),
+        _shapes,
         *((_gpu,) if found["gpu"] else ()),
     )
     return [make(found) for make in makers]
@@ -118,7 +126,7 @@ def _operations(found: Found) -> Section:
     where = "these rows" if found["data"] else f"rows of {format_count(at['seq_len'])}"
     note = (
         f"Operations a token, in {where}: forward {format_flop(flop['forward'])}, "
-        f"LoRA of rank {at['r']} {format_flop(flop['lora'])} (full fine-tuning {format_flop(flop['full'])}); "
+        f"{_method(found)} {format_flop(flop['method'])} (full fine-tuning {format_flop(flop['full'])}); "
         f"attention is {flop['attention_share']:.1%} of it"
     )
 
@@ -135,10 +143,79 @@ def _operations(found: Found) -> Section:
 def _runs(found: Found) -> Section:
     at = found["settings"]
     length = "" if found["data"] else f" of {format_count(at['seq_len'])} tokens"
-    shape = f"{at['batch_size']} rows{length} a step, rank {at['r']}"
-    title = f"Training with {shape}, in {format_bytes(found['machine']['memory_bytes'])}"
-    notes = [f"{name}: {types}" for name, types in found["types"].items()]
+    shape = f"{at['batch_size']} rows{length} a step"
+    title = f"Training by {_method(found)} with {shape}, in {format_bytes(found['machine']['memory_bytes'])}"
+    ways = {run["precision"] for run in found["runs"]}
+    notes = [f"{name}: {types}" for name, types in found["types"].items() if name in ways]
+    notes += [f"Times are {found['speeds'][how]}" for how in _speeds(found["runs"]) if how != "measured"]
     return _table_of(found, title, found["runs"], notes)
+
+
+def _method(found: Found) -> str:
+    """The method that was asked for, with its rank where it has one."""
+    rank = f" of rank {found['settings']['r']}" if found["settings"]["method"] == "lora" else ""
+    return f"{found['method'].replace('lora', 'LoRA', 1)}{rank}"
+
+
+def _speeds(runs: list[Found]) -> list[str]:
+    """How the speeds of these runs are known, each once."""
+    return list(dict.fromkeys(run["speed_from"] for run in runs if run["speed_from"]))
+
+
+def _methods(found: Found) -> Section:
+    at, limit = found["settings"], format_bytes(found["machine"]["memory_bytes"])
+    length = "" if found["data"] else f" of {format_count(at['seq_len'])} tokens"
+    title = f"Peak memory of every method, MiB, of {limit}; {at['batch_size']} rows{length} a step"
+    return _by_way(found, title, _peak, [LEGEND])
+
+
+def _times(found: Found) -> Section:
+    runs = [run for row in found["methods"] for run in row["runs"]]
+    notes = [
+        f"~: {found['speeds'][how]}" if how == "lora" else f"?: {found['speeds'][how]}"
+        for how in _speeds(runs)
+        if how != "measured"
+    ]
+    return _by_way(found, "A step of every method, seconds", _time, notes)
+
+
+def _by_way(found: Found, title: str, cell: Callable[[Found], str], notes: list[str]) -> Section:
+    """Methods below each other, ways beside each other; what a method cannot be is left empty."""
+    ways = list(dict.fromkeys(way_of(run) for row in found["methods"] for run in row["runs"]))
+
+    def cells(row: Found) -> tuple[str, ...]:
+        own = {way_of(run): cell(run) for run in row["runs"]}
+        return (row["name"], *(own.get(way, "-") for way in ways))
+
+    remarks = [row["impossible"] or "" for row in found["methods"]]
+    return Section(title, ("method", *ways), [cells(row) for row in found["methods"]], remarks, notes, marked=True)
+
+
+def _shapes(found: Found) -> Section:
+    shapes = found["shapes"]
+    title = f"Peak memory of {_method(found)} in {way_of(shapes)}, MiB, by rows of a step and tokens of every row"
+    heads = [format_count(length) for length in shapes["seq_lens"]]
+    rows = [
+        (format_count(batch), *map(_peak, runs))
+        for batch, runs in zip(shapes["batch_sizes"], shapes["runs"], strict=True)
+    ]
+    return Section(title, ("rows", *heads), rows, marked=True)
+
+
+def _peak(run: Found) -> str:
+    figure = format_count(round(run["peak_bytes"] / MIB))
+    if not run["fits"]:
+        return f"{figure} x"
+    if run["recompute"]:
+        return f"{figure} r"
+    return f"{figure} s" if run["micro_tokens"] < MICRO_TOKENS else figure
+
+
+def _time(run: Found) -> str:
+    if run["step_s"] is None:
+        return "not known"
+    known = {"measured": "", "lora": "~", "assumed": "?"}[run["speed_from"]]
+    return f"{known}{run['step_s']:.3g}"
 
 
 def _gpu(found: Found) -> Section:
@@ -206,10 +283,17 @@ def _print_section(section: Section, out: Console) -> None:
         table.add_column("")
         remarks = section.remarks or [""] * len(section.rows)
         for row, remark in zip(section.rows, remarks, strict=True):
-            table.add_row(*row, remark, style="dim" if row[1] == "-" else "")
+            cells = [_styled(cell) for cell in row] if section.marked else row
+            table.add_row(*cells, remark, style="dim" if remark and row[1] == "-" else "")
         out.print(table)
     for note in section.notes:
         out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _styled(cell: str) -> str:
+    """In the colour of its mark."""
+    style, _ = MARKS.get(cell[-2:], ("", ""))
+    return f"[{style}]{cell}[/{style}]" if style else cell
 
 
 def page(found: Found) -> str:
@@ -223,5 +307,5 @@ def page(found: Found) -> str:
     scale = max(limit, *(run["peak_bytes"] for run in found["runs"]))
     return template.render(
         found=found, headline=headline(found), advice=advice(found), sections=sections(found), way_of=way_of,
-        limit=limit, scale=scale, parts=list(found["runs"][0]["memory"]),
+        limit=limit, scale=scale, parts=list(found["runs"][0]["memory"]), marks=MARKS,
     )  # fmt: skip

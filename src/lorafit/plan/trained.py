@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.counts import block_weights, lora_params, matrices, method_params
+from lorafit.plan.counts import block_weights, lora_params, matrices, method_params, within
+from lorafit.plan.steps import untouched
 
 # In 16 bits LoRA's factors are packed as well, both ways round, their rank filled up to so many.
 RANK_STEP, PACKED_BYTES = 16, 4
@@ -26,7 +27,9 @@ class Trained:
     packed_bytes: of copies that products need, in 16 bits. owned: of the model's own weights, how many are trained.
     labels: of a head that tells them apart, 0 where the model writes text. runs_once: whether the model runs without a
     backward pass, for the features of a head alone. padded: whether rows stand side by side. evaluated: whether the
-    best of several evaluations is kept.
+    best of several evaluations is kept. depth: how many layers keep something, those from the lowest on in which
+    anything is trained. frozen: weights of the blocks' linear layers that are not trained themselves;
+    unreached: those of them that no gradient goes through, below that layer.
     """
 
     params: int
@@ -37,29 +40,32 @@ class Trained:
     runs_once: bool = False
     padded: bool = False
     evaluated: bool = False
-
-
-def lora(spec: ModelSpec, r: int, variant: str = "lora") -> Trained:
-    """Seven r-wide products in each layer; DoRA keeps what every product gives, scaled and not."""
-    filled = lora_params(spec, -(-r // RANK_STEP) * RANK_STEP)
-    config = MethodConfig(r=r, variant=variant)
-    beside = 4 * _outputs(spec) + _apart(spec) if variant == "dora" else 0
-    return Trained(method_params(spec, config), 7 * r + beside, PACKED_BYTES * filled)
+    depth: int = 0
+    frozen: int = 0
+    unreached: int = 0
 
 
 def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = False) -> Trained:
-    """What the method of `config` adds, on all of its usual layers, and a head of so many labels.
+    """What the method of `config` adds, on its usual layers in the blocks of --layers, and a head of so many labels.
 
-    padded: whether the head reads more of a row than its last token, so that rows stand side by side.
+    padded: whether the head reads more of a row than its last token, so that rows stand side by side. Raises
+    TargetError for --layers that are not there.
     """
-    found = _of(spec, config)
+    below, weights = 0 if config.method == "head" else untouched(spec, config), _weights(spec, None)
+    found = replace(
+        _of(spec, config),
+        depth=spec.layers - below,
+        frozen=weights - (_weights(spec, config.layers) if config.method == "full" else 0),
+        unreached=_weights(spec, f"first:{below}") if below else 0,
+    )
     if not labels:
         return found
+    params = method_params(spec, config, labels)
     return replace(
         found,
-        params=method_params(spec, config, labels),
+        params=params,
         per_token=found.per_token + padded * NORMS * spec.hidden,
-        owned=found.owned and method_params(spec, config, labels),
+        owned=found.owned and params,
         labels=labels,
         runs_once=config.method == "head",
         padded=padded,
@@ -67,13 +73,28 @@ def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = Fa
 
 
 def _of(spec: ModelSpec, config: MethodConfig) -> Trained:
-    if config.method == "lora":
-        return lora(spec, config.r, config.variant)
     params = method_params(spec, config)
+    if config.method == "lora":
+        return Trained(params, _of_low_rank(spec, config), _packed(within(spec, config.layers), config))
     if config.method == "full":
         # Norms, activations and gated products keep what they give, as theirs is no computation that we replace.
         return Trained(params, 4 * spec.intermediate, owned=params)
     return Trained(params, _kept(spec, config))
+
+
+def _weights(spec: ModelSpec, layers: str | None) -> int:
+    """Of the linear layers of these blocks."""
+    return sum(a * b for a, b in block_weights(within(spec, layers)).values())
+
+
+def _of_low_rank(spec: ModelSpec, config: MethodConfig) -> int:
+    """Seven r-wide products in each layer; DoRA keeps what every product gives, scaled and not."""
+    beside = 4 * _outputs(spec) + _apart(spec) if config.variant == "dora" else 0
+    return 7 * config.r + beside
+
+
+def _packed(spec: ModelSpec, config: MethodConfig) -> int:
+    return PACKED_BYTES * lora_params(spec, -(-config.r // RANK_STEP) * RANK_STEP)
 
 
 def _kept(spec: ModelSpec, config: MethodConfig) -> int:
@@ -98,8 +119,3 @@ def _apart(spec: ModelSpec) -> int:
 def _outputs(spec: ModelSpec) -> int:
     """Of all linear layers of a block."""
     return sum(out for out, _ in matrices(spec).values()) // max(1, spec.layers)
-
-
-def frozen_block_weights(spec: ModelSpec, trained: Trained) -> int:
-    """Weights of the blocks that are not trained themselves."""
-    return 0 if trained.owned else sum(a * b for a, b in block_weights(spec).values())

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.flops import Flop, causal_pairs, full_step, lora_step
+from lorafit.plan.flops import Flop, causal_pairs
+from lorafit.plan.steps import Amount, ends_early, once, step, untouched
 
 MICRO_TOKENS = 1024
+# What rows begin with is computed once where that saves so much; as in `data.batching`.
+MIN_SAVED_TOKENS = 32
 
 
 class Pass(NamedTuple):
@@ -42,12 +46,16 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """The rows of a run. batch: of an optimizer step. length: tokens of each. loss_share: of tokens with a loss."""
+    """The rows of a run. batch: of an optimizer step. length: tokens of each. loss_share: of tokens with a loss.
+
+    lead: virtual tokens in front of each, which the rows of a pass share.
+    """
 
     batch: int
     length: int
     loss_share: float = 1.0
     micro_tokens: int = MICRO_TOKENS
+    lead: int = 0
 
     @property
     def tokens(self) -> float:
@@ -56,14 +64,17 @@ class Shape:
 
     def passes(self, micro_tokens: int) -> Sequence[Sequence[Pass]]:
         """A row is never cut."""
-        most = max(1, micro_tokens // self.length)
+        most = max(1, (micro_tokens - self.lead) // self.length)
         full, rest = divmod(self.batch, most)
         return [[self._pass(rows) for rows in [most] * full + [rest] * (rest > 0)]]
 
     def _pass(self, rows: int) -> Pass:
-        tokens = rows * self.length
-        predicted = max(1, round(self.loss_share * tokens))
-        return Pass(tokens, predicted, predicted, causal_pairs([self.length] * rows))
+        own = rows * self.length
+        shared = (rows - 1) * self.lead >= MIN_SAVED_TOKENS
+        predicted = max(1, round(self.loss_share * own))
+        pairs = rows * (causal_pairs([self.length]) + self.length * self.lead)
+        times = 1 if shared else rows  # that the tokens in front are computed
+        return Pass(own + times * self.lead, predicted, predicted, pairs + times * causal_pairs([self.lead]))
 
 
 @dataclass(frozen=True)
@@ -85,23 +96,24 @@ def largest(work: Work, micro_tokens: int) -> tuple[int, int]:
     return max(one.tokens for one in every), max(one.predicted for one in every)
 
 
-def lora_flop(spec: ModelSpec, r: int, work: Work, micro_tokens: int, ends_early: bool = False) -> Flop:
-    """Of one step of LoRA, the mean of those that are known. ends_early: as in 16 bits (docs/plan.md)."""
+def amount_of(passes: Sequence[Pass], ends_early: bool = False) -> Amount:
+    """What these take together. ends_early: as in 16 bits (docs/plan.md)."""
+    tokens, predicted, predicting, pairs = (sum(column) for column in zip(*passes, strict=True))
+    return Amount(tokens, predicted, pairs, predicting if ends_early else None, len(passes))
+
+
+def step_flop(
+    spec: ModelSpec, config: MethodConfig, work: Work, micro_tokens: int, labels: int = 0, in_16_bits: bool = False
+) -> Flop:
+    """Of one step, the mean of those that are known. labels: of a head that tells them apart."""
     steps = work.passes(micro_tokens)
-    total = Flop(0, 0, 0)
-    for tokens, predicted, predicting, pairs in (one for step in steps for one in step):
-        total += lora_step(spec, r, tokens, predicted, pairs, predicting if ends_early else None)
-    return _mean(total, len(steps))
+    early = in_16_bits and ends_early(config)
+    total = step(spec, config, amount_of([one for own in steps for one in own], early), labels)
+    return Flop(*(round(part / len(steps)) for part in (total.forward, total.backward, total.attention)))
 
 
-def full_flop(spec: ModelSpec, work: Work, micro_tokens: int) -> Flop:
-    """The same with all weights trained."""
+def flop_once(spec: ModelSpec, config: MethodConfig, work: Work, micro_tokens: int) -> float:
+    """Of one step, what later epochs do not compute again: the forward pass below all that is trained."""
     steps = work.passes(micro_tokens)
-    total = Flop(0, 0, 0)
-    for one in (one for step in steps for one in step):
-        total += full_step(spec, one.tokens, one.predicted, one.pairs)
-    return _mean(total, len(steps))
-
-
-def _mean(total: Flop, count: int) -> Flop:
-    return Flop(round(total.forward / count), round(total.backward / count), round(total.attention / count))
+    amount = amount_of([one for own in steps for one in own])
+    return once(spec, untouched(spec, config), amount.tokens, amount.pairs).total / len(steps)

@@ -27,8 +27,9 @@ def result(
     identity: dict[str, Any],
     estimate: memory.MemoryEstimate,
     load_s: float,
+    flop: float | None,
 ) -> dict[str, Any]:
-    """What is known of every run when it ends; a rank only of LoRA."""
+    """What is known of every run when it ends; a rank only of LoRA. flop: see `flop_of`."""
     has_rank = config.method == "lora"
     return {
         "model": lasting(config.model),
@@ -45,8 +46,8 @@ def result(
         "tokens_seen": progress.tokens_seen,
         "tokens_supervised": progress.tokens_supervised,
         "tokens_computed": progress.tokens_computed,
-        "flop": progress.flop,
-        "mfu": _mfu(progress, identity["chosen"]["precision"]),
+        "flop": flop,
+        "mfu": _mfu(flop, progress.train_s, identity["chosen"]["precision"]),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         "predicted_peak_bytes": estimate.peak_bytes,
         "trainable_params": attached.trainable_params,
@@ -75,20 +76,31 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _mfu(progress: Progress, precision_name: str) -> float | None:
+def flop_of(config: TrainConfig, progress: Progress, predicted: float | None, steps: int) -> float | None:
+    """Of the steps that were made: as the engine counted them, or by formula where it does not compute all of them.
+
+    predicted: of all `steps` of the run. None where neither is known.
+    """
+    if rates.kind_of(config.method, config.variant) == "":
+        return progress.flop
+    return None if predicted is None else predicted * progress.step / steps
+
+
+def _mfu(flop: float | None, train_s: float, precision_name: str) -> float | None:
     """Model FLOPs utilization: the share of the machine's measured matrix rate that training reached."""
     rate = precision.flop_per_s()[precision_name]
-    return progress.flop / progress.train_s / rate if progress.train_s else None
+    return flop / train_s / rate if train_s and flop else None
 
 
 def remember_speed(result: dict[str, Any], spec: ModelSpec, config: TrainConfig) -> None:
-    """For plans to come: how many operations a second this run reached.
+    """For plans to come: how many operations a second this run reached, by its method.
 
     Of a few steps, or of a part of the layers, it would say little.
     """
-    is_whole = config.layers is None and config.targets == "all-linear" and result["variant"] == "lora"
+    is_whole = config.layers is None and config.targets == "all-linear" and result["flop"]
     if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
-        key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
+        kind = rates.kind_of(config.method, config.variant)
+        key = rates.run_key(rates.way(result["precision"], config.base_storage, kind), spec.hidden)
         updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]
         passes_s = max(result["train_s"] - updates_s, result["train_s"] / 2)
         rates.keep(result["threads"], rates.Rates(reached={key: result["flop"] / passes_s}))

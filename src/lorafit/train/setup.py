@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +27,12 @@ from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
-from lorafit.plan.counts import lora_params
-from lorafit.plan.flops import Flop, lora_step
-from lorafit.plan.forecast import measured_speed
+from lorafit.plan.forecast import flop_of_step, speed_of
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
+from lorafit.plan.steps import ends_early, once, step
 from lorafit.plan.trained import Trained
-from lorafit.units import format_bytes, format_count
+from lorafit.plan.work import Pass, amount_of
+from lorafit.units import bytes_of, format_bytes, format_count
 
 # Steps that are looked at to find the largest micro-batch.
 STEPS_SAMPLED = 32
@@ -96,7 +97,7 @@ def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, pa
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
     if padded:
-        groups = [group for step in steps for group in padded_groups(rows, step, micro_tokens, SIDE_BY_SIDE)]
+        groups = [group for own in steps for group in padded_groups(rows, own, micro_tokens, SIDE_BY_SIDE)]
         return max(len(group) * SIDE_BY_SIDE.width(read_tokens(rows[group[0]])) for group in groups), max(
             map(len, groups)
         )
@@ -115,28 +116,82 @@ def _batches(rows: Sequence[Encoded], config: TrainConfig, steps: list[list[int]
     return [batch for step in steps for batch in counted(rows, step, micro_tokens, share_prefix)]
 
 
-def expected_s(
-    spec: ModelSpec, config: TrainConfig, precision: str, rows: Sequence[Encoded], split: Split, threads: int
-) -> float | None:
+class Expected(NamedTuple):
+    """What a run is predicted to take. flop: of all its steps. train_s: None where no run was timed here before.
+
+    speed_from: how the speed is known, one of `forecast.SPEEDS`.
+    """
+
+    flop: float
+    train_s: float | None
+    speed_from: str | None
+
+
+def expected(
+    spec: ModelSpec,
+    config: TrainConfig,
+    precision: str,
+    rows: Sequence[Encoded],
+    split: Split,
+    threads: int,
+    adds: Trained,
+) -> Expected | None:
     """How long the steps of the run will take, by the operations of its first ones and this machine's rates.
 
-    None where no run in this precision was timed here before, for other methods than LoRA, or where only a part of the
-    model is trained.
+    None where not all of the usual layers have something, or the operations of a kind of block are not known.
     """
-    known = rates.read(threads)
-    reached = measured_speed(spec, precision, config.base_storage, known)
-    as_usual = config.layers is None and config.targets == "all-linear" and config.method == "lora"
-    if reached is None or not as_usual or config.variant != "lora":
+    if config.targets != "all-linear":
         return None
+    early = precision != "fp32" and not adds.padded and ends_early(config)
     steps = _first_steps(rows, config)
-    batches = _batches(rows, config, steps, split.micro_tokens)
+    amount = amount_of(_passes(rows, config, steps, split.micro_tokens, adds.padded), early)
+    total = _total_steps(rows, config)
     try:
-        flop = [_operations(spec, config, precision, batch) for batch in batches]
-    except ModelError:  # a kind of block whose operations are not known
+        one = step(spec, config, amount, adds.labels)
+        lowest = once(spec, _computed_once(spec, config, precision, rows, adds), amount.tokens, amount.pairs)
+    except ModelError:
         return None
-    done = sum(one.total + (one.forward if split.recompute else 0) for one in flop)
-    total = config.max_steps or -(-len(rows) // config.batch_size) * config.epochs
-    return (done / len(steps) / reached + known.number_s * lora_params(spec, config.r)) * total
+
+    def whole(of_steps: int) -> float:
+        repeated = of_steps - lowest.total
+        return (repeated * total + lowest.total * min(total, _steps_per_epoch(rows, config))) / len(steps)
+
+    known = rates.read(threads)
+    speed = speed_of(spec, config, precision, config.base_storage, known)
+    if speed is None or speed.told == "assumed":
+        return Expected(whole(one.total), None, None)
+    passes_s = whole(flop_of_step(one, split)) / speed.flop_per_s
+    return Expected(whole(one.total), passes_s + known.number_s * adds.params * total, speed.told)
+
+
+def _steps_per_epoch(rows: Sequence[Encoded], config: TrainConfig) -> int:
+    return -(-len(rows) // config.batch_size)
+
+
+def _total_steps(rows: Sequence[Encoded], config: TrainConfig) -> int:
+    return config.max_steps or _steps_per_epoch(rows, config) * config.epochs
+
+
+def _passes(
+    rows: Sequence[Encoded], config: TrainConfig, steps: list[list[int]], micro_tokens: int, padded: bool
+) -> list[Pass]:
+    if not padded:
+        return [Pass(*batch) for batch in _batches(rows, config, steps, micro_tokens)]
+    groups = [group for own in steps for group in padded_groups(rows, own, micro_tokens, SIDE_BY_SIDE)]
+    widths = [(len(group), SIDE_BY_SIDE.width(read_tokens(rows[group[0]]))) for group in groups]
+    return [Pass(count * width, count, count, count * width**2) for count, width in widths]
+
+
+def _computed_once(spec: ModelSpec, config: TrainConfig, precision: str, rows: Sequence[Encoded], adds: Trained) -> int:
+    """How many of the lowest layers are computed once for all epochs; see `_keep_features` and `labelled.look_once`."""
+    limit = parse_bytes(config.feature_cache, "--feature-cache")
+    if config.method == "head":
+        return spec.layers if bytes_of(len(rows) * spec.hidden, "fp32") <= limit else 0
+    below = spec.layers - adds.depth
+    if not below or _total_steps(rows, config) <= _steps_per_epoch(rows, config):
+        return 0
+    size = bytes_of(sum(map(read_tokens, rows)) * spec.hidden, "fp32" if precision == "fp32" else "bf16")
+    return below if size <= limit else 0
 
 
 def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
@@ -159,12 +214,6 @@ def gradients_of_first_rows(model: nn.Module, rows: Sequence[Encoded], config: T
 def _first_batches(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, engine: Engine) -> list[Batch]:
     first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
     return micro_batches(rows, first, micro_tokens, engine.packing)
-
-
-def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Counted) -> Flop:
-    # In 16 bits the engine's last layer ends with the tokens that predict something (`Engine.ends_early`).
-    ending = None if precision == "fp32" else batch.predicting
-    return lora_step(spec, config.r, batch.tokens, batch.predicted, batch.pairs, ending)
 
 
 def evaluation_tokens(rows: Sequence[Encoded], config: TrainConfig, split: Split) -> int:
