@@ -6,6 +6,8 @@ import itertools
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lorafit.data import sample as sample_module
@@ -81,3 +83,15 @@ def test_a_line_that_is_no_row_is_named_by_its_place(large: Path) -> None:
     large.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=r"rows\.jsonl, near byte 0 is not JSON"):
         sample(locate(str(large)).train())
+
+
+def test_how_many_rows_parquet_files_have_is_read_from_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_module, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(sample_module, "SECONDS", 0.0)
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{n} {n * n}" for n in range(COUNT)]}), path)
+    found = sample(locate(str(path)).train())
+    assert (found.total, found.counted, found.first_only) == (COUNT, True, True)
+    assert len(found.rows) < COUNT

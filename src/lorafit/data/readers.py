@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 from lorafit.data.rows import Row
@@ -159,6 +160,17 @@ def read_parquet(file: BufferedReader, name: str) -> Iterator[Row]:
         yield from _of_batches(batches, name)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(name, "Parquet", error) from None
+
+
+def parquet_rows(path: Path) -> int:
+    """How many rows a Parquet file says in its end that it has. Raises DataError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path.name, "Parquet", error) from None
 
 
 def read_arrow(file: BufferedReader, name: str) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 A small source is read whole. Of a large file of lines pieces are read that lie evenly in it, so that a file in some
 order is seen in all its parts; how many rows it has follows from the bytes of those that were read. Anything else is
-read from its beginning, for a second.
+read from its beginning, for a second; of Parquet files how many rows there are stands in the files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lorafit.data.load import Source
+from lorafit.data.readers import parquet_rows
 from lorafit.data.rows import Row
 from lorafit.data.text import parse
 
@@ -54,7 +55,15 @@ def sample(source: Source) -> Sample:
         if time.monotonic() > ends:
             whole = False
             break
-    return Sample(_some(rows), len(rows) if whole else None, whole, not whole)
+    total = len(rows) if whole else _stated(source.files)
+    return Sample(_some(rows), total, total is not None, not whole)
+
+
+def _stated(files: tuple[Path, ...]) -> int | None:
+    """How many rows the files say that they have, where they are of a type that says it."""
+    if not files or any(path.suffix.lower() != ".parquet" for path in files):
+        return None
+    return sum(parquet_rows(path) for path in files)
 
 
 def _some(rows: list[Row]) -> list[Row]:

@@ -198,11 +198,12 @@ def plain(model: nn.Module) -> Engine:
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, share_prefix: bool) -> Engine:
+def prepare(model: nn.Module, share_prefix: bool, release: bool = False) -> Engine:
     """Look at the model, which has its adapters attached, and replace what can be.
 
     Products are in the type of its weights. share_prefix: whether rows may have a common prefix computed once; not
-    under dropout, whose masks are keyed by row.
+    under dropout, whose masks are keyed by row. release: as `release_weights`, of every weight as soon as its product
+    has a copy.
     """
     started = time.perf_counter()
     earlier: Engine | None = getattr(model, ATTRIBUTE, None)
@@ -224,7 +225,10 @@ def prepare(model: nn.Module, share_prefix: bool) -> Engine:
     else:
         engine.notes.append(f"rows are padded: {reason}")
     names = {module: name for name, module in model.named_modules()}
-    engine.groups = [make_group(group, [names[m] for m in group], engine.patches) for group in linear_groups]
+    for modules in linear_groups:
+        engine.groups.append(make_group(modules, [names[m] for m in modules], engine.patches))
+        if release and engine.groups[-1].release():
+            workspace.release()  # or all weights would be there twice before the first step
     if reason is None:
         with _without_dropout(model):
             _fuse_layers(engine, probe)

@@ -174,6 +174,25 @@ def ends_by_token(model: nn.Module, head: nn.Module, run: Callable[[], Any], lik
     return len(found) == 2 and torch.equal(*(hidden[:, every_other] for hidden in found))
 
 
+def run_again(layer: nn.Module) -> Callable[..., Any]:
+    """A forward for `layer` that keeps its input alone and runs once more, with a graph, when its gradient has come.
+
+    So what hooks keep of its modules, whose outputs have a gradient in that second run alone, lives no longer than the
+    layer's own backward pass (with `recompute`, their hooks hold what the first run gave).
+    """
+    own = layer.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return own(*arguments, **named)
+        rest = dict(named)
+        x, *more = arguments or (rest.pop("hidden_states"),)
+        given = x if x.requires_grad else x.detach().requires_grad_()  # or its outputs would have no graph at all
+        return checkpoint(lambda x: own(x, *more, **rest), given, use_reentrant=True, preserve_rng_state=False)
+
+    return forward
+
+
 def recompute(
     layer: nn.Module, running: Callable[[], Callable[[], AbstractContextManager[None]]]
 ) -> Callable[..., Any]:

@@ -164,12 +164,12 @@ def label_head(model: nn.Module) -> LabelHead | None:
     return cast("LabelHead | None", getattr(model, ATTRIBUTE, None))
 
 
-def engine_of(model: nn.Module, share_prefix: bool) -> Engine:
-    """The engine for a model of either task. Scores of labels are the head's own, whatever a model does to words'.
+def engine_of(model: nn.Module, share_prefix: bool, release: bool = False) -> Engine:
+    """The engine for a model of either task; release: see `prepare`. Scores of labels are the head's own, whatever a model does to words'.
 
     Of a body that is pooled rows stay side by side; its frozen products are made faster all the same.
     """
-    engine = prepare(model, share_prefix)
+    engine = prepare(model, share_prefix, release)
     if label_head(model) is not None:
         engine.chunked = True
     if isinstance(model, Pooled):

@@ -171,6 +171,8 @@ def _gradients(layers: Sequence[LoRALayer], note: Callable[[LoRALayer, Tensor], 
     """While this holds, `note` is told the gradient of each layer's weight in a backward pass: (out, in) float32."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:  # it runs again when its gradient has come, or not for its gradient at all
+            return
         x = arguments[0].detach()
 
         def told(g: Tensor) -> None:

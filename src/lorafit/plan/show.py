@@ -109,9 +109,8 @@ def _data(found: Found) -> Section:
 def _data_notes(data: Found) -> list[str]:
     notes = []
     if data["first_only"]:
-        notes.append(
-            f"Of its first {format_count(data['looked_at'])} rows: the rest may be otherwise; --rows says how many"
-        )
+        many = "" if data["counted"] else "; --rows says how many"
+        notes.append(f"Of its first {format_count(data['looked_at'])} rows: the rest may be otherwise{many}")
     elif data["looked_at"] != data["rows"]:
         notes.append(f"Of {format_count(data['looked_at'])} rows that lie evenly in it")
     if data["unusable"]:

@@ -22,7 +22,8 @@ from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine, plain
-from lorafit.engine.layers import Features, untouched_layers
+from lorafit.engine.layers import Features, decoder_layers, in_place_of, run_again, untouched_layers
+from lorafit.engine.probe import Probe
 from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
 from lorafit.model.spec import ModelSpec
@@ -38,7 +39,7 @@ from lorafit.units import bytes_of, format_bytes, format_count
 STEPS_SAMPLED = 32
 # Of the first step's rows, where what layers are given is measured before training.
 BATCHES_LOOKED_AT = 8
-# Of the one pass whose gradients are looked at: the model runs as it was there, which keeps several times as much.
+# Of the one pass whose gradients are looked at: the model runs as it was there, layer by layer.
 GRADIENT_TOKENS = 512
 
 
@@ -199,14 +200,20 @@ def over_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConf
     engine = plain(model)
     with torch.no_grad():
         for batch in _first_batches(rows, config, LEAST_MICRO_TOKENS, engine)[:BATCHES_LOOKED_AT]:
-            engine.loss(batch)
+            engine.head_inputs(batch)
 
 
 def gradients_of_first_rows(model: nn.Module, rows: Sequence[Encoded], config: TrainConfig) -> None:
-    """Forward and back over some rows of the first step, in one pass. Leaves no gradients."""
+    """Forward and back over some rows of the first step, in one pass. Leaves no gradients.
+
+    One layer's activations at a time, and of logits a few rows: it is over before the engine is there.
+    """
     engine = plain(model)
+    with torch.no_grad():
+        engine.chunked = Probe(model).logits_are_the_heads()
     batch = _first_batches(rows, config, GRADIENT_TOKENS, engine)[0]
-    (engine.loss(batch) / batch.supervised_tokens).backward()  # type: ignore[no-untyped-call]
+    with in_place_of([(layer, run_again(layer)) for layer in decoder_layers(model)[1]]):
+        (engine.loss(batch) / batch.supervised_tokens).backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -234,7 +241,7 @@ def make_engine(
 
     directory: where the activations of frozen layers are kept while the run lasts.
     """
-    engine = engine_of(model, share_prefix=config.dropout == 0)
+    engine = engine_of(model, share_prefix=config.dropout == 0, release=True)
     if precision == "int8":
         first = step_rows(len(rows), config.batch_size, config.order_seed, epoch=0, step=0)
         engine.use_int8(micro_batches(rows, first, memory.CALIBRATION_TOKENS, engine.packing)[0], release=True)
