@@ -1,11 +1,12 @@
-"""Predictions against measurements: peak memory and time of runs over batch, length, rank, precision and storage.
+"""Predictions against measurements: peak memory and time of runs over method, batch, length, rank, precision, storage.
 
-    python benchmarks/plan_error/run.py measure --out results/NAME.json [--model llama-0.4b] [--repeats 3]
+    python benchmarks/plan_error/run.py measure --out results/NAME.json [--model llama-0.4b] [--repeats 3] [--methods]
     python benchmarks/plan_error/run.py predict results/NAME.json ...
     python benchmarks/plan_error/run.py table            (puts all results into docs/plan.md)
 
 Every cell is `lorafit train` in a fresh process, on rows of random text of one length that share nothing, all tokens
 with a loss. The peak is VmHWM, the median of the repeats. Time is that of the steps after the first.
+`--methods` measures other methods than LoRA in the place of it, over fewer shapes.
 `predict` asks `lorafit plan`, calibrated on this machine in a cache of its own, for every cell of results, and puts
 what it says beside what was measured: predictions are those of the code at hand.
 """
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,44 @@ WAYS = {
     "smollm2-135m": (("fp32", "auto"), ("bf16", "auto"), ("int8", "auto"), ("bf16", "keep")),
     "llama-0.4b": (("fp32", "auto"), ("bf16", "auto"), ("int8", "auto"), ("bf16", "nf4"), ("bf16", "int8")),
 }
+# Other methods than LoRA, by what their rows are called: what train and plan are told, and the precision.
+METHODS: dict[str, tuple[list[str], str]] = {
+    "adapter:pfeiffer": (["--method", "adapter"], "bf16"),
+    "adapter:houlsby": (["--method", "adapter", "--variant", "houlsby"], "bf16"),
+    "prefix:p-tuning-v2": (["--method", "prefix"], "bf16"),
+    "ia3": (["--method", "ia3"], "bf16"),
+    "bitfit": (["--method", "bitfit"], "bf16"),
+    "lora:dora": (["--variant", "dora"], "bf16"),
+    "full": (["--method", "full"], "fp32"),
+    "full, --layers last:2": (["--method", "full", "--layers", "last:2"], "fp32"),
+}
+METHOD_BATCHES, METHOD_LENGTHS, METHOD_RANK = (4,), (128, 512), 16
 Result = dict[str, Any]
+
+
+def cells(given: argparse.Namespace) -> Iterator[Result]:
+    """What is to be measured, one run after the other."""
+    shapes = itertools.product(BATCHES, LENGTHS, RANKS)
+    ways = [
+        ("lora", precision, storage, *shape)
+        for (precision, storage), shape in itertools.product(WAYS[given.model], shapes)
+    ]
+    if given.methods:
+        shapes = itertools.product(METHOD_BATCHES, METHOD_LENGTHS, (METHOD_RANK,))
+        ways = [(name, METHODS[name][1], "auto", *shape) for name, shape in itertools.product(METHODS, shapes)]
+    for repeat, (method, precision, storage, batch, length, r) in itertools.product(range(given.repeats), ways):
+        cell = {"model": given.model, "method": method, "precision": precision, "storage": storage, "batch": batch}
+        yield cell | {"length": length, "r": r, "repeat": repeat}
+
+
+def method_of(run: Result) -> str:
+    """LoRA in results that are older than other methods."""
+    return str(run.get("method", "lora"))
+
+
+def flags_of(run: Result) -> list[str]:
+    name = method_of(run)
+    return METHODS[name][0] if name in METHODS else []
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -44,11 +83,9 @@ def measure(given: argparse.Namespace) -> None:
         os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
         model = given.model if given.model == "smollm2-135m" else str(write_llama(scratch / given.model))
         planned(model, "--calibrate")
-        cells = itertools.product(range(given.repeats), WAYS[given.model], BATCHES, LENGTHS, RANKS)
-        for repeat, (precision, storage), batch, length, r in cells:
-            cell = {"model": given.model, "precision": precision, "storage": storage, "batch": batch}
-            cell |= {"length": length, "r": r, "repeat": repeat}
-            if any(all(run[key] == value for key, value in cell.items()) for run in found["runs"]):
+        for cell in cells(given):
+            known = ({"method": "lora"} | run for run in found["runs"])
+            if any(all(run[key] == value for key, value in cell.items()) for run in known):
                 continue
             found["runs"].append(cell | revision() | one(model, cell, scratch))
             given.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -76,7 +113,7 @@ def predict(given: argparse.Namespace) -> None:
             for run in found["runs"]:
                 write_rows(run, scratch / "text.jsonl")
                 flags = ["--batch-size", run["batch"], "--seq-len", run["length"], "--r", run["r"]]
-                plan = planned(model, str(scratch / "text.jsonl"), *map(str, flags))
+                plan = planned(model, str(scratch / "text.jsonl"), *map(str, flags), *flags_of(run))
                 ways = {(one["precision"], one["base_storage"]): one for one in plan["runs"]}
                 own = ways[run["precision"], run["storage"]]
                 run |= {"predicted_peak_bytes": own["peak_bytes"], "predicted_step_s": own["step_s"]}
@@ -97,6 +134,7 @@ def one(model: str, cell: Result, scratch: Path) -> Result:
     command = [sys.executable, "-m", "lorafit", "train", model, str(data), "-o", str(run), "--json", "--no-shuffle"]
     command += ["--precision", cell["precision"], "--base-storage", cell["storage"], "--r", str(cell["r"])]
     command += ["--batch-size", str(cell["batch"]), "--seq-len", str(cell["length"]), "--max-steps", str(STEPS)]
+    command += flags_of(cell)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -138,7 +176,7 @@ def write_llama(path: Path) -> Path:
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- generated by benchmarks/plan_error/run.py table -->", "<!-- /generated -->"
-KEYS = ("model", "precision", "storage", "batch", "length", "r")
+KEYS = ("model", "method", "precision", "storage", "batch", "length", "r")
 PEAK, TIME = (0.95, 1.10), (0.80, 1.20)
 
 
@@ -158,7 +196,8 @@ def told(runs: list[Result]) -> str:
     step = statistics.median(run["step_s"] for run in runs)
     way = first["precision"] if first["storage"] == "auto" else f"{first['precision']}, {first['storage']}"
     return (
-        f"| {first['model']} | {way} | {first['batch']} x {first['length']} | {first['r']} | {len(runs)} "
+        f"| {first['model']} | {method_of(first)} | {way} "
+        f"| {first['batch']} x {first['length']} | {first['r']} | {len(runs)} "
         f"| {measured:.2f} | {peak:.3f} | {step:.2f} | {'-' if time is None else f'{time:.2f}'} |"
     )
 
@@ -166,17 +205,18 @@ def told(runs: list[Result]) -> str:
 def table(given: argparse.Namespace) -> None:
     """All results as one table, with how many cells are within the bounds, into the document."""
     runs = [run for file in sorted(RESULTS.glob("*.json")) for run in json.loads(file.read_text())["runs"]]
-    cells: dict[tuple[Any, ...], list[Result]] = {}
+    found: dict[tuple[Any, ...], list[Result]] = {}
     for run in runs:
-        cells.setdefault(tuple(run[key] for key in KEYS), []).append(run)
+        own = {"method": method_of(run)} | run
+        found.setdefault(tuple(own[key] for key in KEYS), []).append(own)
     lines = [
-        "| model | way | rows x tokens | rank | runs | peak, GB | predicted / measured | a step, s "
+        "| model | method | way | rows x tokens | rank | runs | peak, GB | predicted / measured | a step, s "
         "| predicted / measured |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *map(told, cells.values()),
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *map(told, found.values()),
     ]
-    found = [ratios(own) for own in cells.values()]
-    peaks, times = [peak for peak, _ in found], [time for _, time in found if time is not None]
+    both = [ratios(own) for own in found.values()]
+    peaks, times = [peak for peak, _ in both], [time for _, time in both if time is not None]
     inside = sum(PEAK[0] <= peak <= PEAK[1] for peak in peaks), sum(TIME[0] <= time <= TIME[1] for time in times)
     lines += [
         "",
@@ -194,6 +234,7 @@ def main() -> None:
     action.add_argument("--out", type=Path, required=True)
     action.add_argument("--model", choices=WAYS, default="smollm2-135m")
     action.add_argument("--repeats", type=int, default=3)
+    action.add_argument("--methods", action="store_true", help="other methods in the place of LoRA")
     action.add_argument("--scratch", type=Path)
     action.set_defaults(run=measure)
     action = actions.add_parser("predict")

@@ -165,7 +165,9 @@ def label_head(model: nn.Module) -> LabelHead | None:
 
 
 def engine_of(model: nn.Module, share_prefix: bool, release: bool = False) -> Engine:
-    """The engine for a model of either task; release: see `prepare`. Scores of labels are the head's own, whatever a model does to words'.
+    """The engine for a model of either task; release: see `prepare`.
+
+    Scores of labels are the head's own, whatever a model does to words'.
 
     Of a body that is pooled rows stay side by side; its frozen products are made faster all the same.
     """
