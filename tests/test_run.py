@@ -267,3 +267,23 @@ def test_a_run_tells_later_ones_how_long_they_will_take(
     # The operations of the second at the rate that the first reached.
     assert second["predicted_train_s"] == pytest.approx(second["flop"] / (first["flop"] / first["train_s"]))
     precision._best_rates.cache_clear()
+
+
+def test_another_method_is_timed_by_lora_first_which_is_said_and_then_by_itself(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    precision._best_rates.cache_clear()
+    settings = {**inputs, "epochs": 4, "shuffle": False}
+    lora, _ = run({**settings, "output": str(tmp_path / "lora")})
+    adapter = {**settings, "method": "adapter", "variant": "houlsby", "bottleneck": 8}
+    first, printed = run({**adapter, "output": str(tmp_path / "first")})
+    assert "predicted time: " in printed and "at the speed of LoRA: no run of this kind was timed here" in printed
+    assert first["predicted_train_s"] == pytest.approx(first["flop"] / (lora["flop"] / lora["train_s"]))
+    second, printed = run({**adapter, "output": str(tmp_path / "second")})
+    assert "at the speed of LoRA" not in printed
+    assert second["predicted_train_s"] == pytest.approx(first["train_s"])
+    # Layers below what is trained are computed in the first of four epochs alone.
+    part, _ = run({**adapter, "output": str(tmp_path / "part"), "layers": "last:1"})
+    assert part["flop"] < 0.7 * first["flop"]
+    precision._best_rates.cache_clear()

@@ -22,7 +22,7 @@ from lorafit.plan.counts import LABELS, by_part, trainable
 from lorafit.plan.flops import Flop
 from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, SPEEDS, TYPES, Forecast, fastest, on_gpu
 from lorafit.plan.gpus import gpu_of
-from lorafit.plan.memory import data_bytes, splits
+from lorafit.plan.memory import data_bytes, resident_bytes, splits
 from lorafit.plan.show import page, print_plan
 from lorafit.plan.storage import sizes
 from lorafit.plan.survey import Around, Row, in_all_ways, name_of, over_shapes, survey
@@ -43,8 +43,6 @@ SEQ_LEN = 512
 OF_DATA = ("format", "rename", "template", "loss_on")
 # Steps that are made of the rows that were looked at.
 STEPS = 24
-# Tokens in memory; those of files above 8 MB are on disk.
-TOKEN_BYTES, MOST_IN_MEMORY = 4, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,9 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """What they take in memory: tokens of many are kept on disk and mapped."""
+        """What they take in memory."""
         count = self.count or 0
-        tokens = count * self.seq_len
-        return data_bytes(count, TOKEN_BYTES * tokens if tokens <= MOST_IN_MEMORY else 0)
+        return data_bytes(count, resident_bytes(count, count * self.seq_len))
 
 
 def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any]:

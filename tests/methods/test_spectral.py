@@ -158,6 +158,19 @@ def test_lora_ga_takes_its_first_step_along_the_gradient() -> None:
     assert cosine > 0.99
 
 
+def test_gradients_layer_by_layer_are_those_of_one_pass_and_each_is_seen_once() -> None:
+    model, whole, data = tiny.llama(), tiny.llama(), rows()
+    table.attach(model, config("lora-ga"))
+    seen: list[tuple[str, torch.Tensor]] = []
+    with spectral._gradients(list(lora_layers(model).values()), lambda layer, G: seen.append((layer.name, G))):
+        gradients_of_first_rows(model, data, Steps())  # type: ignore[arg-type]
+    gradients_of_first_rows_of(whole, data)
+    assert sorted(name for name, _ in seen) == sorted(lora_layers(model))
+    for name, G in seen:
+        assert torch.allclose(G, whole.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def gradients_of_first_rows_of(model: nn.Module, data: list[Encoded]) -> None:
     from lorafit.data.pack import micro_batches
     from lorafit.engine.engine import plain

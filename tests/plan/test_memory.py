@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorafit.config import MethodConfig, TrainConfig
+from lorafit.methods import spectral
 from lorafit.methods.table import METHODS
 from lorafit.model import spec as model_spec
 from lorafit.plan import counts, machine, memory, trained
@@ -80,6 +81,30 @@ def test_recomputing_layers_keeps_less(tmp_path: Path) -> None:
         memory.activation_bytes(spec, 21, "bf16", 100, recompute, depth=spec.layers) for recompute in (False, True)
     )
     assert again < kept
+
+
+def test_a_part_of_the_layers_keeps_and_trains_that_part_alone(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    whole, part = (MethodConfig(method="full", layers=layers) for layers in (None, "last:1"))
+    model = tiny.llama()
+    attached = METHODS["full"].attach(model, part)
+    assert counts.method_params(spec, part) == attached.trainable_params < spec.parameters
+    all_of_it, some = (trained.of(spec, config) for config in (whole, part))
+    assert (all_of_it.depth, some.depth, all_of_it.frozen) == (2, 1, 0)
+    blocks = sum(a * b for a, b in counts.block_weights(spec).values())
+    assert some.frozen == some.unreached == blocks // 2
+    # The layer below is packed once: no gradient goes through it.
+    parts = memory.estimate(spec, some, "fp32", 999, 1, False).parts
+    assert parts["weights"] == 4 * spec.parameters
+    assert parts["adapter"] == 4 * 4 * attached.trainable_params
+
+
+def test_starts_that_take_a_product_out_of_the_weights_keep_its_factors(tmp_path: Path) -> None:
+    assert trained.MOVING == spectral.MOVING
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    plain, moved = (trained.of(spec, MethodConfig(r=3, init=init)) for init in ("gaussian", "pissa"))
+    before, after = (memory.estimate(spec, one, "bf16", 9, 1, False).parts["adapter"] for one in (plain, moved))
+    assert after - before == 4 * plain.params
 
 
 def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:

@@ -15,6 +15,8 @@ from lorafit.plan.steps import untouched
 
 # In 16 bits LoRA's factors are packed as well, both ways round, their rank filled up to so many.
 RANK_STEP, PACKED_BYTES = 16, 4
+# Starts that take a product out of W0, whose factors are kept, as what is saved at the end stands on W0 itself.
+MOVING = ("pissa", "olora", "lora-ga")
 # What is not run by the engine's own layers keeps more, in widths of the residual stream: what norms and sums give, and
 # updates before they are added. Measured with MiniLM.
 NORMS = 4
@@ -28,8 +30,9 @@ class Trained:
     labels: of a head that tells them apart, 0 where the model writes text. runs_once: whether the model runs without a
     backward pass, for the features of a head alone. padded: whether rows stand side by side. evaluated: whether the
     best of several evaluations is kept. depth: how many layers keep something, those from the lowest on in which
-    anything is trained. frozen: weights of the blocks' linear layers that are not trained themselves;
-    unreached: those of them that no gradient goes through, below that layer.
+    anything is trained. frozen: weights of the blocks' linear layers that are not trained themselves.
+    unreached: those of them that no gradient goes through, below that layer. kept: numbers as they were at the start,
+    in float32.
     """
 
     params: int
@@ -43,6 +46,7 @@ class Trained:
     depth: int = 0
     frozen: int = 0
     unreached: int = 0
+    kept: int = 0
 
 
 def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = False) -> Trained:
@@ -75,7 +79,8 @@ def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = Fa
 def _of(spec: ModelSpec, config: MethodConfig) -> Trained:
     params = method_params(spec, config)
     if config.method == "lora":
-        return Trained(params, _of_low_rank(spec, config), _packed(within(spec, config.layers), config))
+        packed = _packed(within(spec, config.layers), config)
+        return Trained(params, _of_low_rank(spec, config), packed, kept=params if config.init in MOVING else 0)
     if config.method == "full":
         # Norms, activations and gated products keep what they give, as theirs is no computation that we replace.
         return Trained(params, 4 * spec.intermediate, owned=params)
