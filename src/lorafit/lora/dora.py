@@ -29,6 +29,7 @@ class DoRA:
 
     works_transposed = False  # a norm per row of W is not a norm per row of W^T
     is_low_rank = False
+    has_lengths = True
     frozen: tuple[str, ...] = ()
 
     def init(
