@@ -17,7 +17,7 @@ from lorafit.lora.update import delta_weight
 if TYPE_CHECKING:
     from lorafit.lora.layer import LoRALayer
 
-# Rows of a weight that are looked at together for their first norms: all of them, in float32, would be twice the weight.
+# Rows of a weight whose first norms are taken together: float32 copies of all of them would leave holes in the heap.
 ROWS_AT_ONCE = 256
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.counts import block_weights, lora_params, matrices, method_params
+from lorafit.plan.counts import block_weights, lora_params, method_params
 
 # In 16 bits LoRA's factors are packed as well, both ways round, their rank filled up to so many.
 RANK_STEP, PACKED_BYTES = 16, 4
@@ -40,10 +40,10 @@ class Trained:
 
 
 def lora(spec: ModelSpec, r: int, variant: str = "lora") -> Trained:
-    """Seven r-wide products in each layer; DoRA keeps what every product gives, scaled and not."""
+    """Seven r-wide products in each layer; DoRA keeps what o and down give, which nothing else does."""
     filled = lora_params(spec, -(-r // RANK_STEP) * RANK_STEP)
     config = MethodConfig(r=r, variant=variant)
-    beside = 4 * _outputs(spec) + _apart(spec) if variant == "dora" else 0
+    beside = 2 * spec.hidden if variant == "dora" else 0
     return Trained(method_params(spec, config), 7 * r + beside, PACKED_BYTES * filled)
 
 
@@ -93,11 +93,6 @@ def _kept(spec: ModelSpec, config: MethodConfig) -> int:
 def _apart(spec: ModelSpec) -> int:
     """What a layer keeps more where its parts run one by one: a sum of the residual stream."""
     return spec.hidden
-
-
-def _outputs(spec: ModelSpec) -> int:
-    """Of all linear layers of a block."""
-    return sum(out for out, _ in matrices(spec).values()) // max(1, spec.layers)
 
 
 def frozen_block_weights(spec: ModelSpec, trained: Trained) -> int:
