@@ -126,7 +126,7 @@ def expected_s(
     known = rates.read(threads)
     reached = measured_speed(spec, precision, config.base_storage, known)
     as_usual = config.layers is None and config.targets == "all-linear" and config.method == "lora"
-    if reached is None or not as_usual or config.variant != "lora":
+    if reached is None or not as_usual or config.variant != "lora" or config.rank_schedule != "none":
         return None
     steps = _first_steps(rows, config)
     batches = _batches(rows, config, steps, split.micro_tokens)
