@@ -6,7 +6,6 @@ config -> model spec -> rows -> plan -> model + adapter -> token ids and masks -
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
 from lorafit.data.preflight import before_training, counts_of, told_counts
 from lorafit.data.progress import counting
+from lorafit.data.split import share_of
 from lorafit.data.store import Encoded, led
 from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
@@ -34,7 +34,7 @@ from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure
 from lorafit.lora.tokens import make_room
-from lorafit.methods import rounding, spectral, table
+from lorafit.methods import gated, rounding, spectral, table
 from lorafit.methods.labels import Labels, label_head, pooling_of, put_head
 from lorafit.methods.method import Beginning
 from lorafit.methods.tokens import attach_tokens
@@ -89,6 +89,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
     """
     rounding.check(config.init, config.base_storage, config.variant)
     spectral.check(config)
+    gated.check(config)
     run = RunDir(config.output)
     run.check_usable(start.resume)
     if run.finished:
@@ -108,7 +109,10 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         print_config(config, source, chosen, console)
 
         adds = trained.of(
-            inputs.spec, config, len(labels.names if labels else ()), padded=is_encoder or pooling != "last"
+            inputs.spec,
+            gated.as_attached(config),
+            len(labels.names if labels else ()),
+            padded=is_encoder or pooling != "last",
         )
         SLABS.reserve(memory.reserved_bytes(inputs.spec, adds, chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
@@ -128,7 +132,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         told = Labels(labels.names, pooling, labels.several) if labels else None
         if told:
             loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
-        attached = table.attach(loaded.model, config)
+        attached = gated.attach(loaded.model, config)
         method = table.of(loaded.model)
         rows = led(encoded.encoded, lead_of(loaded.model))
         if added:
@@ -162,6 +166,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
 
         quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
         run.clean()
+        ranks = gated.ranks(loaded.model, config)
         kept = method.finish(loaded.model, config)
         saved.save(loaded.model, run.adapter, kept, outcome.lasting(config.model), loaded.tokenizer, told)
         flop = outcome.flop_of(config, progress, predicted.flop if predicted else None, work.total_steps)
@@ -171,6 +176,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         if not told or config.method == "head":
             outcome.remember_speed(result, inputs.spec, config)
         result |= {
+            "ranks": ranks,
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,
@@ -210,7 +216,7 @@ def _read_inputs(config: TrainConfig) -> Inputs:
     hashes = {"model": model_spec.sha256(spec), "data": train.digest()}
     held_out: Source | float | None = located.held_out()
     if config.eval and config.eval.endswith("%"):
-        held_out = _share(config.eval)
+        held_out = share_of(config.eval)
     elif config.eval:
         held_out = locate(config.eval).unseen()
     if config.template:
@@ -245,16 +251,6 @@ def _beginning(
             raise ConfigError("--prompt-text has no tokens", "Give a few words, such as what the task is")
     over, back = (partial(look, loaded.model, rows, config) for look in (over_first_rows, gradients_of_first_rows))
     return Beginning(config, spec, first, told, over, back)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text[:-1]) / 100
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 10%, or a file")
-    return share
 
 
 def _encode(

@@ -175,6 +175,19 @@ class TrainConfig(MethodConfig, RowsConfig):
     """AdamW's decay of the second moment."""
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; a larger gradient is scaled down to it."""
+    rank_schedule: Literal["none", "adalora"] = "none"
+    """adalora: layers begin with --r-start, and the least important directions of all of them are taken away until
+    their mean rank is --r (Zhang et al. 2023)."""
+    r_start: int | None = Field(None, ge=1)
+    """Rank that --rank-schedule begins with. Default: half as much again as --r."""
+    rank_hold: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps before --rank-schedule takes anything away."""
+    rank_settle: float = Field(0.3, ge=0, lt=1)
+    """Share of all steps after it has taken the last."""
+    gate_rate: float = Field(32.0, gt=0)
+    """Under --rank-schedule, what the rate of the gates is multiplied by: they alone say how far to go."""
+    orthogonality: float = Field(0.1, ge=0)
+    """Under --rank-schedule, the weight of what keeps directions at right angles."""
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,17 @@ from lorafit.errors import ConfigError, DataError
 
 LABEL = "label"
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
+
+
+def share_of(text: str) -> float:
+    """The share of rows that `10%` asks for. Raises ConfigError."""
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 10%, or a file")
+    return share
 
 
 def digest(record: Mapping[str, Any]) -> bytes:

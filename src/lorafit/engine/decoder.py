@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.engine import attention, kernels, workspace
-from lorafit.engine.groups import Group, is_whole
+from lorafit.engine.groups import Group, is_served, is_whole
 from lorafit.engine.kernels import rows as row_kernels
 from lorafit.engine.kernels.rows import RowTable
-from lorafit.engine.linear import FrozenLinears
+from lorafit.engine.linear import FrozenLinears, How
 from lorafit.engine.patch import ROTARY_FUNCTION, Patches, gated_kind, norm_settings
 from lorafit.engine.tally import TALLY
 from lorafit.lora.layer import LoRALayer
@@ -163,17 +163,17 @@ def forward_of(
     def forward(hidden_states: Tensor, *more: Any, **named: Any) -> Any:
         rows, turn = attention.rows_in_force(), named.get("position_embeddings")
         packed = rows is not None and hidden_states.shape[0] == 1 and turn is not None and not more
-        if not packed or named.get("past_key_values") is not None or any(m.merged for m in parts.adapted):
+        if not packed or named.get("past_key_values") is not None or not all(map(is_served, parts.adapted)):
             return own(hidden_states, *more, **named)
-        factors = [factor for group in parts.groups for factor in group.factors_now()]
-        return _Layer.apply(hidden_states, *turn, parts, rows, wanted(), *factors)  # type: ignore[no-untyped-call, misc]
+        trained = [tensor for group in parts.groups for tensor in group.trained_now()]
+        return _Layer.apply(hidden_states, *turn, parts, rows, wanted(), *trained)  # type: ignore[no-untyped-call, misc]
 
     return forward
 
 
 def _by_group(parts: Parts, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """A and B of each adapted layer, in turn, for each group."""
-    counts = [2 * sum(f is not None for f in group.factors) for group in parts.groups]
+    """What is trained in each group."""
+    counts = [group.trained for group in parts.groups]
     firsts = [sum(counts[:number]) for number in range(len(counts))]
     return [tensors[first : first + count] for first, count in zip(firsts, counts, strict=True)]
 
@@ -190,9 +190,9 @@ class _Layer(torch.autograd.Function):
         parts: Parts,
         rows: RowTable,
         wanted: Tensor | None,
-        *factors: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
-        own, run = _by_group(parts, factors), kernels.of(x)
+        own, run = _by_group(parts, trained), kernels.of(x)
         x, cosine, sine = x[0].contiguous(), cosine[0], sine[0]
         normal, inverse_1 = parts.norms[0].forward(x)
         qkv = parts.qkv.run(normal, own[0])
@@ -202,37 +202,39 @@ class _Layer(torch.autograd.Function):
         TALLY.add(attention.row_flop(q, v, rows))
         some = _Some(wanted, len(x))
         o = parts.o.run(some.of(seen.flatten(1)), own[1])
-        middle = o.y
+        middle = o.y if o.own is None else o.y.clone()
         normal, inverse_2 = parts.norms[1].forward(middle, more=some.of(x))
         gate_up = parts.gate_up.run(normal, own[2])
         down = parts.down.run(run.gated(*torch.split(gate_up.y, parts.gate_up.outs, dim=1), parts.kind), own[3])
         ctx.parts, ctx.rows, ctx.some = parts, rows, some
-        ctx.updates = qkv.update, o.update, gate_up.update, down.update
+        ctx.how = [group.how for group in (qkv, o, gate_up, down)]
+        turned = qkv.own is qkv.y
         ctx.save_for_backward(
             x, cosine, sine, inverse_1, qkv.y, seen, log_sum, middle, inverse_2, gate_up.y,
-            qkv.h, o.h, gate_up.h, down.h, *factors,
+            qkv.h, o.h, gate_up.h, down.h, None if turned else qkv.own, o.own, gate_up.own, down.own, *trained,
         )  # fmt: skip
-        return some.spread(down.y.add_(middle))[None]
+        return some.spread(down.y.add_(middle) if down.own is None else down.y + middle)[None]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         parts: Parts = ctx.parts
         some: _Some = ctx.some
-        updates, ctx.updates = ctx.updates, None  # autograd lets go of saved tensors by itself, of these it does not
+        how, ctx.how = ctx.how, None  # autograd lets go of saved tensors by itself, of these it does not
         saved: tuple[Tensor, ...] = ctx.saved_tensors
-        x, cosine, sine, inverse_1, qkv, seen, log_sum, middle, inverse_2, gate_up, *hs = saved[:14]
+        x, cosine, sine, inverse_1, qkv, seen, log_sum, middle, inverse_2, gate_up = saved[:10]
+        hs, owns = saved[10:14], saved[14:18]
         normals = [norm.forward for norm in parts.norms]
         # Nothing below the lowest group that is adapted has a gradient, unless the layer's input has one.
-        lowest = -1 if ctx.needs_input_grad[0] else next(n for n, update in enumerate(updates) if update is not None)
-        gx, found = None, _Found(parts)
+        lowest = -1 if ctx.needs_input_grad[0] else next(n for n, by in enumerate(how) if by.update is not None)
+        gx, found = None, _Found(parts, how, hs, owns, lowest)
 
         g, gated = some.of(g[0]).contiguous(), _Gated(gate_up, parts)
-        back = found.back(3, g, gated.value, hs[3], updates[3], lowest)
+        back = found.back(3, g, gated.value)
         if back is not None:
-            back = found.back(2, gated.back(back), lambda _: normals[1](middle)[0], hs[2], updates[2], lowest)
+            back = found.back(2, gated.back(back), lambda _: normals[1](middle)[0])
         if back is not None:
             g = parts.norms[1].back(back, middle, inverse_2, g)
-            back = found.back(1, g, lambda _: some.of(seen.flatten(1)), hs[1], updates[1], lowest)
+            back = found.back(1, g, lambda _: some.of(seen.flatten(1)))
         if back is not None:
             g_qkv = workspace.rows(x, *qkv.shape)
             at = parts.scale, parts.window, parts.heads_of(g_qkv)
@@ -240,7 +242,11 @@ class _Layer(torch.autograd.Function):
             row_kernels.backward(*parts.heads_of(qkv), g_seen, log_sum, ctx.rows, *at)
             TALLY.add(2 * attention.row_flop(seen, seen, ctx.rows))
             parts.turn_(g_qkv, cosine, sine, inverse=True)
-            back = found.back(0, g_qkv, lambda _: normals[0](x)[0], hs[0], updates[0], lowest)
+            if how[0].lengths is not None and owns[0] is None:
+                own = workspace.rows(qkv, *qkv.shape).copy_(qkv)
+                parts.turn_(own, cosine, sine, inverse=True)
+                found.owns = own, *owns[1:]
+            back = found.back(0, g_qkv, lambda _: normals[0](x)[0])
         if back is not None:
             gx = parts.norms[0].back(back, x, inverse_1, some.spread(g))[None]
         return gx, None, None, None, None, None, *found.gradients()
@@ -286,29 +292,27 @@ class _Gated:
 
 
 class _Found:
-    """The gradients of the factors, as the groups are gone through from the last to the first."""
+    """The gradients of what is trained, as the groups are gone through from the last to the first.
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    how, hs, owns: of each group, from its forward pass. lowest: the number of the first group that is adapted.
+    """
+
+    def __init__(
+        self, parts: Parts, how: list[How], hs: Sequence[Tensor], owns: Sequence[Tensor | None], lowest: int
+    ) -> None:
+        self.parts, self.how, self.hs, self.owns, self.lowest = parts, how, hs, owns, lowest
         self.by_group: dict[int, list[Tensor]] = {}
 
-    def back(
-        self,
-        number: int,
-        g: Tensor,
-        x: Callable[[Tensor | None], Tensor],
-        h: Tensor | None,
-        update: Any,
-        lowest: int,
-    ) -> Tensor | None:
+    def back(self, number: int, g: Tensor, x: Callable[[Tensor | None], Tensor]) -> Tensor | None:
         """The gradient of what group `number` was given; None where nothing below wants it."""
-        gx, self.by_group[number] = self.parts.groups[number].back(g, x, h, update, number > lowest)
+        of = self.hs[number], self.how[number], self.owns[number]
+        gx, self.by_group[number] = self.parts.groups[number].back(g, x, *of, number > self.lowest)
         return gx
 
     def gradients(self) -> list[Tensor | None]:
-        """Of all factors in their order; None where none was wanted."""
-        counts = [2 * sum(f is not None for f in group.factors) for group in self.parts.groups]
-        return [g for n, count in enumerate(counts) for g in self.by_group.get(n) or _nothing(count)]
+        """Of all tensors in their order; None where none was wanted."""
+        groups = enumerate(self.parts.groups)
+        return [g for n, group in groups for g in self.by_group.get(n) or _nothing(group.trained)]
 
 
 def _nothing(count: int) -> list[Tensor | None]:

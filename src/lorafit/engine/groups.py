@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit import slabs
+from lorafit.engine.lengths import ROWS_AT_ONCE, row_squares
 from lorafit.engine.linear import Factors, FrozenLinears
 from lorafit.engine.patch import Patches
 from lorafit.engine.product import Dense, FromStored, Int8, Packed, PackedInt8, Product, make_int8, plus
@@ -75,6 +76,7 @@ def make_group(modules: list[nn.Module], names: list[str], patches: Patches) -> 
         [k.out_features for k in kinds],
         [k.bias for k in kinds],
         factors,
+        _squares(bases, W, factors),
     )
     for index, (module, base) in enumerate(zip(modules, bases, strict=True)):
         target = module if is_whole(module) else base
@@ -84,10 +86,11 @@ def make_group(modules: list[nn.Module], names: list[str], patches: Patches) -> 
 
 def _forward(linears: FrozenLinears, index: int, target: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The new forward of `target`, which is `layer` or the base of it. A merged weight is not the one prepared."""
+    is_own = target is layer
     own: Any = type(target).forward
 
     def forward(x: Tensor) -> Tensor:
-        if isinstance(layer, LoRALayer) and layer.merged:
+        if isinstance(layer, LoRALayer) and (layer.merged or (is_own and not is_served(layer))):
             y: Tensor = own(target, x)
             return y
         return linears(index, x)
@@ -99,11 +102,39 @@ def is_whole(module: nn.Module) -> bool:
     """Whether the group computes the module's update as well, and not only its base."""
     if not isinstance(module, LoRALayer):
         return True
-    return module.variant.is_low_rank and module.dropout.p == 0
+    return (module.variant.is_low_rank or module.variant.has_lengths) and module.dropout.p == 0
+
+
+def is_served(layer: LoRALayer) -> bool:
+    """Whether the group's product holds for the layer as it is now: not merged, and not learning at another scale.
+
+    The gradient of lengths is made for the updated weight itself, and no training is at another scale than 1.
+    """
+    as_trained = layer.scale == 1 or not layer.variant.has_lengths
+    return not layer.merged and (as_trained or not torch.is_grad_enabled())
 
 
 def _factors(layer: LoRALayer) -> Factors:
-    return Factors(lambda: layer.factors()[0], lambda: layer.factors()[1], lambda: layer.scaling * layer.scale)
+    A, B = (lambda: layer.factors()[0]), (lambda: layer.factors()[1])
+    if not layer.variant.has_lengths:
+        return Factors(A, B, lambda: layer.scaling * layer.scale)
+    return Factors(
+        A,
+        B,
+        lambda: layer.scaling if layer.scale else 0.0,
+        lambda: layer.get_parameter("magnitude"),
+        lambda: layer.scale,
+    )
+
+
+def _squares(bases: list[nn.Module], W: Tensor | None, factors: list[Factors | None]) -> Tensor | None:
+    """|w|^2 of all rows, where the updated weight has lengths of its own."""
+    if all(f is None or f.m is None for f in factors):
+        return None
+    if W is not None:
+        return row_squares([W])
+    parts = (base.stored.decoded_parts(ROWS_AT_ONCE, base.dtype) for base in bases if isinstance(base, QuantizedLinear))
+    return row_squares(part for each in parts for _, part in each)
 
 
 def _stack_weights(kinds: list[Kind]) -> Tensor:

@@ -34,8 +34,11 @@ INT8_ROWS = 256
 class Product(Protocol):
     """forward: x (n, in) -> x W^T (n, out). backward: g (n, out) -> g W (n, in). In the type of their argument.
 
-    update: what is to be added to the product, of the same shape.
+    update: what is to be added to the product, of the same shape. thin: A (r, in) -> A W^T (r, out), of a factor A.
     """
+
+    def thin(self, A: Tensor) -> Tensor:
+        """The product A W^T, where A is no activation but a few rows."""
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
@@ -57,6 +60,10 @@ class Dense:
     def __init__(self, W: Tensor) -> None:
         self.W = W
 
+    def thin(self, A: Tensor) -> Tensor:
+        """The product A W^T."""
+        return torch.mm(A, self.W.T)
+
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
         return plus(torch.mm(x, self.W.T, out=workspace.rows(x, len(x), len(self.W))), update)
@@ -75,6 +82,10 @@ class FromStored:
     def __init__(self, parts: Sequence[Stored]) -> None:
         self.parts = tuple(parts)
         self.rows, self.width = sum(len(part.data) for part in self.parts), self.parts[0].width
+
+    def thin(self, A: Tensor) -> Tensor:
+        """The product A W^T."""
+        return self.decoded(A).thin(A)
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
@@ -101,6 +112,10 @@ class Packed:
         self.rows = rows
         self.packed = torch.ops.mkldnn._reorder_linear_weight(W.contiguous(), rows)
         self.transposed: Tensor | None = None  # evaluation never needs it
+
+    def thin(self, A: Tensor) -> Tensor:
+        """The product A W^T."""
+        return self.forward(A)
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
@@ -131,6 +146,10 @@ class Int8:
         self.W: Tensor | None = W  # until g W is asked for
         self.back: tuple[Tensor, Tensor] | None = None
 
+    def thin(self, A: Tensor) -> Tensor:
+        """The product A W^T."""
+        return self.forward(A)
+
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T within int8's rounding, plus the update."""
         return plus(_multiply(x, self.inverse, self.q.T, self.scales), update)
@@ -152,6 +171,10 @@ class PackedInt8:
         self.operand = products.int8_operand(W, transposed=False, smooth=smooth)
         self.W: Tensor | None = W  # until g W is asked for
         self.transposed: products.Int8Operand | None = None
+
+    def thin(self, A: Tensor) -> Tensor:
+        """The product A W^T."""
+        return self.forward(A)
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T within int8's rounding, plus the update."""

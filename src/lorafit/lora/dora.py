@@ -17,6 +17,9 @@ from lorafit.lora.update import delta_weight
 if TYPE_CHECKING:
     from lorafit.lora.layer import LoRALayer
 
+# Rows of a weight whose first norms are taken together: float32 copies of all of them would leave holes in the heap.
+ROWS_AT_ONCE = 256
+
 
 def row_norm(W: Tensor) -> Tensor:
     """||W|| of each row. W: (out, in). Returns (out,), never zero: a row of zeros stays zero instead of NaN."""
@@ -29,14 +32,16 @@ class DoRA:
 
     works_transposed = False  # a norm per row of W is not a norm per row of W^T
     is_low_rank = False
+    has_lengths = True
     frozen: tuple[str, ...] = ()
 
     def init(
         self, base: Kind, lora_A: Tensor, lora_B: Tensor, scaling: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """The magnitude ||V|| row by row, so that W' = W0 at the start."""
-        W = base.read_weight().to(lora_A.dtype)
-        return {"magnitude": row_norm(W + delta_weight(lora_A, lora_B, scaling))}
+        parts = zip(torch.split(base.read_weight(), ROWS_AT_ONCE), torch.split(lora_B, ROWS_AT_ONCE), strict=True)
+        norms = [row_norm(W.to(lora_A.dtype) + delta_weight(lora_A, B, scaling)) for W, B in parts]
+        return {"magnitude": torch.cat(norms)}
 
     def factors(self, layer: LoRALayer) -> tuple[Tensor, Tensor]:
         """A and B themselves."""

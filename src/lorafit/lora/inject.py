@@ -164,6 +164,17 @@ def detach(model: nn.Module) -> None:
     del model._lorafit_attachment
 
 
+def owners(model: nn.Module) -> dict[str, LoRALayer]:
+    """The layers that have factors of their own, by name."""
+    return {layer.name: layer for layer in attached_layers(model) if layer.tied_to is None}
+
+
+def take_off(model: nn.Module, names: Collection[str]) -> None:
+    """Give back some of the modules that were adapted; the base stays frozen. Raises TargetError if none was."""
+    modules = _attachment(model).modules
+    _replace(model, {modules[name]: modules.pop(name).base for name in names})
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """All adapted layers by module name, in the model's order; each once, tied ones too (see `LoRALayer.tied_to`)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}

@@ -28,7 +28,8 @@ class Dropout:
 class LoRALayer(Adapted):
     """A base module with a low-rank update: y = base(x) + scale * update(x).
 
-    Trainable: lora_A and lora_B (shapes in `base.py`), and what the variant adds (`magnitude`). They are float32
+    Trainable: lora_A and lora_B (shapes in `base.py`), what the variant adds (`magnitude`), and where ranks have a
+    schedule gate (r,), what each row of lora_A is multiplied with (`gates.py`). They are float32
     (float64 over a float64 base) whatever the base stores; the branch is computed in the dtype of the activations.
     Casting the whole model (`model.half()`) casts them too.
     Attributes: base, r, alpha, scaling, scale, merged. `weight` is the base's own, without the update.
@@ -40,6 +41,7 @@ class LoRALayer(Adapted):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class LoRALayer(Adapted):
         self.started_at: tuple[Tensor, Tensor] | None = None
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
+        if "gate" not in parameters:
+            self.register_parameter("gate", None)
 
     @property
     def in_features(self) -> int:
@@ -78,6 +82,8 @@ class LoRALayer(Adapted):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) as this module uses them, in their own dtype."""
         A, B = self.variant.factors(self)
+        if self.gate is not None:
+            A = self.gate.view(-1, *[1] * (A.dim() - 1)) * A
         return (B.T, A.T) if self.transposed else (A, B)
 
     def lasting_factors(self) -> tuple[Tensor, Tensor, int]:

@@ -18,6 +18,7 @@ class Plain:
 
     works_transposed = True  # (B A)^T = A^T B^T: a tied head uses the same factors, transposed
     is_low_rank = True
+    has_lengths = False
     frozen: tuple[str, ...] = ()
 
     def init(

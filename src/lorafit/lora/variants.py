@@ -21,11 +21,13 @@ class Variant(Protocol):
     """Three operations; everything else (scale, merging, dropout, ties) is written once in `layer.py`.
 
     works_transposed: the update of W^T can be written with the factors transposed, so that a tied head can share it.
-    is_low_rank: the update is scaling * B A of `factors`, and nothing else. frozen: tensors that are not trained.
+    is_low_rank: the update is scaling * B A of `factors`, and nothing else. has_lengths: rows of W0 + scaling * B A are
+    given the length `magnitude`, by a norm that has no gradient. frozen: tensors that are not trained.
     """
 
     works_transposed: bool
     is_low_rank: bool
+    has_lengths: bool
     frozen: tuple[str, ...]
 
     def init(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from torch import Tensor, nn
 
-from lorafit.config import LoRAConfig
+from lorafit.config import LoRAConfig, MethodConfig
 from lorafit.errors import ConfigError, did_you_mean, listed
-from lorafit.lora import inject
+from lorafit.lora import gates, inject
 from lorafit.lora.init import INITS
 from lorafit.methods import rounding, spectral, wrapped
 from lorafit.methods.method import Attached, Beginning
@@ -58,4 +59,23 @@ def start(model: nn.Module, beginning: Beginning) -> list[str]:
     return [rounding.start(model, beginning.spec, config.init, beginning.over_rows)]
 
 
-METHOD = dataclasses.replace(wrapped.method(attach, start), before_forward=before_forward)
+def finish(model: nn.Module, config: MethodConfig) -> MethodConfig:
+    """Fold gates into factors, and take off the layers that have none left. Without gates nothing is done."""
+    layers = inject.attached_layers(model)
+    if all(layer.gate is None for layer in layers):
+        return config
+    inject.take_off(model, [layer.name for layer in layers if gates.rank(layer) == 0])
+    for layer in (left := inject.owners(model)).values():
+        gates.fold(layer, config.scaling_rule)
+    exact = {name: f"re:{re.escape(name)}" for name in left}
+    return config.model_copy(
+        update={
+            "targets": list(exact.values()),
+            "layers": None,
+            "rank_pattern": {exact[name]: layer.r for name, layer in left.items()},
+            "alpha_pattern": {exact[name]: layer.alpha for name, layer in left.items()},
+        }
+    )
+
+
+METHOD = dataclasses.replace(wrapped.method(attach, start, finish), before_forward=before_forward)

@@ -71,7 +71,7 @@ def ends_early(config: MethodConfig) -> bool:
 
     In 16 bits, and where every layer still runs as one function: nothing but low-rank updates stands in them.
     """
-    low_rank = config.method == "lora" and config.variant != "dora" and not config.dropout
+    low_rank = config.method == "lora" and not config.dropout
     return low_rank or config.method in ("prompt", "head")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
-from lorafit.plan.counts import block_weights, lora_params, matrices, method_params, within
+from lorafit.plan.counts import block_weights, lora_params, method_params, within
 from lorafit.plan.steps import untouched
 
 # In 16 bits LoRA's factors are packed as well, both ways round, their rank filled up to so many.
@@ -93,8 +93,8 @@ def _weights(spec: ModelSpec, layers: str | None) -> int:
 
 
 def _of_low_rank(spec: ModelSpec, config: MethodConfig) -> int:
-    """Seven r-wide products in each layer; DoRA keeps what every product gives, scaled and not."""
-    beside = 4 * _outputs(spec) + _apart(spec) if config.variant == "dora" else 0
+    """Seven r-wide products in each layer; DoRA keeps what o and down give, which nothing else does."""
+    beside = 2 * spec.hidden if config.variant == "dora" else 0
     return 7 * config.r + beside
 
 
@@ -119,8 +119,3 @@ def _kept(spec: ModelSpec, config: MethodConfig) -> int:
 def _apart(spec: ModelSpec) -> int:
     """What a layer keeps more where its parts run one by one: a sum of the residual stream."""
     return spec.hidden
-
-
-def _outputs(spec: ModelSpec) -> int:
-    """Of all linear layers of a block."""
-    return sum(out for out, _ in matrices(spec).values()) // max(1, spec.layers)

@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment: written aside, fsynced, manifest last, renamed. No pickle.
 
 A checkpoint is a directory `step-00000020` with adapter.safetensors, optimizer.safetensors, best.safetensors where an
-evaluation has found a best, state.json, and manifest.json with the sha256 of the others.
+evaluation has found a best, ranks.safetensors where ranks have a schedule, state.json, and manifest.json with the
+sha256 of the others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lorafit.errors import CheckpointError
 
 NAME = re.compile(r"step-(\d{8})")
 KEPT = 2
+TENSORS = ("adapter", "optimizer", "best", "ranks")
 
 
 @dataclass
@@ -45,13 +47,17 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """The whole state of a run after `progress.step` steps. `identity` says to which run it belongs."""
+    """The whole state of a run after `progress.step` steps. `identity` says to which run it belongs.
+
+    ranks: of the schedule of ranks, where there is one.
+    """
 
     progress: Progress
     identity: dict[str, Any]
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     best: dict[str, Tensor]
+    ranks: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -59,7 +65,7 @@ def write(directory: Path, checkpoint: Checkpoint) -> Path:
     path = directory / f"step-{checkpoint.progress.step:08d}"
 
     def fill(temporary: Path) -> None:
-        tensors = {"adapter": checkpoint.adapter, "optimizer": checkpoint.optimizer, "best": checkpoint.best}
+        tensors = {name: getattr(checkpoint, name) for name in TENSORS}
         for name, values in tensors.items():
             if values:
                 save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
@@ -97,7 +103,7 @@ def read(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = {
             name: load_file(path / f"{name}.safetensors") if f"{name}.safetensors" in manifest else {}
-            for name in ("adapter", "optimizer", "best")
+            for name in TENSORS
         }
         return Checkpoint(progress=Progress(**state["progress"]), identity=state["identity"], **tensors)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:

@@ -22,9 +22,11 @@ from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine
 from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
+from lorafit.lora import inject
 from lorafit.methods.method import Method
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate, set_rate
+from lorafit.train.ranks import RankSchedule, schedule
 from lorafit.train.reporting import Reporter, StepReport
 from lorafit.train.signals import StopRequest
 
@@ -92,6 +94,7 @@ class _Loop:
         self.progress = start.progress if start else Progress()
         self.progress.train_s += work.engine.prepare_s
         self.best = start.best if start else {}
+        self.ranks = _rank_schedule(work)
         trained = work.method.trainable(work.model)
         factors = {name: _rate_factor(name, work.config) for name in trained}
         self.parameters = {name: trained[name] for name in sorted(trained, key=lambda name: factors[name])}
@@ -101,6 +104,8 @@ class _Loop:
         if start:
             work.method.load_state(work.model, start.adapter)
             load_optimizer_state(self.optimizer, list(self.parameters), start.optimizer)
+            if self.ranks:
+                self.ranks.load_state(start.ranks)
         self._save = save
         self._saved_at = time.monotonic()
 
@@ -114,12 +119,24 @@ class _Loop:
         # The tensors themselves, not copies: nothing changes them until they are written.
         adapter = dict(self.work.method.state(self.work.model))
         moments = optimizer_state(self.optimizer, list(self.parameters))
-        self._save(Checkpoint(self.progress, self.work.identity, adapter, moments, self.best))
+        ranks = self.ranks.state() if self.ranks else {}
+        self._save(Checkpoint(self.progress, self.work.identity, adapter, moments, self.best, ranks))
         self._saved_at = time.monotonic()
+
+
+def _rank_schedule(work: Work) -> RankSchedule | None:
+    """How ranks change, if they do. Raises ConfigError."""
+    config = work.config
+    if config.rank_schedule == "none":
+        return None
+    phases = config.rank_hold, config.rank_settle
+    return schedule(inject.owners(work.model), config.r, work.total_steps, *phases, config.orthogonality)
 
 
 def _rate_factor(name: str, config: TrainConfig) -> float:
     """What the rate of a parameter is multiplied by. Source: Hayou et al. 2024, LoRA+, eq. 8: B's by lambda."""
+    if name.endswith(".gate"):
+        return config.gate_rate
     return config.lora_plus if name.endswith(".lora_B") else 1.0
 
 
@@ -133,6 +150,8 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
 
     counted = TALLY.flop
     loss = _accumulate_gradients(loop, batches)
+    if loop.ranks:
+        loop.ranks.add_gradients()
     grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
     lr = rate(progress.step, work.total_steps, config.lr, config.schedule, config.warmup)
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -140,6 +159,8 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
         _apply(loop, lr)
     else:
         _count_bad_step(loop, row_ids, loss, grad_norm, report)
+    if loop.ranks:
+        loop.ranks.after_step(progress.step + 1, applied)
     loop.optimizer.zero_grad(set_to_none=True)
     work.engine.after_step()
     let_go(work.rows)
@@ -232,6 +253,9 @@ def _evaluate(loop: _Loop, evaluate: Callable[[], float], report: Reporter) -> N
     """Measure the held-out loss, keep the adapter if it is the best so far, stop early when it no longer improves."""
     progress, config = loop.progress, loop.work.config
     loss = evaluate()
+    if loop.ranks and not loop.ranks.is_settled(progress.step):
+        report.evaluated(progress.step, loss, False)  # the best is one of those with the ranks that were asked for
+        return
     better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
     if better:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0

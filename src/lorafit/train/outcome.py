@@ -98,6 +98,7 @@ def remember_speed(result: dict[str, Any], spec: ModelSpec, config: TrainConfig)
     Of a few steps, or of a part of the layers, it would say little.
     """
     is_whole = config.layers is None and config.targets == "all-linear" and result["flop"]
+    is_whole = is_whole and config.rank_schedule == "none"
     if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
         kind = rates.kind_of(config.method, config.variant)
         key = rates.run_key(rates.way(result["precision"], config.base_storage, kind), spec.hidden)

@@ -141,7 +141,7 @@ def expected(
 
     None where not all of the usual layers have something, or the operations of a kind of block are not known.
     """
-    if config.targets != "all-linear":
+    if config.targets != "all-linear" or config.rank_schedule != "none":
         return None
     early = precision != "fp32" and not adds.padded and ends_early(config)
     steps = _first_steps(rows, config)

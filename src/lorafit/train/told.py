@@ -36,6 +36,18 @@ def print_attached(attached: Attached, console: Console) -> None:
         console.print(note, style="yellow", highlight=False)
 
 
+def print_ranks(ranks: dict[str, int] | None, console: Console) -> None:
+    """The ranks that a schedule has left, a line for each kind of layer, in the order of the blocks."""
+    if not ranks:
+        return
+    kinds: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(rank)
+    console.print(f"ranks, block by block, {format_count(sum(ranks.values()))} in all:", highlight=False)
+    for kind, each in kinds.items():
+        console.print(f"  {kind} {' '.join(map(str, each))}", highlight=False, markup=False)
+
+
 def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
     """How it went, predicted against measured, and what to type next. path: the run directory."""
     speed = result["tokens_seen"] / result["train_s"] if result["train_s"] else 0.0
@@ -52,6 +64,7 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
             f"held-out rows: accuracy {result['eval_accuracy']:.1%}, macro-F1 {result['eval_macro_f1']:.3f}",
             highlight=False,
         )
+    print_ranks(result["ranks"], console)
     console.print(f"wrote {path}. Next:")
     chat = [f"lorafit chat {path}"] if result["task"] == "generate" else []
     merge = [] if result["not_merged"] else [f"lorafit merge {path} -o DIR"]

@@ -436,6 +436,49 @@ void dequantize(const int32_t* sums, const float* rows, const float* columns, T*
     }
 }
 
+// --- lengths of rows ------------------------------------------------------------------------------------------------
+
+// y *= columns. y: n rows, `stride` apart.
+template <typename T>
+void scale_columns(T* y, int64_t stride, const float* columns, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+        T* row = y + i * stride;
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) store(row + j, load(row + j) * columns[j]);
+    }
+}
+
+// scaled = g * columns, and sums = the sum over rows of g u. Columns are split among threads, a block at a time, and rows
+// are summed in blocks too, so that an error grows with their number and not with that of all rows.
+template <typename T>
+void scale_columns_backward(const T* g, int64_t g_stride, const T* u, int64_t u_stride, const float* columns, T* scaled,
+                            float* sums, int64_t n, int64_t width) {
+    constexpr int64_t BLOCK = 128;
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        const int64_t count = width - first < BLOCK ? width - first : BLOCK;
+        float total[BLOCK] = {0.0f};
+        for (int64_t top = 0; top < n; top += BLOCK) {
+            const int64_t end = top + BLOCK < n ? top + BLOCK : n;
+            float part[BLOCK] = {0.0f};
+            for (int64_t i = top; i < end; ++i) {
+                const T* g_row = g + i * g_stride + first;
+                const T* u_row = u + i * u_stride + first;
+                T* out = scaled + i * width + first;
+#pragma omp simd
+                for (int64_t j = 0; j < count; ++j) {
+                    const float value = load(g_row + j);
+                    part[j] += value * load(u_row + j);
+                    store(out + j, value * columns[first + j]);
+                }
+            }
+            for (int64_t j = 0; j < count; ++j) total[j] += part[j];
+        }
+        for (int64_t j = 0; j < count; ++j) sums[first + j] = total[j];
+    }
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -486,6 +529,13 @@ void dequantize(const int32_t* sums, const float* rows, const float* columns, T*
     EXPORT void dequantize_##suffix(const int32_t* q, const float* r, const float* c, T* y, int64_t s, int64_t n,      \
                                     int64_t d, int add) {                                                              \
         dequantize(q, r, c, y, s, n, d, add);                                                                          \
+    }                                                                                                                  \
+    EXPORT void scale_columns_##suffix(T* y, int64_t s, const float* c, int64_t n, int64_t d) {                        \
+        scale_columns(y, s, c, n, d);                                                                                  \
+    }                                                                                                                  \
+    EXPORT void scale_columns_backward_##suffix(const T* g, int64_t gs, const T* u, int64_t us, const float* c, T* y,  \
+                                                float* r, int64_t n, int64_t d) {                                      \
+        scale_columns_backward(g, gs, u, us, c, y, r, n, d);                                                           \
     }
 
 INSTANTIATE(f32, float)

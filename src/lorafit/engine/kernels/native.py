@@ -34,6 +34,8 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "cross_entropy": (P, P, P, P, N, N, I),
     "quantize_rows": (P, N, P, P, P, N, N),
     "dequantize": (P, P, P, P, N, N, N, I),
+    "scale_columns": (P, N, P, N, N),
+    "scale_columns_backward": (P, N, P, N, P, P, P, N, N),
     "decode_blocks": (P, N, N, N, P, N, I),
     "decode_nf4": (P, P, N, N, P, N),
     "decode_int8": (P, P, N, N, P, N),
@@ -251,6 +253,21 @@ def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, a
     _function("dequantize", y.dtype)(
         sums.data_ptr(), rows.data_ptr(), _pointer(columns), y.data_ptr(), y.stride(0), *y.shape, add
     )
+
+
+def scale_columns_(y: Tensor, columns: Tensor) -> None:
+    """See `plain.scale_columns_`. The rows of y may be apart."""
+    _function("scale_columns", y.dtype)(y.data_ptr(), y.stride(0), columns.data_ptr(), *y.shape)
+
+
+def scale_columns_backward(g: Tensor, u: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """See `plain.scale_columns_backward`."""
+    g, u = _rows(g), _rows(u)
+    scaled, sums = workspace.rows(g, *g.shape), g.new_empty(g.shape[1], dtype=torch.float32)
+    _function("scale_columns_backward", g.dtype)(
+        *(*_places(g, u), columns.data_ptr(), scaled.data_ptr(), sums.data_ptr(), *g.shape)
+    )
+    return scaled, sums
 
 
 def decode_(stored: Stored, out: Tensor) -> None:

@@ -213,6 +213,17 @@ def dequantize_(sums: Tensor, rows: Tensor, columns: Tensor | None, y: Tensor, a
     y.copy_(values + y.float() if add else values)
 
 
+def scale_columns_(y: Tensor, columns: Tensor) -> None:
+    """Y times `columns`, (width,) float32, in its place. y: (n, width)."""
+    y.copy_((y.to(columns.dtype) * columns).to(y.dtype))
+
+
+def scale_columns_backward(g: Tensor, u: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(g times `columns`, sum over rows of g u: (width,) as `columns`). g, u: (n, width)."""
+    wide = g.to(columns.dtype)
+    return (wide * columns).to(g.dtype), (wide * u.to(columns.dtype)).sum(0)
+
+
 def decode_(stored: Stored, out: Tensor) -> None:
     """Write the matrix that is stored in fewer bits into out, (rows, width), each number rounded once."""
     out.copy_(stored.decode(out.dtype))
