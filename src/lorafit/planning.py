@@ -143,7 +143,7 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
         "unusable": data.bad_rows,
         "first_unusable": data.bad[0] if data.bad else None,
         "cut": data.set.cut_rows,
-        "labels": len(data.targets),
+        "labels": len(data.told.names) if data.told else 0,
     }
     return Rows(work, count, round(tokens / pieces), loss_share, seen)
 
@@ -152,7 +152,7 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
     """Some rows, as they are and as the model reads them."""
     # Only here: reading rows takes libraries that a plan without them does without.
     from lorafit.data.encode import Reading, encode_rows
-    from lorafit.data.labels import Names, is_labelled, names_of
+    from lorafit.data.labels import is_labelled, names_of
     from lorafit.data.load import locate
     from lorafit.data.sample import sample
     from lorafit.data.template import use_template
@@ -163,10 +163,10 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
         use_template(tokenizer, config.template)
     some = sample(locate(name).train())
     seq_len = config.seq_len or TrainConfig.model_fields["seq_len"].default
-    found = Names(())
+    found = None
     if is_labelled(locate(name).train(), config.format, config.rename):
         found = names_of(some.rows, config.format, config.rename, skip_bad=True)
-    reading = Reading(config.format, config.rename, True, config.loss_on, seq_len, found.names or None, found.several)
+    reading = Reading(config.format, config.rename, True, config.loss_on, seq_len, found)
     return some, encode_rows(some.rows, tokenizer, reading)
 
 

@@ -263,9 +263,7 @@ def _encode(
 ) -> tuple[Data, EncodedSet, EncodedSet | None]:
     """What is known of the training rows, what is trained on, and what is held out."""
     seq_len = min(config.seq_len, tokenizer.model_max_length) if is_encoder else config.seq_len
-    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len)
-    if labels:
-        reading = replace(reading, labels=labels.names, several=labels.several)
+    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len, labels)
 
     def encoded(source: Source) -> Data:
         with counting(console, source.name) as on_rows:

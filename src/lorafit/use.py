@@ -6,7 +6,7 @@ target -> base model + adapter -> rows -> measures; -> a conversation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -19,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from lorafit.config import ChatConfig, EvalConfig
-from lorafit.data.encode import Reading, encode_rows
+from lorafit.config import ChatConfig, EvalConfig, RowsConfig
+from lorafit.data.encode import Data, Reading, encode_rows
 from lorafit.data.formats import read_examples
+from lorafit.data.labels import Names
 from lorafit.data.load import locate
 from lorafit.data.rows import Row
 from lorafit.data.template import use_template
@@ -320,15 +321,11 @@ def _evaluate_labels(
     opened: Opened, labels: Labels, rows: list[Row], config: EvalConfig, console: Console
 ) -> dict[str, Any]:
     """As `evaluate`, of a head of labels; what is of text alone is None."""
-    limit = (
-        min(config.seq_len, opened.tokenizer.model_max_length) if isinstance(opened.model, Pooled) else config.seq_len
-    )
-    reading = Reading(config.format, config.rename, seq_len=limit, labels=labels.names, several=labels.several)
-    data = encode_rows(rows, opened.tokenizer, reading)
+    data = encode_labelled(rows, opened.tokenizer, labels, config, isinstance(opened.model, Pooled))
     engine, encoded = engine_of(opened.model, share_prefix=True), data.set.encoded
     with infer_evaluate.progress_bar(console) as bar:
         count = infer_evaluate.counter(bar, "rows", len(encoded))
-        found = infer_labels.measure(engine, encoded, labels.names, min(limit, MICRO_TOKENS), count)
+        found = infer_labels.measure(engine, encoded, labels.names, MICRO_TOKENS, count)
     lines = [
         {"prompt": opened.tokenizer.decode(encoded[wrong.row].input_ids[:-1].tolist(), skip_special_tokens=True),
          "expected": wrong.expected, "got": wrong.got, "right": False}
@@ -342,6 +339,18 @@ def _evaluate_labels(
         "cut_rows": data.set.cut_rows,
     }
     return {"task": "classify"} | of_text | told | {"samples": lines}
+
+
+def encode_labelled(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, labels: Labels, config: RowsConfig, whole: bool
+) -> Data:
+    """Rows for a head of these labels. whole: whether it reads a row side by side with others, which has a limit.
+
+    Raises DataError for a row that cannot be used, or has another label.
+    """
+    limit = min(config.seq_len, tokenizer.model_max_length) if whole else config.seq_len
+    reading = Reading(config.format, config.rename, seq_len=limit, labels=Names(labels.names, labels.several))
+    return encode_rows(rows, tokenizer, reading)
 
 
 MICRO_TOKENS = 1024  # of a forward pass over rows with labels, as in training

@@ -25,7 +25,7 @@ from lorafit import files
 from lorafit.data import store
 from lorafit.data.example import Chat, Example, Labelled
 from lorafit.data.formats import FormatReader
-from lorafit.data.labels import fit_label, number_of
+from lorafit.data.labels import Names, fit_label, number_of
 from lorafit.data.load import Source
 from lorafit.data.long import reach
 from lorafit.data.mask import CHUNK_ROWS, EncodedSet, Marks, encode_drafts, fit, refuse_unsupervised
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # Of a source that is larger the tokens are kept on disk; what is smaller is tokenised in a second or two.
 LARGE_BYTES = 8 << 20
 # Changes whenever the same rows would become other tokens.
-VERSION = 3
+VERSION = 4
 # Characters that wait to be tokenised at a time, beside those of one long row.
 CHUNK_CHARS = 4 << 20
 # Faults that are told one by one; beyond that they are counted.
@@ -57,9 +57,8 @@ ROW = np.dtype([("digest", DIGEST), ("label", "<i4")])  # label: its number, -1 
 class Reading:
     """How rows are read. fmt: a format's name, None to know it by the columns. rename: column -> new name.
 
-    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece. labels: names that
-    texts are labelled with, for a model that tells them apart; None for one that writes text. several:
-    whether a text may have any number of them.
+    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece. labels: what texts
+    are labelled with, for a model that tells it; None for one that writes text.
     """
 
     fmt: str | None = None
@@ -67,8 +66,7 @@ class Reading:
     skip_bad: bool = False
     loss_on: LossOn = "replies"
     seq_len: int = 2048
-    labels: tuple[str, ...] | None = None
-    several: bool = False
+    labels: Names | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ class Data:
     records: (rows,) of ROW, for every record that was read. labels: their names by number. bad: a sentence for each
     row that was left out, at most TOLD. bad_rows: how many there were. unused: columns -> rows in which they stood.
     odd: where characters stand that are no text, at most TOLD; odd_rows: how many. system: the system message that all
-    rows begin with, if they do. targets: the labels that rows are trained on, by number; none where they are no texts
-    with a label. several: whether a row may have any number of them.
+    rows begin with, if they do. told: what rows are labelled with, as `Reading.labels`.
     """
 
     set: EncodedSet
@@ -92,8 +89,7 @@ class Data:
     odd_rows: int
     unused: Mapping[str, int]
     system: str | None
-    targets: tuple[str, ...] = ()
-    several: bool = False
+    told: Names | None = None
 
     def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
         """Which records are held out, about `share` of those that can be used: (records,). As `split.held_out`."""
@@ -188,7 +184,7 @@ def _encode(
 
 def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
     return Data(
-        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"], bool(facts["targets"])),
+        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"], facts["told"] is not None),
         format=facts["format"],
         records=records,
         labels=tuple(facts["labels"]),
@@ -198,8 +194,7 @@ def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
         odd_rows=facts["odd_rows"],
         unused=facts["unused"],
         system=facts["system"],
-        targets=tuple(facts["targets"]),
-        several=facts["several"],
+        told=None if facts["told"] is None else Names.of(facts["told"]),
     )
 
 
@@ -232,7 +227,7 @@ class _Encoder:
         self._labels = array("i")
         self._label_numbers: dict[str, int] = {}
         self._systems: set[str | None] = set()
-        self._targets = {name: number for number, name in enumerate(reading.labels or ())}
+        self._numbers = {name: n for n, name in enumerate(reading.labels.names if reading.labels else ())}
 
     def run(self, rows: Iterator[Row], on_rows: Callable[[int], None]) -> None:
         """Encode all rows, in order."""
@@ -288,9 +283,9 @@ class _Encoder:
         text, rest, label = (
             example.text[:limit],
             example.text[limit:],
-            number_of(example, self._targets, self.reading.several),
+            number_of(example, self._numbers, self.reading.labels.several),
         )
-        if not self.reading.several:
+        if not self.reading.labels.several:
             self._labels[-1] = self._label_numbers.setdefault(example.labels[0], len(self._label_numbers))
         return [Draft(text, (), example.origin, templated=False, rest=rest, label=label)]
 
@@ -364,6 +359,5 @@ class _Encoder:
             "rewritten": self.rewritten,
             "unused": self.reader.unused,
             "system": only,
-            "targets": list(self.reading.labels or ()),
-            "several": self.reading.several,
+            "told": asdict(self.reading.labels) if self.reading.labels else None,
         }

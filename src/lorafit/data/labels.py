@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,11 @@ class Names:
 
     names: tuple[str, ...]
     several: bool = False
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Names:
+        """What `dataclasses.asdict` made of it, and JSON of that."""
+        return cls(**{**told, "names": tuple(told["names"])})
 
 
 def names_of(rows: Iterable[Row], fmt: str | None, rename: Mapping[str, str], skip_bad: bool) -> Names:
@@ -84,9 +89,11 @@ def number_of(example: Labelled, names: Mapping[str, int], several: bool) -> int
     return sum(1 << number for number in numbers) if several else numbers[0]
 
 
-def members(number: int, names: Sequence[str], several: bool) -> list[str]:
+def members(number: int, told: Names) -> list[str]:
     """What `number_of` stands for: the label, or those of the set."""
-    return [name for k, name in enumerate(names) if number >> k & 1] if several else [names[number]]
+    if not told.several:
+        return [told.names[number]]
+    return [name for k, name in enumerate(told.names) if number >> k & 1]
 
 
 def _number(label: str, origin: str, names: Mapping[str, int]) -> int:

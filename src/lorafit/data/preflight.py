@@ -115,11 +115,9 @@ def inspect(
 
 def spans(row: Encoded, tokenizer: PreTrainedTokenizerBase, data: Data | None = None) -> tuple[Span, ...]:
     """The row's text as the model sees it, cut where the mask changes. data: that it is of, where it has labels."""
-    if data and data.targets:
+    if data and data.told:
         text = str(tokenizer.decode(row.input_ids[:-1].tolist()))
-        return Span(text, False), Span(
-            f" {', '.join(members(int(row.input_ids[-1]), data.targets, data.several))}", True
-        )
+        return Span(text, False), Span(f" {', '.join(members(int(row.input_ids[-1]), data.told))}", True)
     parts = groupby(zip(row.input_ids.tolist(), row.supervised.tolist(), strict=True), key=lambda pair: pair[1])
     return tuple(Span(str(tokenizer.decode([token for token, _ in pairs])), mask) for mask, pairs in parts)
 
@@ -148,9 +146,9 @@ def _histogram(lengths: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
 
 def counts_of(data: Data) -> dict[str, int]:
     """How many records have each label, the most frequent first."""
-    if data.several:
+    if data.told and data.told.several:
         sets = np.array([row.input_ids[-1] for row in data.set.encoded])
-        found = {name: int((sets >> number & 1).sum()) for number, name in enumerate(data.targets)}
+        found = {name: int((sets >> number & 1).sum()) for number, name in enumerate(data.told.names)}
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
     counts = np.bincount(data.records["label"] + 1, minlength=len(data.labels) + 1)[1:]
     return dict(sorted(zip(data.labels, counts.tolist(), strict=True), key=lambda pair: -pair[1]))

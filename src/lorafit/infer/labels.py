@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.data.pack import micro_batches
@@ -72,10 +71,23 @@ def measure(
     started = time.perf_counter()
     scores, targets = scores_of(engine, rows, micro_tokens, on_rows)
     head = label_head(engine.model)
-    if head is not None and head.several:
-        return _measure_sets(head, scores, targets, names, started)
-    loss = float(F.cross_entropy(scores.double(), targets))
-    _refuse_infinite(loss)
+    assert head is not None  # it has given scores
+    return measure_scores(head, scores, targets, names, started)
+
+
+def measure_scores(
+    head: LabelHead, scores: Tensor, targets: Tensor, names: Sequence[str], started: float = 0.0
+) -> LabelsMeasured:
+    """As `measure`, of what `scores_of` gave."""
+    loss = float(head.nll(scores.double(), targets).mean())
+    if not math.isfinite(loss):
+        raise NumericsError(f"the loss is {loss}, not a finite number", "Use --precision fp32, or lower --scale")
+    judge = judge_sets if head.several else judge_labels
+    return judge(scores, targets, names, loss, started)
+
+
+def judge_labels(scores: Tensor, targets: Tensor, names: Sequence[str], loss: float, started: float) -> LabelsMeasured:
+    """Where each row has one label."""
     got = scores.argmax(1)
     table = torch.bincount(targets * len(names) + got, minlength=len(names) ** 2).view(len(names), len(names))
     by_label = tuple(_label(table, number, name) for number, name in enumerate(names))
@@ -84,7 +96,7 @@ def measure(
         loss=loss,
         accuracy=float((got == targets).double().mean()),
         macro_f1=sum(known) / len(known),
-        rows=len(rows),
+        rows=len(scores),
         labels=by_label,
         confusions=_confusions(table, names),
         wrong=tuple(
@@ -95,12 +107,8 @@ def measure(
     )
 
 
-def _measure_sets(
-    head: LabelHead, scores: Tensor, targets: Tensor, names: Sequence[str], started: float
-) -> LabelsMeasured:
+def judge_sets(scores: Tensor, targets: Tensor, names: Sequence[str], loss: float, started: float) -> LabelsMeasured:
     """Where any number of labels may hold: a row is right where all of them are. No label is taken for another."""
-    loss = float(head.nll(scores.double(), targets).mean())
-    _refuse_infinite(loss)
     wanted, got = bits(targets, scores).bool(), scores > 0
     right = (wanted == got).all(1)
     by_label = tuple(
@@ -121,11 +129,6 @@ def _measure_sets(
         wrong=tuple(Wrong(n, told(wanted[n]), told(got[n])) for n in torch.nonzero(~right).flatten().tolist()),
         seconds=time.perf_counter() - started,
     )
-
-
-def _refuse_infinite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise NumericsError(f"the loss is {loss}, not a finite number", "Use --precision fp32, or lower --scale")
 
 
 @torch.no_grad()

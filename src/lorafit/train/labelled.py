@@ -26,6 +26,7 @@ from lorafit.data.preflight import counts_of
 from lorafit.data.store import Encoded, Known, lengths
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
+from lorafit.engine.tally import TALLY
 from lorafit.errors import ConfigError, DataError
 from lorafit.methods.labels import ATTRIBUTE, LabelHead, Labels, Scores, label_head
 from lorafit.units import format_bytes, format_count
@@ -91,12 +92,13 @@ class Cached(nn.Module):
 
 @dataclass(frozen=True)
 class Once:
-    """What takes the place of model and rows where features are computed once. tokens: that this took."""
+    """What takes the place of model and rows where features are computed once. tokens, flop: what this took."""
 
     engine: Engine
     rows: Sequence[Encoded]
     held_out: Sequence[Encoded] | None
     tokens: int
+    flop: int
 
 
 def look_once(
@@ -128,9 +130,9 @@ def look_once(
     directory.mkdir(parents=True, exist_ok=True)
     kept = np.memmap(directory / "features.bin", dtype=np.float32, mode="w+", shape=(count, engine.hidden))
     table = torch.from_numpy(kept)
-    started = time.perf_counter()
+    started, counted = time.perf_counter(), TALLY.flop
     tokens = _fill(engine, rows, micro_tokens, table[: len(rows)])
-    spent = time.perf_counter() - started
+    spent, flop = time.perf_counter() - started, TALLY.flop - counted
     if held_out:
         _fill(engine, held_out, micro_tokens, table[len(rows) :])
     console.print(
@@ -140,7 +142,7 @@ def look_once(
     cached = Engine(Cached(table, head, engine.model.config), chunked=True, notes=engine.notes)
     cached.prepare_s = engine.prepare_s + spent
     torch.set_num_threads(1)  # a step is a product of a few rows: a second thread only waits for the first
-    return Once(cached, Known(rows, 0), Known(held_out, len(rows)) if held_out else None, tokens)
+    return Once(cached, Known(rows, 0), Known(held_out, len(rows)) if held_out else None, tokens, flop)
 
 
 def _fill(engine: Engine, rows: Sequence[Encoded], micro_tokens: int, into: Tensor) -> int:
@@ -171,4 +173,4 @@ def labelled_facts(
         "eval_accuracy": quality[0] if quality else None,
         "eval_macro_f1": quality[1] if quality else None,
     }
-    return found | ({"tokens_computed": once.tokens} if once else {"tokens_seen": tokens_seen})
+    return found | ({"tokens_computed": once.tokens, "flop": once.flop} if once else {"tokens_seen": tokens_seen})
