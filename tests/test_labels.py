@@ -198,7 +198,7 @@ def test_sets_of_labels_are_counted_as_scikit_learn_counts_them() -> None:
 
     generator = torch.Generator().manual_seed(3)
     scores, sets = torch.randn(40, 4, generator=generator), torch.randint(0, 16, (40,), generator=generator)
-    loss = float(LabelHead(3, 4, 0, several=True).nll(scores.double(), sets).mean())
+    loss = float(LabelHead(3, 4, 0, "several").nll(scores.double(), sets).mean())
     found = judge_sets(scores, sets, ("a", "b", "c", "d"), loss, 0.0)
     wanted, got = bits(sets, scores), (scores > 0).float()
     assert found.accuracy == pytest.approx(accuracy_score(wanted, got))

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,7 +61,7 @@ from lorafit.train.setup import (
 )
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
-from lorafit.units import format_count, format_seconds
+from lorafit.units import format_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         inputs = _read_inputs(config)
         labels = find_labels(config, inputs.train)
         is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
-        pooling = pooling_of(config.pooling, is_encoder, config.method)
+        pooling = pooling_of(config.pooling, is_encoder, config.method, labels.task if labels else "generate")
         chosen = _chosen(config, earlier, is_encoder)
         identity = _identity(config, inputs, chosen)
         if earlier:
@@ -123,7 +123,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        told = Labels(labels.names, pooling, labels.several) if labels else None
+        told = Labels(**{**asdict(labels), "pooling": pooling}) if labels else None
         if told:
             loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
         attached = table.attach(loaded.model, config)
@@ -158,7 +158,9 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
-        quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
+        quality = _quality(engine, held, told, evaluation_micro) if told and held else {}
+        if head := label_head(loaded.model):
+            head.fold()
         run.clean()
         kept = method.finish(loaded.model, config)
         saved.save(loaded.model, run.adapter, kept, outcome.lasting(config.model), loaded.tokenizer, told)
@@ -177,7 +179,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
             "base_license": licence_of(inputs.spec),
-            "not_merged": "it tells labels apart" if told else table.why_not_merged(loaded.model),
+            "not_merged": f"it {told.told}" if told else table.why_not_merged(loaded.model),
             "not_exported": {} if told else ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         } | labelled_facts(told, data, progress.tokens_seen - progress.tokens_supervised, quality, once)
         files.write_atomic(run.readme, card.render(result))
@@ -279,9 +281,8 @@ def _encode(
         held_out = other.set
     console.print(f"train ({data.format}): {train.summary}", highlight=False)
     if labels:
-        console.print(
-            f"{format_count(len(labels.names))} labels: {told_counts(counts_of(data))}", highlight=False, markup=False
-        )
+        counts = told_counts(counts_of(data)) if labels.task != "regress" else ""
+        console.print(": ".join(filter(None, (labels.counted, counts))), highlight=False, markup=False)
     if held_out is not None:
         console.print(f"held out: {held_out.summary}", highlight=False)
     for line in other.left_out() if other else ():
@@ -329,12 +330,9 @@ def _evaluation(engine: Engine, held_out: Sequence[Encoded], micro_tokens: int) 
     return evaluate
 
 
-def _quality(
-    engine: Engine, held_out: Sequence[Encoded], labels: Sequence[str], micro_tokens: int
-) -> tuple[float, float]:
-    """Accuracy and macro-F1 of the best head."""
-    found = measure(engine, held_out, labels, micro_tokens, lambda rows: None)
-    return found.accuracy, found.macro_f1
+def _quality(engine: Engine, held_out: Sequence[Encoded], labels: Labels, micro_tokens: int) -> dict[str, float]:
+    """What decides how good the best head is."""
+    return measure(engine, held_out, labels, micro_tokens, lambda rows: None).summary
 
 
 # --- a run and its resumption -------------------------------------------------------------------------------------

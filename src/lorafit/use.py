@@ -6,13 +6,14 @@ target -> base model + adapter -> rows -> measures; -> a conversation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -24,16 +25,19 @@ from lorafit.data.encode import Data, Reading, encode_rows
 from lorafit.data.formats import read_examples
 from lorafit.data.labels import Names
 from lorafit.data.load import locate
+from lorafit.data.preflight import spans
 from lorafit.data.rows import Row
+from lorafit.data.store import Encoded, starts_of
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
-from lorafit.errors import AdapterError, ConfigError, ModelError, listed
+from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import saved
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
 from lorafit.infer import labels as infer_labels
-from lorafit.infer.show_labels import print_labels
+from lorafit.infer.numbers import NumbersMeasured
+from lorafit.infer.show_labels import print_labels, print_numbers
 from lorafit.methods import table
 from lorafit.methods.labels import Labels, Pooled, engine_of, put_head
 from lorafit.model import load as model_load
@@ -113,7 +117,7 @@ def open_target(
     labels = saved.labels_of(found.adapter) if found.adapter is not None else None
     if labels and not labelled:
         raise ConfigError(
-            f"{target} tells {len(labels.names)} labels apart ({listed(labels.names, 4)}) and writes no text",
+            f"{target} {labels.told} and writes no text",
             f"Use it by `lorafit eval {target} DATA`",
         )
     if found.adapter is None and scale != 1:
@@ -325,20 +329,38 @@ def _evaluate_labels(
     engine, encoded = engine_of(opened.model, share_prefix=True), data.set.encoded
     with infer_evaluate.progress_bar(console) as bar:
         count = infer_evaluate.counter(bar, "rows", len(encoded))
-        found = infer_labels.measure(engine, encoded, labels.names, MICRO_TOKENS, count)
-    lines = [
-        {"prompt": opened.tokenizer.decode(encoded[wrong.row].input_ids[:-1].tolist(), skip_special_tokens=True),
-         "expected": wrong.expected, "got": wrong.got, "right": False}
-        for wrong in found.wrong[: config.samples]
-    ]  # fmt: skip
-    of_text = {"perplexity": None, "exact_match": None}
-    told = asdict(found) | {
-        "wrong": len(found.wrong),
-        "pooling": labels.pooling,
-        "several": labels.several,
-        "cut_rows": data.set.cut_rows,
-    }
-    return {"task": "classify"} | of_text | told | {"samples": lines}
+        found = infer_labels.measure(engine, encoded, labels, MICRO_TOKENS, count)
+    samples = _samples(found, data, opened.tokenizer, config.samples)
+    of_text = {"perplexity": None, "exact_match": None, "accuracy": None}
+    told = asdict(found) | {"pooling": labels.pooling, "several": labels.several, "cut_rows": data.set.cut_rows}
+    told |= {"wrong": len(found.wrong)} if isinstance(found, infer_labels.LabelsMeasured) else {}
+    return {"task": labels.task} | of_text | told | {"samples": samples}
+
+
+def _samples(
+    found: infer_labels.LabelsMeasured | NumbersMeasured, data: Data, tokenizer: PreTrainedTokenizerBase, most: int
+) -> list[dict[str, Any]]:
+    """The first rows that were told wrong; of numbers, the first rows."""
+    encoded = data.set.encoded
+    told: Sequence[tuple[int, str, str, bool | None]]
+    if isinstance(found, NumbersMeasured):
+        pairs = islice(zip(found.expected, found.got, strict=True), most)
+        told = [(row, f"{expected:.6g}", f"{got:.6g}", None) for row, (expected, got) in enumerate(pairs)]
+    else:
+        # Where words are tagged, the number is a word's.
+        rows = np.searchsorted(starts_of(encoded), [one.row for one in found.wrong], side="right") - 1
+        told = [(int(row), one.expected, one.got, False) for row, one in zip(rows, found.wrong, strict=True)][:most]
+    return [
+        {"prompt": _text_of(encoded[row], data, tokenizer), "expected": expected, "got": got, "right": right}
+        for row, expected, got, right in told
+    ]
+
+
+def _text_of(row: Encoded, data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row's text; tagged words with their tags."""
+    if data.told and data.told.task == "tag":
+        return "".join(span.text for span in spans(row, tokenizer, data))
+    return str(tokenizer.decode(row.input_ids[~row.supervised].tolist(), skip_special_tokens=True))
 
 
 def encode_labelled(
@@ -349,12 +371,14 @@ def encode_labelled(
     Raises DataError for a row that cannot be used, or has another label.
     """
     limit = min(config.seq_len, tokenizer.model_max_length) if whole else config.seq_len
-    reading = Reading(config.format, config.rename, seq_len=limit, labels=Names(labels.names, labels.several))
-    return encode_rows(rows, tokenizer, reading)
+    told = {name: value for name, value in asdict(labels).items() if name != "pooling"}
+    return encode_rows(rows, tokenizer, Reading(config.format, config.rename, seq_len=limit, labels=Names.of(told)))
 
 
 MICRO_TOKENS = 1024  # of a forward pass over rows with labels, as in training
 
+# How what a head tells is shown, by its task.
+TELLS = {"classify": print_labels, "tag": print_labels, "regress": print_numbers}
 MEANINGS = {
     "loss": "nats per token with a loss",
     "perplexity": "e^loss",
@@ -367,8 +391,8 @@ SHOWN_CHARS = 400  # of each text of a sample; --json gives all of it
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
     """What `evaluate` returned, for people: a table of the measures, what was cut, and the first rows."""
-    if report.get("task") == "classify":
-        return print_labels(report, console)
+    if report.get("task") in TELLS:
+        return TELLS[report["task"]](report, console)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, meaning in MEANINGS.items():
         if name in ("loss", "perplexity"):

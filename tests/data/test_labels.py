@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lorafit.data.encode import Reading, encode_rows
-from lorafit.data.labels import MOST_OF_SEVERAL, Names, is_labelled, members, names_of
+from lorafit.data.labels import MOST_OF_SEVERAL, Names, members, names_of, task_of
 from lorafit.data.load import locate
 from lorafit.data.preflight import counts_of, spans
 from lorafit.data.rows import Row
@@ -28,13 +28,13 @@ ROWS = [Row({"text": text, "label": label}, f"f:{n}") for n, (text, label) in en
 )
 def test_labelled_rows_are_known_by_their_columns(record: dict[str, Any], expected: bool, tmp_path: Path) -> None:
     source = locate(str(tiny.write_rows(tmp_path / "rows.jsonl", [record]))).train()
-    assert is_labelled(source, None, {}) == expected
+    assert (task_of(source, None, {}) == "classify") == expected
 
 
 def test_other_columns_are_labelled_rows_once_renamed(tmp_path: Path) -> None:
     source = locate(str(tiny.write_rows(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}] * 2 + [{"a": "x", "b": "z"}])))
     rename = {"a": "text", "b": "label"}
-    assert is_labelled(source.train(), None, rename)
+    assert task_of(source.train(), None, rename) == "classify"
     assert names_of(source.train().rows(), None, rename, skip_bad=False).names == ("y", "z")
 
 

@@ -16,8 +16,16 @@ from lorafit.units import format_bytes, format_count, format_seconds
 # Costs nearer than this, as a share of the larger, are no reason to prefer one method.
 ALIKE = 0.1
 ONE_SEED = "one seed each: the intervals are those of other rows, and say nothing of other seeds, which may differ more"
+# What the loss is of, by task.
+UNITS = {
+    "generate": "nats a token",
+    "classify": "nats a row",
+    "tag": "nats a word",
+    "regress": "squared deviations a row",
+}
 FLOOR_NAMES = {
-    "most_frequent": "always telling the most frequent label",
+    "most_frequent": "always telling what is most frequent",
+    "mean": "always telling the mean",
     "untuned": "the untuned base",
     "few_shot": "the base with examples in its prompt",
 }
@@ -46,7 +54,7 @@ def conclude(study: Study) -> Found:
         "seeds": study.config.seeds,
         "steps": study.steps,
         "search_steps": study.search_steps,
-        "unit": "row" if study.labels is not None else "token",
+        "unit": UNITS[study.labels["task"] if study.labels is not None else "generate"],
         "precision": study.precision,
         "budget_s": None if math.isinf(study.budget.total_s) else study.budget.total_s,
         "spent_s": study.budget.spent_s,
@@ -66,8 +74,12 @@ def conclude(study: Study) -> Found:
 def _metric(study: Study) -> tuple[str, str]:
     """What decides, and why."""
     rights = [run["measured"]["sides"]["test"]["right"] for one in study.candidates for run in one.runs]
-    if study.labels is not None and study.config.metric != "loss":
-        return "accuracy", "accuracy decides (rows whose label is told right), and the loss where that cannot tell"
+    task = study.labels["task"] if study.labels is not None else None
+    if task == "regress":
+        return "loss", "loss decides: the squared error, in deviations of the training rows' numbers"
+    if task is not None and study.config.metric != "loss":
+        what = "words whose tag" if task == "tag" else "rows whose label"
+        return "accuracy", f"accuracy decides ({what} is told right), and the loss where that cannot tell"
     if not study.generate or any(right is None for right in rights):
         return "loss", "loss decides: replies are long or there are none, or it was asked for"
     if rights and not any(any(right) for right in rights):
@@ -88,7 +100,7 @@ def _scores(sides: Sequence[Record], metric: str) -> Scores:
     """Of the runs of one method. metric: accuracy or loss."""
     if metric == "accuracy":
         right = np.array([side["right"] for side in sides], dtype=np.float64).T
-        return Scores(right, np.ones(len(right)))
+        return Scores(right, np.array(sides[0].get("of") or np.ones(len(right)), dtype=np.float64))
     return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
 
 

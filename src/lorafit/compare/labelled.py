@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,13 @@ from torch import nn
 
 from lorafit.config import CompareConfig, TrainConfig
 from lorafit.data.example import Completion, Example, Labelled
-from lorafit.data.formats import read_examples
-from lorafit.data.labels import Names
+from lorafit.data.labels import Names, labelled, reader_of, tagged, value_of
 from lorafit.data.load import locate
 from lorafit.data.pack import micro_batches
-from lorafit.data.store import Encoded, led
+from lorafit.data.store import Encoded, led, starts_of
 from lorafit.engine.engine import Engine
 from lorafit.export import saved
-from lorafit.infer.labels import measure_scores, scores_of
+from lorafit.infer.labels import LabelsMeasured, measure_scores, scores_of
 from lorafit.methods import table
 from lorafit.methods.labels import ATTRIBUTE, Labels, Pooled, engine_of, label_head
 from lorafit.methods.virtual import lead_of
@@ -51,14 +51,14 @@ def look(config: CompareConfig, names: Names, test: str) -> Record:
     spec = model_spec.read(config.model)
     is_encoder = model_load.is_encoder(spec)
     tokenizer = model_load.load_tokenizer(spec, config.trust_remote_code)
-    labels = Labels(names.names, "last", names.several)
+    labels = Labels(**{**asdict(names), "pooling": "last"})
     encode_labelled(locate(test).train().rows(), tokenizer, labels, config, whole=is_encoder)
     settings = {"model": config.model, "data": test, "output": "", "precision": config.precision}
     chosen = precision_of(TrainConfig(**settings), is_encoder)
     return {
         "longest_reply": None,
         "precision": "bf16" if chosen == "int8" else chosen,
-        "labels": {"several": names.several, "writes_text": not is_encoder},
+        "labels": {"task": names.task, "several": names.several, "writes_text": not is_encoder},
     }
 
 
@@ -81,11 +81,16 @@ def _side(engine: Engine, rows: Sequence[Encoded], labels: Labels) -> Record:
     head = label_head(engine.model)
     assert head is not None  # its rows have labels
     scores, targets = scores_of(engine, rows, MICRO_TOKENS, lambda count: None)
-    found = measure_scores(head, scores, targets, labels.names)
-    wrong = {one.row for one in found.wrong}
-    nats = head.nll(scores.double(), targets).tolist()
-    right = [row not in wrong for row in range(len(rows))]
-    return {"nats": nats, "tokens": [1] * len(rows), "right": right, "macro_f1": found.macro_f1}
+    starts = starts_of(rows)
+    found = measure_scores(head, scores, targets, labels, starts)
+    nats = np.add.reduceat(head.nll(scores.double(), targets).numpy(), starts[:-1])
+    side: Record = {"nats": nats.tolist(), "tokens": np.diff(starts).tolist(), "right": None, "macro_f1": None}
+    if isinstance(found, LabelsMeasured):
+        right = np.ones(len(targets))
+        right[[one.row for one in found.wrong]] = 0
+        right = np.add.reduceat(right, starts[:-1])
+        side |= {"right": right.tolist(), "of": side["tokens"], "macro_f1": found.macro_f1}
+    return side
 
 
 @torch.no_grad()
@@ -136,27 +141,35 @@ def text_model(opened: Opened, target: str, config: CompareConfig, precision: st
 # --- what needs no training -------------------------------------------------------------------------------------------
 
 
-def most_frequent(config: CompareConfig, names: Names, train: str, test: str) -> Record:
-    """The floor of always telling the training rows' most frequent label, and their shares as its certainty.
+def constant(config: CompareConfig, names: Names, train: str, test: str) -> Record:
+    """The floor of telling every row the same: the training rows' most frequent label or tag, or their mean number.
 
-    Where several labels may hold: each by itself.
+    Of labels the loss is that of their shares, as the certainty; where several may hold, of each by itself.
     """
-    sets = [_sets(path, config) for path in (train, test)]
-    shares = {name: (sum(name in own for own in sets[0]) + 1) / (len(sets[0]) + 2) for name in names.names}
+    told, rows = (_told(path, config, names) for path in (train, test))
+    if names.task == "regress":
+        off = [((value - names.mean) / names.deviation) ** 2 for (value,) in rows]
+        return {"nats": off, "tokens": [1] * len(off), "right": None, "told": f"{names.mean:.6g}"}
+    counts = Counter(label for own in told for label in own)
     if names.several:
-        told = {name for name, share in shares.items() if share > 0.5}
-        nats = [-sum(np.log(shares[n] if n in own else 1 - shares[n]) for n in names.names) for own in sets[1]]
+        shares = {name: (counts[name] + 1) / (len(told) + 2) for name in names.names}
+        usual = {name for name, share in shares.items() if share > 0.5}
+        nats = [-sum(math.log(shares[n] if n in own else 1 - shares[n]) for n in names.names) for own in rows]
+        right, weights = [int(set(own) == usual) for own in rows], [1] * len(rows)
     else:
-        counts = Counter(label for own in sets[0] for label in own)
-        told = {max(names.names, key=lambda name: counts[name])}
-        nats = [-np.log(counts[label] / len(sets[0])) for own in sets[1] for label in own]
-    right = [own == told for own in sets[1]]
-    return {"nats": [float(x) for x in nats], "tokens": [1] * len(right), "right": right, "label": ", ".join(told)}
+        usual = {max(names.names, key=lambda name: counts[name])}
+        nats = [-sum(math.log(counts[label] / counts.total()) for label in own) for own in rows]
+        right, weights = [sum(label in usual for label in own) for own in rows], [len(own) for own in rows]
+    return {"nats": nats, "tokens": weights, "right": right, "of": weights, "told": ", ".join(sorted(usual))}
 
 
-def _sets(path: str, config: CompareConfig) -> list[set[str]]:
-    examples = read_examples(locate(path).train().rows(), config.format, config.rename)
-    return [set(example.labels) for example in examples if isinstance(example, Labelled)]
+def _told(path: str, config: CompareConfig, names: Names) -> list[tuple[Any, ...]]:
+    """Of each row its labels, its tags, or its number."""
+    reader = reader_of(config.format, config.rename, names.task)
+    examples = [reader.read(row) for row in locate(path).train().rows()]
+    if names.task == "regress":
+        return [(value_of(example),) for example in examples]
+    return [tagged(one).tags if names.task == "tag" else labelled(one).labels for one in examples]
 
 
 def as_text(example: Example) -> Example:

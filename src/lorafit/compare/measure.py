@@ -104,11 +104,11 @@ def measure(
     return found
 
 
-def most_frequent(config: CompareConfig, train: str, test: str, console: Console) -> dict[str, Any]:
-    """What always telling the most frequent label reaches on the test rows. Raises LorafitError."""
+def constant(config: CompareConfig, train: str, test: str, console: Console) -> dict[str, Any]:
+    """What telling every row the same reaches on the test rows. Raises LorafitError."""
     names = labelled.labels_of(config, train)
     assert names is not None  # it is asked for rows with labels alone
-    return labelled.most_frequent(config, names, train, test)
+    return labelled.constant(config, names, train, test)
 
 
 def few_shot(

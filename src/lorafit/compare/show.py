@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.chart import Curve, Point, curves, scatter
-from lorafit.compare.conclude import figure, front
+from lorafit.compare.conclude import UNITS, figure, front
 from lorafit.rundir import RunDir
 from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds
 
@@ -125,7 +125,7 @@ def ordered(found: Found) -> list[Found]:
 
 def floor_name(name: str, floor: Found) -> str:
     """`base, 4 shots`."""
-    names = {"untuned": "base", "most_frequent": "most frequent label"}
+    names = {"untuned": "base", "most_frequent": "most frequent", "mean": "the mean"}
     return names.get(name) or f"base, {floor['shots']} shots"
 
 
@@ -166,7 +166,7 @@ def explained(found: Found) -> list[str]:
     rows, steps = found["rows"], found["steps"]
     untuned = found["floors"].get("untuned")
     kept = f" ({untuned['keep_loss']:.3f} before)" if untuned else ""
-    if found["unit"] == "row":
+    if found["unit"] != UNITS["generate"]:
         timed = "a row of middling length through model and head, and how much of the base's own pass that is"
         more = "; a head alone, which is cheap, made ten times as many" if _has_head(found) else ""
     else:
@@ -251,7 +251,7 @@ def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
     measured = [m for m in found["methods"] if m["quality"] and None not in m["quality"]["interval"]]
     drawn = [_scatter(found, measured, cost) for cost in AXES] if measured else []
     if lines:
-        title = f"Training loss of the first seed, nats a {found['unit']}, smoothed over about {SMOOTHED_STEPS} steps"
+        title = f"Training loss of the first seed, {found['unit']}, smoothed over about {SMOOTHED_STEPS} steps"
         drawn.append(curves(title, lines, "step"))
     return [one.replace(' xmlns="http://www.w3.org/2000/svg"', "") for one in drawn]
 
@@ -271,7 +271,7 @@ def _scatter(found: Found, measured: list[Found], cost: str) -> str:
         )
         for method in measured
     ]
-    what = "Right answers, %" if found["metric"] == "accuracy" else f"Loss, nats a {found['unit']}"
+    what = "Right answers, %" if found["metric"] == "accuracy" else f"Loss, {found['unit']}"
     title = f"{what}, against {name}: {'more' if found['metric'] == 'accuracy' else 'less'} is better"
     return scatter(title, points, name, text, _level(found, points, size))
 

@@ -104,7 +104,7 @@ class Study:
     costs: Costs = field(default_factory=Costs)
     notes: list[str] = field(default_factory=list)
     floors: dict[str, Record] = field(default_factory=dict)
-    labels: dict[str, bool] | None = None
+    labels: dict[str, Any] | None = None
 
     @property
     def active(self) -> list[Candidate]:
@@ -137,20 +137,19 @@ class Study:
         self._measure_few_shot(self.generate)
         self.costs.measured("the base", base["wall_s"])
 
-    def _measure_floors_of_labels(self, labels: Mapping[str, bool]) -> None:
-        """The most frequent label; of a base that writes text also what it says when it is shown examples."""
+    def _measure_floors_of_labels(self, labels: Mapping[str, Any]) -> None:
+        """The same for every row; of a base that writes text also what it says when it is shown examples."""
         arguments = (self.config, self.rows.path("train"), self.rows.path("test"))
-        self.floors["most_frequent"] = self._once(
-            "base/most_frequent", lambda log: child.call(_measures().most_frequent, arguments, log)
-        )
+        name = "mean" if labels["task"] == "regress" else "most_frequent"
+        self.floors[name] = self._once(f"base/{name}", lambda log: child.call(_measures().constant, arguments, log))
         self.notes.append("no untuned base: without a head, or examples, it was never told of the labels")
         if not labels["writes_text"]:
             self.notes.append("no few-shot base: an encoder writes no text; so forgetting is not measured either")
             return
         base = self._once("base/kept", lambda log: self._measure(self.config.model, (), False, log))
         self.floors["untuned"] = {"keep": base["keep"]}
-        if labels["several"]:
-            self.notes.append("no few-shot base: rows have lists of labels")
+        if labels["several"] or labels["task"] != "classify":
+            self.notes.append("no few-shot base: it is asked for one label of a row alone")
         else:
             self._measure_few_shot(generate=True)
 

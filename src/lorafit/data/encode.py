@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from lorafit import files
 from lorafit.data import store
-from lorafit.data.example import Chat, Example, Labelled
-from lorafit.data.formats import FormatReader
-from lorafit.data.labels import Names, fit_label, number_of
+from lorafit.data.example import Chat, Example, Labelled, Tagged
+from lorafit.data.labels import Names, fit_label, fit_tags, reader_of, target_of
 from lorafit.data.load import Source
 from lorafit.data.long import reach
 from lorafit.data.mask import CHUNK_ROWS, EncodedSet, Marks, encode_drafts, fit, refuse_unsupervised
@@ -76,7 +75,8 @@ class Data:
     records: (rows,) of ROW, for every record that was read. labels: their names by number. bad: a sentence for each
     row that was left out, at most TOLD. bad_rows: how many there were. unused: columns -> rows in which they stood.
     odd: where characters stand that are no text, at most TOLD; odd_rows: how many. system: the system message that all
-    rows begin with, if they do. told: what rows are labelled with, as `Reading.labels`.
+    rows begin with, if they do. told: what rows are labelled with, as `Reading.labels`. lost_words: that begin with no
+    token of their own, and so have no tag.
     """
 
     set: EncodedSet
@@ -90,6 +90,7 @@ class Data:
     unused: Mapping[str, int]
     system: str | None
     told: Names | None = None
+    lost_words: int = 0
 
     def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
         """Which records are held out, about `share` of those that can be used: (records,). As `split.held_out`."""
@@ -103,6 +104,12 @@ class Data:
         """What should not go unnoticed: columns that are not read, rows left out, equal rows."""
         lines = [f"column {name!r} of {format_count(count)} rows is not read" for name, count in self.unused.items()]
         lines += self.left_out()
+        if self.lost_words:
+            lines.append(f"{format_count(self.lost_words)} words begin with no token of their own and have no tag")
+        if self.lost_words:
+            lines.append(
+                f"{format_count(self.lost_words)} words begin with no token of their own: their tags are not read"
+            )
         again = len(self.records) - len(np.unique(self.records["digest"]))
         if again:
             lines.append(f"{format_count(again)} rows are equal to an earlier one")
@@ -194,6 +201,7 @@ def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
         odd_rows=facts["odd_rows"],
         unused=facts["unused"],
         system=facts["system"],
+        lost_words=facts["lost_words"],
         told=None if facts["told"] is None else Names.of(facts["told"]),
     )
 
@@ -219,10 +227,10 @@ class _Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, writer: Writer) -> None:
         self.tokenizer, self.reading, self.writer = tokenizer, reading, writer
         self.tokeniser, self.marks = Tokeniser(tokenizer), Marks.of(tokenizer)
-        self.reader = FormatReader(reading.fmt, reading.rename)
+        self.reader = reader_of(reading.fmt, reading.rename, reading.labels.task if reading.labels else "auto")
         self.bad: list[str] = []
         self.odd: list[str] = []
-        self.bad_rows = self.odd_rows = self.rewritten = 0
+        self.bad_rows = self.odd_rows = self.rewritten = self.lost_words = 0
         self._digests = bytearray()
         self._labels = array("i")
         self._label_numbers: dict[str, int] = {}
@@ -258,7 +266,8 @@ class _Encoder:
 
     def _drafts(self, number: int, row: Row) -> list[Draft]:
         self._digests += digest(row.record)
-        label = label_of(row.record)
+        told = self.reading.labels
+        label = label_of(row.record) if told is None or told.task == "classify" else None
         self._labels.append(-1 if label is None else self._label_numbers.setdefault(label, len(self._label_numbers)))
         try:
             example = self.reader.read(row)
@@ -275,19 +284,16 @@ class _Encoder:
         limit = reach(self.reading.seq_len)
         if self.reading.labels is None:
             return drafts(example, self.tokenizer, self.reading.loss_on, limit)
-        if not isinstance(example, Labelled):
-            raise DataError(
-                f"{example.origin} has no label, and these rows are for a model that tells labels apart",
-                "Give rows with text and label",
-            )
-        text, rest, label = (
-            example.text[:limit],
-            example.text[limit:],
-            number_of(example, self._numbers, self.reading.labels.several),
-        )
-        if not self.reading.labels.several:
+        told, cells = self.reading.labels, target_of(example, self._numbers, self.reading.labels)
+        if isinstance(example, Tagged):
+            starts = np.cumsum([0, *(len(word) + 1 for word in example.words)])[:-1]
+            text, own = " ".join(example.words), tuple(starts.tolist())
+            return [Draft(text, (), example.origin, templated=False, labels=cells, starts=own)]
+        assert isinstance(example, Labelled)  # or it would have no target
+        text, rest = example.text[:limit], example.text[limit:]
+        if told.task == "classify" and not told.several:
             self._labels[-1] = self._label_numbers.setdefault(example.labels[0], len(self._label_numbers))
-        return [Draft(text, (), example.origin, templated=False, rest=rest, label=label)]
+        return [Draft(text, (), example.origin, templated=False, rest=rest, labels=cells)]
 
     def _note_system(self, example: Example) -> None:
         """Which system messages there are, as long as it may be one."""
@@ -305,9 +311,12 @@ class _Encoder:
     def _tokenise(self, ready: list[Draft]) -> list[Encoded | DataError]:
         """In a thread of its own. All at once, and one by one only where one of them cannot be used."""
         try:
-            return [*encode_drafts(ready, self.tokeniser, self.marks)]
+            found = [*encode_drafts(ready, self.tokeniser, self.marks)]
         except DataError:
             return [self._one(draft) for draft in ready]
+        for draft, row in zip(ready, found, strict=True):
+            self.lost_words += len(draft.starts) and len(draft.starts) - int(row.supervised.sum())
+        return [*found]
 
     def _one(self, draft: Draft) -> Encoded | DataError:
         try:
@@ -330,7 +339,8 @@ class _Encoder:
     def _fit(self, row: Encoded) -> list[Encoded]:
         if self.reading.labels is None:
             return fit(row, self.reading.seq_len)
-        return [fit_label(row, self.reading.seq_len, self.marks)]
+        fitted = fit_tags if self.reading.labels.task == "tag" else fit_label
+        return [fitted(row, self.reading.seq_len, self.marks)]
 
     def _leave_out(self, error: DataError) -> None:
         if not self.reading.skip_bad:
@@ -359,5 +369,6 @@ class _Encoder:
             "rewritten": self.rewritten,
             "unused": self.reader.unused,
             "system": only,
+            "lost_words": self.lost_words,
             "told": asdict(self.reading.labels) if self.reading.labels else None,
         }

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.batching import Counted, counted, padded_groups, read_tokens, step_rows
+from lorafit.data.batching import Counted, counted, input_of, padded_groups, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
@@ -97,8 +97,9 @@ def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, pa
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
     if padded:
         groups = [group for step in steps for group in padded_groups(rows, step, micro_tokens, SIDE_BY_SIDE)]
-        return max(len(group) * SIDE_BY_SIDE.width(read_tokens(rows[group[0]])) for group in groups), max(
-            map(len, groups)
+        widths = [SIDE_BY_SIDE.width(len(input_of(rows[group[0]], apart=True))) for group in groups]
+        return max(len(group) * width for group, width in zip(groups, widths, strict=True)), max(
+            sum(int(rows[row].supervised.sum()) for row in group) for group in groups
         )
     batches = _batches(rows, config, steps, micro_tokens)
     return max(batch.tokens for batch in batches), max(batch.predicted for batch in batches)
@@ -214,7 +215,7 @@ def _keep_features(
     below = untouched_layers(engine.model)
     if epochs <= 1 or below == 0:
         return
-    read = [read_tokens(row) for row in rows]
+    read = [len(input_of(row, engine.packing.apart)) for row in rows]
     size = Features.file_bytes(read, engine.hidden, engine.dtype)
     what = f"the lowest {below} layers are frozen: their output for {format_count(sum(read))} tokens"
     if size > parse_bytes(config.feature_cache, "--feature-cache"):
