@@ -32,9 +32,10 @@ from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
-from lorafit.infer.labels import measure
+from lorafit.infer.labels import measure, measure_scores
 from lorafit.lora.tokens import make_room
 from lorafit.methods import rounding, spectral, table
+from lorafit.methods.depth import check_layer
 from lorafit.methods.labels import Labels, label_head, pooling_of, put_head
 from lorafit.methods.method import Beginning
 from lorafit.methods.tokens import attach_tokens
@@ -50,6 +51,7 @@ from lorafit.train import checkpoint, outcome
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
+from lorafit.train.probing import choose_layer
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
 from lorafit.train.setup import (
     evaluation_tokens,
@@ -123,8 +125,11 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, expected = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        told = Labels(**{**asdict(labels), "pooling": pooling}) if labels else None
+        layer = chosen.get("layer", config.layer)
+        told = Labels(**{**asdict(labels), "pooling": pooling, "layer": layer}) if labels else None
         if told:
+            if config.probe and layer is None:
+                told = replace(told, layer=check_layer(loaded.model, None))
             loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
         attached = table.attach(loaded.model, config)
         method = table.of(loaded.model)
@@ -140,6 +145,10 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         held: Sequence[Encoded] | None = held_out.encoded if held_out else None
         evaluation_micro = evaluation_tokens(rows, config, split)
         once = None
+        if told and config.probe:
+            told = replace(
+                told, layer=choose_layer(engine, rows, held, told, config, chosen, run.scratch, measure_scores, console)
+            )
         if config.method == "head":
             once = look_once(engine, rows, held, config, split.micro_tokens, run.scratch, console)
         if once:
@@ -158,7 +167,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
-        quality = _quality(engine, held, told, evaluation_micro) if told and held else {}
+        quality = measure(engine, held, told, evaluation_micro).summary if told and held else {}
         if head := label_head(loaded.model):
             head.fold()
         run.clean()
@@ -182,6 +191,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "not_merged": f"it {told.told}" if told else table.why_not_merged(loaded.model),
             "not_exported": {} if told else ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         } | labelled_facts(told, data, progress.tokens_seen - progress.tokens_supervised, quality, once)
+        result |= {"probe": chosen["probe"]} if "probe" in chosen else {}
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -328,11 +338,6 @@ def _evaluation(engine: Engine, held_out: Sequence[Encoded], micro_tokens: int) 
         return mean_loss(engine, held_out, micro_tokens, lambda rows: None)
 
     return evaluate
-
-
-def _quality(engine: Engine, held_out: Sequence[Encoded], labels: Labels, micro_tokens: int) -> dict[str, float]:
-    """What decides how good the best head is."""
-    return measure(engine, held_out, labels, micro_tokens, lambda rows: None).summary
 
 
 # --- a run and its resumption -------------------------------------------------------------------------------------

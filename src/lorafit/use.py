@@ -6,28 +6,22 @@ target -> base model + adapter -> rows -> measures; -> a conversation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from lorafit.config import ChatConfig, EvalConfig, RowsConfig
-from lorafit.data.encode import Data, Reading, encode_rows
+from lorafit.config import ChatConfig, EvalConfig
 from lorafit.data.formats import read_examples
-from lorafit.data.labels import Names
 from lorafit.data.load import locate
-from lorafit.data.preflight import spans
-from lorafit.data.rows import Row
-from lorafit.data.store import Encoded, starts_of
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
@@ -35,11 +29,10 @@ from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import saved
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
-from lorafit.infer import labels as infer_labels
-from lorafit.infer.numbers import NumbersMeasured
+from lorafit.infer.label_rows import evaluate_labels
 from lorafit.infer.show_labels import print_labels, print_numbers
 from lorafit.methods import table
-from lorafit.methods.labels import Labels, Pooled, engine_of, put_head
+from lorafit.methods.labels import Labels, put_head
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine
@@ -287,7 +280,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
     how["base_storage"] = config.base_storage
     if opened.labels:
-        return what | how | _evaluate_labels(opened, opened.labels, rows, config, console)
+        return what | how | evaluate_labels(opened.model, opened.tokenizer, opened.labels, rows, config, console)
     if config.template:
         use_template(opened.tokenizer, config.template)
     result = infer_evaluate.evaluate(
@@ -320,62 +313,6 @@ def _tells_labels(config: EvalConfig) -> bool:
             )
     return True
 
-
-def _evaluate_labels(
-    opened: Opened, labels: Labels, rows: list[Row], config: EvalConfig, console: Console
-) -> dict[str, Any]:
-    """As `evaluate`, of a head of labels; what is of text alone is None."""
-    data = encode_labelled(rows, opened.tokenizer, labels, config, isinstance(opened.model, Pooled))
-    engine, encoded = engine_of(opened.model, share_prefix=True), data.set.encoded
-    with infer_evaluate.progress_bar(console) as bar:
-        count = infer_evaluate.counter(bar, "rows", len(encoded))
-        found = infer_labels.measure(engine, encoded, labels, MICRO_TOKENS, count)
-    samples = _samples(found, data, opened.tokenizer, config.samples)
-    of_text = {"perplexity": None, "exact_match": None, "accuracy": None}
-    told = asdict(found) | {"pooling": labels.pooling, "several": labels.several, "cut_rows": data.set.cut_rows}
-    told |= {"wrong": len(found.wrong)} if isinstance(found, infer_labels.LabelsMeasured) else {}
-    return {"task": labels.task} | of_text | told | {"samples": samples}
-
-
-def _samples(
-    found: infer_labels.LabelsMeasured | NumbersMeasured, data: Data, tokenizer: PreTrainedTokenizerBase, most: int
-) -> list[dict[str, Any]]:
-    """The first rows that were told wrong; of numbers, the first rows."""
-    encoded = data.set.encoded
-    told: Sequence[tuple[int, str, str, bool | None]]
-    if isinstance(found, NumbersMeasured):
-        pairs = islice(zip(found.expected, found.got, strict=True), most)
-        told = [(row, f"{expected:.6g}", f"{got:.6g}", None) for row, (expected, got) in enumerate(pairs)]
-    else:
-        # Where words are tagged, the number is a word's.
-        rows = np.searchsorted(starts_of(encoded), [one.row for one in found.wrong], side="right") - 1
-        told = [(int(row), one.expected, one.got, False) for row, one in zip(rows, found.wrong, strict=True)][:most]
-    return [
-        {"prompt": _text_of(encoded[row], data, tokenizer), "expected": expected, "got": got, "right": right}
-        for row, expected, got, right in told
-    ]
-
-
-def _text_of(row: Encoded, data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row's text; tagged words with their tags."""
-    if data.told and data.told.task == "tag":
-        return "".join(span.text for span in spans(row, tokenizer, data))
-    return str(tokenizer.decode(row.input_ids[~row.supervised].tolist(), skip_special_tokens=True))
-
-
-def encode_labelled(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, labels: Labels, config: RowsConfig, whole: bool
-) -> Data:
-    """Rows for a head of these labels. whole: whether it reads a row side by side with others, which has a limit.
-
-    Raises DataError for a row that cannot be used, or has another label.
-    """
-    limit = min(config.seq_len, tokenizer.model_max_length) if whole else config.seq_len
-    told = {name: value for name, value in asdict(labels).items() if name != "pooling"}
-    return encode_rows(rows, tokenizer, Reading(config.format, config.rename, seq_len=limit, labels=Names.of(told)))
-
-
-MICRO_TOKENS = 1024  # of a forward pass over rows with labels, as in training
 
 # How what a head tells is shown, by its task.
 TELLS = {"classify": print_labels, "tag": print_labels, "regress": print_numbers}

@@ -22,6 +22,7 @@ from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, led, starts_of
 from lorafit.engine.engine import Engine
 from lorafit.export import saved
+from lorafit.infer.label_rows import MICRO_TOKENS, encode_labelled
 from lorafit.infer.labels import LabelsMeasured, measure_scores, scores_of
 from lorafit.methods import table
 from lorafit.methods.labels import ATTRIBUTE, Labels, Pooled, engine_of, label_head
@@ -29,7 +30,7 @@ from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.train.labelled import find_labels, precision_of
-from lorafit.use import MICRO_TOKENS, Opened, encode_labelled, find, load_base
+from lorafit.use import Opened, find, load_base
 
 TIMED_REPEATS = 9
 # Rows of text that ask the base for a label, as one who has no head would.

@@ -144,6 +144,10 @@ class TrainConfig(MethodConfig, RowsConfig):
     pooling: Literal["auto", "last", "mean", "cls"] = "auto"
     """What of a row the head of labels is given: its last token, the mean of all, or the first. auto: the last token
     of a decoder that is trained itself, else the mean."""
+    layer: int | None = Field(None, ge=0)
+    """The layer whose output a head alone is given: 0 the embeddings, 1 the first. Default: the last."""
+    probe: bool = False
+    """Try a head on every layer first, by the held-out rows, and go on with the best layer (--method head)."""
     epochs: int = Field(1, ge=1)
     """How often each row is seen. Default: 1; 10 for a head alone, where the model is run once for all."""
     max_steps: int | None = Field(None, ge=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,9 @@ class Names:
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Names:
-        """What `dataclasses.asdict` made of it, and JSON of that."""
-        return cls(**{**told, "names": tuple(told["names"])})
+        """What `dataclasses.asdict` made of it, or of what says more, and JSON of that."""
+        own = {field.name: told[field.name] for field in fields(cls)}
+        return cls(**{**own, "names": tuple(told["names"])})
 
     @property
     def counted(self) -> str:

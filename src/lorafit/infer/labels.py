@@ -79,7 +79,11 @@ class LabelsMeasured:
 
 
 def measure(
-    engine: Engine, rows: Sequence[Encoded], labels: Labels, micro_tokens: int, on_rows: Callable[[int], None]
+    engine: Engine,
+    rows: Sequence[Encoded],
+    labels: Labels,
+    micro_tokens: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> LabelsMeasured | NumbersMeasured:
     """All of it. micro_tokens: most tokens of a forward pass. Raises NumericsError for scores that are not finite."""
     started = time.perf_counter()

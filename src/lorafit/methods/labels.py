@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lorafit.engine.batch import WIDTH_STEP, Packing
 from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import AdapterError, ConfigError, MergeError, listed
+from lorafit.methods.depth import check_layer, hidden_at
 from lorafit.methods.method import Attached, Method
 from lorafit.units import format_count
 
@@ -38,7 +40,8 @@ class Labels:
     """What a head tells. names: labels or tags by number, sorted. pooling: last, mean, cls, or each token.
 
     several: whether any number of labels may hold of a row. task: classify, regress or tag. mean, deviation: of the
-    training rows' numbers, by which they are standardised.
+    training rows' numbers, by which they are standardised. layer: whose hidden states are read, see `methods.depth`;
+    None for the last.
     """
 
     names: tuple[str, ...]
@@ -47,6 +50,7 @@ class Labels:
     task: str = "classify"
     mean: float = 0.0
     deviation: float = 1.0
+    layer: int | None = None
 
     @property
     def kind(self) -> str:
@@ -159,11 +163,14 @@ class Scores:
 class Pooled(nn.Module):
     """A body that gives hidden states, read as a whole: rows are padded on the right, side by side.
 
-    Its "logits" are the same at every token of a row: those of what the row was pooled to.
+    Its "logits" are the same at every token of a row: those of what the row was pooled to. layer: as of `Labels`.
     """
 
-    def __init__(self, body: nn.Module, head: LabelHead, pooling: str, writes_text: bool) -> None:
+    def __init__(
+        self, body: nn.Module, head: LabelHead, pooling: str, writes_text: bool, layer: int | None = None
+    ) -> None:
         super().__init__()
+        self.layer = layer
         # A decoder would keep keys and values for tokens to come; an encoder may not know the word.
         self.options = {"use_cache": False} if writes_text else {}
         self.body, self.head, self.pooling, self.config = body, head, pooling, body.config
@@ -172,7 +179,8 @@ class Pooled(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Scores:
         """input_ids, attention_mask: (rows, width). Positions are the body's own: families count them differently."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
+        run = partial(self.body, input_ids=input_ids, attention_mask=attention_mask, **self.options)
+        hidden: Tensor = run().last_hidden_state if self.layer is None else hidden_at(self.body, self.layer, run)
         if self.pooling in POOLINGS:
             hidden = POOLINGS[self.pooling](hidden, attention_mask)[:, None].expand(*hidden.shape[:2], -1)
         return Scores(self.head(hidden))
@@ -214,11 +222,13 @@ def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
     head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.kind)  # type: ignore[union-attr, operator]
     head.to(next(model.parameters()).device)
     writes_text = model.get_output_embeddings() is not None  # type: ignore[operator]
-    if labels.pooling == "last" and writes_text:
+    if labels.layer is not None:
+        check_layer(model, labels.layer)
+    if labels.pooling == "last" and writes_text and labels.layer is None:
         model.set_output_embeddings(head)  # type: ignore[operator]
         made = model
     else:
-        made = Pooled(_body(model), head, labels.pooling, writes_text)
+        made = Pooled(_body(model), head, labels.pooling, writes_text, labels.layer)
     object.__setattr__(made, ATTRIBUTE, head)  # not a second place for its parameters
     return made
 

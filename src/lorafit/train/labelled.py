@@ -43,6 +43,11 @@ def find_labels(config: TrainConfig, train: Source) -> Names | None:
 
     Raises ConfigError for settings of the other task, DataError for rows that cannot be used.
     """
+    if config.method != "head" and (config.probe or config.layer is not None):
+        name = "probe" if config.probe else "layer"
+        raise ConfigError(f"--{name} is for a head alone", "Give --method head, or leave it out")
+    if config.probe and config.layer is not None:
+        raise ConfigError("--probe chooses a layer, and --layer is given", "Leave one out")
     task = task_of(train, config.format, config.rename, config.task)
     if task == "generate":
         if config.method == "head":
@@ -127,7 +132,7 @@ def look_once(
             style="yellow",
             highlight=False,
         )
-        standardise(head, (engine.head_inputs(batch) for batch in _batches(engine, rows, micro_tokens)))
+        standardise(head, (engine.head_inputs(batch) for batch in feature_batches(engine, rows, micro_tokens)))
         return None
     directory.mkdir(parents=True, exist_ok=True)
     kept = np.memmap(directory / "features.bin", dtype=np.float32, mode="w+", shape=(count, engine.hidden))
@@ -151,13 +156,13 @@ def look_once(
 def _fill(engine: Engine, rows: Sequence[Encoded], micro_tokens: int, into: Tensor) -> int:
     """Returns how many tokens the model ran on."""
     tokens, starts = 0, starts_of(rows)
-    for batch in _batches(engine, rows, micro_tokens):
+    for batch in feature_batches(engine, rows, micro_tokens):
         into[pair_numbers(batch, starts)] = engine.head_inputs(batch).float()
         tokens += batch.computed_tokens
     return tokens
 
 
-def _batches(engine: Engine, rows: Sequence[Encoded], micro_tokens: int) -> Iterator[Batch]:
+def feature_batches(engine: Engine, rows: Sequence[Encoded], micro_tokens: int) -> Iterator[Batch]:
     """Of all rows, those of like length together."""
     order = np.argsort(-lengths(rows), kind="stable")
     for first in range(0, len(order), ROWS_AT_ONCE):
@@ -193,6 +198,7 @@ def labelled_facts(
         "labels": list(labels.names),
         "label_counts": counts_of(data),
         "pooling": labels.pooling,
+        "layer": labels.layer,
         "several": labels.several,
         "mean": labels.mean,
         "deviation": labels.deviation,
