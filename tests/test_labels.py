@@ -13,10 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import nn
 
 from lorafit.config import ChatConfig, EvalConfig, ExportConfig, MergeConfig, TrainConfig, build, read_toml
-from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError, DataError, LorafitError
 from lorafit.run import Start, train
 from lorafit.ship import export, merge
@@ -195,12 +193,13 @@ def test_an_encoder_runs_in_fewer_bits_where_that_is_asked_for(
 def test_sets_of_labels_are_counted_as_scikit_learn_counts_them() -> None:
     from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-    from lorafit.infer.labels import _measure_sets
+    from lorafit.infer.labels import judge_sets
     from lorafit.methods.labels import LabelHead, bits
 
     generator = torch.Generator().manual_seed(3)
     scores, sets = torch.randn(40, 4, generator=generator), torch.randint(0, 16, (40,), generator=generator)
-    found = _measure_sets(LabelHead(3, 4, 0, several=True), scores, sets, ("a", "b", "c", "d"), 0.0)
+    loss = float(LabelHead(3, 4, 0, "several").nll(scores.double(), sets).mean())
+    found = judge_sets(scores, sets, ("a", "b", "c", "d"), loss, 0.0)
     wanted, got = bits(sets, scores), (scores > 0).float()
     assert found.accuracy == pytest.approx(accuracy_score(wanted, got))
     assert found.macro_f1 == pytest.approx(f1_score(wanted, got, average="macro"))
@@ -212,18 +211,14 @@ def test_sets_of_labels_are_counted_as_scikit_learn_counts_them() -> None:
 def test_what_an_evaluation_counts_is_what_scikit_learn_counts(places: dict[str, str], tmp_path: Path) -> None:
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
-    from lorafit.data.store import Encoded
-    from lorafit.infer import labels as infer_labels
+    from lorafit.infer.labels import judge_labels
+    from lorafit.methods.labels import LabelHead
 
     generator = torch.Generator().manual_seed(3)
     scores, targets = torch.randn(40, 4, generator=generator), torch.randint(0, 3, (40,), generator=generator)
     names = ("a", "b", "c", "d")
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setattr(infer_labels, "scores_of", lambda *_: (scores, targets))
-        context.setattr(infer_labels, "label_head", lambda model: None)
-        rows: list[Encoded] = [None] * 40  # type: ignore[list-item]  # only counted
-        found = infer_labels.measure(Engine(nn.Module()), rows, names, 1, lambda count: None)
+    loss = float(LabelHead(3, 4, 0).nll(scores.double(), targets).mean())
+    found = judge_labels(scores, targets, names, loss, 0.0)
     got = scores.argmax(1)
     assert found.accuracy == pytest.approx(accuracy_score(targets, got))
     assert found.macro_f1 == pytest.approx(f1_score(targets, got, average="macro", zero_division=0))

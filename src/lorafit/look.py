@@ -11,7 +11,7 @@ from lorafit import files
 from lorafit.config import DataConfig
 from lorafit.data.added import add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
-from lorafit.data.labels import Names, is_labelled, names_of
+from lorafit.data.labels import names_of, task_of
 from lorafit.data.load import Source, locate
 from lorafit.data.preflight import as_json, inspect
 from lorafit.data.progress import counting
@@ -33,11 +33,10 @@ def look(config: DataConfig, log: Console, out: Console | None) -> dict[str, Any
         use_template(tokenizer, config.template)
     if config.add_tokens:
         log.print(told(add_tokens(tokenizer, config.add_tokens), new_rows=0), highlight=False, markup=False)
-    found = Names(())
-    if is_labelled(located.train(), config.format, config.rename):
-        found = names_of(located.train().rows(), config.format, config.rename, config.skip_bad)
-    of_labels = (found.names or None, found.several)
-    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, config.seq_len, *of_labels)
+    found, task = None, task_of(located.train(), config.format, config.rename)
+    if task != "generate":
+        found = names_of(located.train().rows(), config.format, config.rename, config.skip_bad, task)
+    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, config.seq_len, found)
 
     def encoded(source: Source) -> Data:
         with counting(log, source.name) as on_rows:

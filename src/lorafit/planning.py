@@ -160,7 +160,7 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
         "unusable": data.bad_rows,
         "first_unusable": data.bad[0] if data.bad else None,
         "cut": data.set.cut_rows,
-        "labels": len(data.targets),
+        "labels": len(data.told.names) if data.told else 0,
     }
     return Rows(works, count, round(tokens / pieces), loss_share, seen, len(data.targets))
 
@@ -169,7 +169,7 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
     """Some rows, as they are and as the model reads them."""
     # Only here: reading rows takes libraries that a plan without them does without.
     from lorafit.data.encode import Reading, encode_rows
-    from lorafit.data.labels import Names, is_labelled, names_of
+    from lorafit.data.labels import names_of, task_of
     from lorafit.data.load import locate
     from lorafit.data.sample import sample
     from lorafit.data.template import use_template
@@ -180,10 +180,10 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
         use_template(tokenizer, config.template)
     some = sample(locate(name).train())
     seq_len = config.seq_len or TrainConfig.model_fields["seq_len"].default
-    found = Names(())
-    if is_labelled(locate(name).train(), config.format, config.rename):
-        found = names_of(some.rows, config.format, config.rename, skip_bad=True)
-    reading = Reading(config.format, config.rename, True, config.loss_on, seq_len, found.names or None, found.several)
+    found, task = None, task_of(locate(name).train(), config.format, config.rename)
+    if task != "generate":
+        found = names_of(some.rows, config.format, config.rename, skip_bad=True, task=task)
+    reading = Reading(config.format, config.rename, True, config.loss_on, seq_len, found)
     return some, encode_rows(some.rows, tokenizer, reading)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,9 +32,10 @@ from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
-from lorafit.infer.labels import measure
+from lorafit.infer.labels import measure, measure_scores
 from lorafit.lora.tokens import make_room
 from lorafit.methods import gated, rounding, spectral, table
+from lorafit.methods.depth import check_layer
 from lorafit.methods.labels import Labels, label_head, pooling_of, put_head
 from lorafit.methods.method import Beginning
 from lorafit.methods.tokens import attach_tokens
@@ -51,6 +52,7 @@ from lorafit.train import checkpoint, outcome
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
+from lorafit.train.probing import choose_layer
 from lorafit.train.reporting import ConsoleReporter, MetricsLog
 from lorafit.train.setup import (
     Expected,
@@ -63,7 +65,7 @@ from lorafit.train.setup import (
 )
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
-from lorafit.units import format_count, format_seconds
+from lorafit.units import format_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +103,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         inputs = _read_inputs(config)
         labels = find_labels(config, inputs.train)
         is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
-        pooling = pooling_of(config.pooling, is_encoder, config.method)
+        pooling = pooling_of(config.pooling, is_encoder, config.method, labels.task if labels else "generate")
         chosen = _chosen(config, earlier, is_encoder)
         identity = _identity(config, inputs, chosen)
         if earlier:
@@ -129,8 +131,11 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, predicted = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        told = Labels(labels.names, pooling, labels.several) if labels else None
+        layer = chosen.get("layer", config.layer)
+        told = Labels(**{**asdict(labels), "pooling": pooling, "layer": layer}) if labels else None
         if told:
+            if config.probe and layer is None:
+                told = replace(told, layer=check_layer(loaded.model, None))
             loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
         attached = gated.attach(loaded.model, config)
         method = table.of(loaded.model)
@@ -146,6 +151,10 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         held: Sequence[Encoded] | None = held_out.encoded if held_out else None
         evaluation_micro = evaluation_tokens(rows, config, split)
         once = None
+        if told and config.probe:
+            told = replace(
+                told, layer=choose_layer(engine, rows, held, told, config, chosen, run.scratch, measure_scores, console)
+            )
         if config.method == "head":
             once = look_once(engine, rows, held, config, split.micro_tokens, run.scratch, console)
         if once:
@@ -164,7 +173,9 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(config.model_dump())
         progress = _fit(run, work, earlier, console)
 
-        quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
+        quality = measure(engine, held, told, evaluation_micro).summary if told and held else {}
+        if head := label_head(loaded.model):
+            head.fold()
         run.clean()
         ranks = gated.ranks(loaded.model, config)
         kept = method.finish(loaded.model, config)
@@ -187,9 +198,10 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
             "base_license": licence_of(inputs.spec),
-            "not_merged": "it tells labels apart" if told else table.why_not_merged(loaded.model),
+            "not_merged": f"it {told.told}" if told else table.why_not_merged(loaded.model),
             "not_exported": {} if told else ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         } | labelled_facts(told, data, progress.tokens_seen - progress.tokens_supervised, quality, once)
+        result |= {"probe": chosen["probe"]} if "probe" in chosen else {}
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -263,9 +275,7 @@ def _encode(
 ) -> tuple[Data, EncodedSet, EncodedSet | None]:
     """What is known of the training rows, what is trained on, and what is held out."""
     seq_len = min(config.seq_len, tokenizer.model_max_length) if is_encoder else config.seq_len
-    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len)
-    if labels:
-        reading = replace(reading, labels=labels.names, several=labels.several)
+    reading = Reading(config.format, config.rename, config.skip_bad, config.loss_on, seq_len, labels)
 
     def encoded(source: Source) -> Data:
         with counting(console, source.name) as on_rows:
@@ -281,9 +291,8 @@ def _encode(
         held_out = other.set
     console.print(f"train ({data.format}): {train.summary}", highlight=False)
     if labels:
-        console.print(
-            f"{format_count(len(labels.names))} labels: {told_counts(counts_of(data))}", highlight=False, markup=False
-        )
+        counts = told_counts(counts_of(data)) if labels.task != "regress" else ""
+        console.print(": ".join(filter(None, (labels.counted, counts))), highlight=False, markup=False)
     if held_out is not None:
         console.print(f"held out: {held_out.summary}", highlight=False)
     for line in other.left_out() if other else ():
@@ -328,14 +337,6 @@ def _evaluation(engine: Engine, held_out: Sequence[Encoded], micro_tokens: int) 
         return mean_loss(engine, held_out, micro_tokens, lambda rows: None)
 
     return evaluate
-
-
-def _quality(
-    engine: Engine, held_out: Sequence[Encoded], labels: Sequence[str], micro_tokens: int
-) -> tuple[float, float]:
-    """Accuracy and macro-F1 of the best head."""
-    found = measure(engine, held_out, labels, micro_tokens, lambda rows: None)
-    return found.accuracy, found.macro_f1
 
 
 # --- a run and its resumption -------------------------------------------------------------------------------------

@@ -20,21 +20,19 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from lorafit.config import ChatConfig, EvalConfig
-from lorafit.data.encode import Reading, encode_rows
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
-from lorafit.data.rows import Row
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
-from lorafit.errors import AdapterError, ConfigError, ModelError, listed
+from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import saved
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
-from lorafit.infer import labels as infer_labels
-from lorafit.infer.show_labels import print_labels
+from lorafit.infer.label_rows import evaluate_labels
+from lorafit.infer.show_labels import print_labels, print_numbers
 from lorafit.methods import table
-from lorafit.methods.labels import Labels, Pooled, engine_of, put_head
+from lorafit.methods.labels import Labels, put_head
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine
@@ -112,7 +110,7 @@ def open_target(
     labels = saved.labels_of(found.adapter) if found.adapter is not None else None
     if labels and not labelled:
         raise ConfigError(
-            f"{target} tells {len(labels.names)} labels apart ({listed(labels.names, 4)}) and writes no text",
+            f"{target} {labels.told} and writes no text",
             f"Use it by `lorafit eval {target} DATA`",
         )
     if found.adapter is None and scale != 1:
@@ -282,7 +280,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
     how["base_storage"] = config.base_storage
     if opened.labels:
-        return what | how | _evaluate_labels(opened, opened.labels, rows, config, console)
+        return what | how | evaluate_labels(opened.model, opened.tokenizer, opened.labels, rows, config, console)
     if config.template:
         use_template(opened.tokenizer, config.template)
     result = infer_evaluate.evaluate(
@@ -316,36 +314,8 @@ def _tells_labels(config: EvalConfig) -> bool:
     return True
 
 
-def _evaluate_labels(
-    opened: Opened, labels: Labels, rows: list[Row], config: EvalConfig, console: Console
-) -> dict[str, Any]:
-    """As `evaluate`, of a head of labels; what is of text alone is None."""
-    limit = (
-        min(config.seq_len, opened.tokenizer.model_max_length) if isinstance(opened.model, Pooled) else config.seq_len
-    )
-    reading = Reading(config.format, config.rename, seq_len=limit, labels=labels.names, several=labels.several)
-    data = encode_rows(rows, opened.tokenizer, reading)
-    engine, encoded = engine_of(opened.model, share_prefix=True), data.set.encoded
-    with infer_evaluate.progress_bar(console) as bar:
-        count = infer_evaluate.counter(bar, "rows", len(encoded))
-        found = infer_labels.measure(engine, encoded, labels.names, min(limit, MICRO_TOKENS), count)
-    lines = [
-        {"prompt": opened.tokenizer.decode(encoded[wrong.row].input_ids[:-1].tolist(), skip_special_tokens=True),
-         "expected": wrong.expected, "got": wrong.got, "right": False}
-        for wrong in found.wrong[: config.samples]
-    ]  # fmt: skip
-    of_text = {"perplexity": None, "exact_match": None}
-    told = asdict(found) | {
-        "wrong": len(found.wrong),
-        "pooling": labels.pooling,
-        "several": labels.several,
-        "cut_rows": data.set.cut_rows,
-    }
-    return {"task": "classify"} | of_text | told | {"samples": lines}
-
-
-MICRO_TOKENS = 1024  # of a forward pass over rows with labels, as in training
-
+# How what a head tells is shown, by its task.
+TELLS = {"classify": print_labels, "tag": print_labels, "regress": print_numbers}
 MEANINGS = {
     "loss": "nats per token with a loss",
     "perplexity": "e^loss",
@@ -358,8 +328,8 @@ SHOWN_CHARS = 400  # of each text of a sample; --json gives all of it
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
     """What `evaluate` returned, for people: a table of the measures, what was cut, and the first rows."""
-    if report.get("task") == "classify":
-        return print_labels(report, console)
+    if report.get("task") in TELLS:
+        return TELLS[report["task"]](report, console)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, meaning in MEANINGS.items():
         if name in ("loss", "perplexity"):

@@ -162,8 +162,8 @@ def test_mixed_formats_are_refused_with_both_origins() -> None:
     [
         ({"messages": [USER, REPLY], "label": True}, "a preference, and preference training is not available"),
         ({"input_ids": [1, 2]}, "has input_ids: tokens"),
-        ({"text": "a", "label": None}, "label is null, not a string or a whole number"),
-        ({"text": "a", "label": 0.5}, "label is a number, not a string"),
+        ({"text": "a", "label": None}, "label is null, not a string or a number"),
+        ({"text": "a", "label": float("nan")}, "label is nan, which is no number to learn"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs"),
         ({"message": [USER, REPLY]}, "has the columns message: no known format. Did you mean 'messages'?"),
         ({"prompt": "a", "completions": "b"}, "Did you mean 'completion'?"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lorafit.data.encode import Reading, encode_rows
-from lorafit.data.labels import MOST_OF_SEVERAL, Names, is_labelled, members, names_of
+from lorafit.data.labels import MOST_OF_SEVERAL, Names, members, names_of, task_of
 from lorafit.data.load import locate
 from lorafit.data.preflight import counts_of, spans
 from lorafit.data.rows import Row
@@ -28,13 +28,13 @@ ROWS = [Row({"text": text, "label": label}, f"f:{n}") for n, (text, label) in en
 )
 def test_labelled_rows_are_known_by_their_columns(record: dict[str, Any], expected: bool, tmp_path: Path) -> None:
     source = locate(str(tiny.write_rows(tmp_path / "rows.jsonl", [record]))).train()
-    assert is_labelled(source, None, {}) == expected
+    assert (task_of(source, None, {}) == "classify") == expected
 
 
 def test_other_columns_are_labelled_rows_once_renamed(tmp_path: Path) -> None:
     source = locate(str(tiny.write_rows(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}] * 2 + [{"a": "x", "b": "z"}])))
     rename = {"a": "text", "b": "label"}
-    assert is_labelled(source.train(), None, rename)
+    assert task_of(source.train(), None, rename) == "classify"
     assert names_of(source.train().rows(), None, rename, skip_bad=False).names == ("y", "z")
 
 
@@ -49,7 +49,7 @@ def test_labels_are_sorted_as_numbers_where_all_are(labels: list[Any], expected:
 
 def test_a_row_is_what_the_tokenizer_makes_of_it_and_its_label() -> None:
     fast = tiny.bert_tokenizer()
-    data = encode_rows(ROWS, fast, Reading(labels=("w", "x")))
+    data = encode_rows(ROWS, fast, Reading(labels=Names(("w", "x"))))
     assert [row.input_ids.tolist() for row in data.set.encoded] == [
         [*fast("ab").input_ids, 1],
         [*fast("cde").input_ids, 0],
@@ -61,14 +61,14 @@ def test_a_row_is_what_the_tokenizer_makes_of_it_and_its_label() -> None:
 
 def test_a_decoders_row_ends_with_end_of_sequence() -> None:
     fast = tiny.tokenizer()
-    data = encode_rows(ROWS, fast, Reading(labels=("w", "x")))
+    data = encode_rows(ROWS, fast, Reading(labels=Names(("w", "x"))))
     assert data.set.encoded[0].input_ids.tolist() == [*fast("ab", add_special_tokens=False).input_ids, 1, 1]
 
 
 def test_a_row_that_is_too_long_loses_the_end_of_its_text_and_is_counted() -> None:
     fast = tiny.bert_tokenizer()
     data = encode_rows(
-        [Row({"text": "abcdefgh", "label": "x"}, "f:1"), ROWS[1]], fast, Reading(labels=("w", "x"), seq_len=6)
+        [Row({"text": "abcdefgh", "label": "x"}, "f:1"), ROWS[1]], fast, Reading(labels=Names(("w", "x")), seq_len=6)
     )
     assert data.set.encoded[0].input_ids.tolist() == [*fast("abcd").input_ids, 1]
     assert data.set.encoded[0].supervised.tolist() == [False] * 6 + [True]
@@ -78,14 +78,14 @@ def test_a_row_that_is_too_long_loses_the_end_of_its_text_and_is_counted() -> No
 def test_a_label_that_is_none_of_them_is_refused_or_counted() -> None:
     fast = tiny.bert_tokenizer()
     with pytest.raises(DataError, match="f:1 has the label 'w'"):
-        encode_rows(ROWS, fast, Reading(labels=("x", "y")))
-    data = encode_rows(ROWS, fast, Reading(labels=("x", "y"), skip_bad=True))
+        encode_rows(ROWS, fast, Reading(labels=Names(("x", "y"))))
+    data = encode_rows(ROWS, fast, Reading(labels=Names(("x", "y")), skip_bad=True))
     assert (data.set.rows, data.bad_rows) == (1, 1)
 
 
 def test_a_labelled_row_is_shown_with_the_name_of_its_label() -> None:
     fast = tiny.bert_tokenizer()
-    data = encode_rows(ROWS, fast, Reading(labels=("w", "x")))
+    data = encode_rows(ROWS, fast, Reading(labels=Names(("w", "x"))))
     shown = spans(data.set.encoded[0], fast, data)
     assert [(span.text.strip(), span.supervised) for span in shown][1] == ("x", True)
     assert "ab" in shown[0].text
@@ -97,13 +97,13 @@ def test_lists_of_labels_are_sets_of_them() -> None:
     rows = [Row({"text": "ab", "label": label}, f"f:{n}") for n, label in enumerate(lists)]
     found = names_of(rows, None, {}, skip_bad=False)
     assert found == Names(("w", "x", "y"), several=True)
-    data = encode_rows(rows, fast, Reading(labels=found.names, several=True))
+    data = encode_rows(rows, fast, Reading(labels=found))
     sets = [int(row.input_ids[-1]) for row in data.set.encoded]
-    assert [members(one, found.names, True) for one in sets] == [["w", "x"], [], ["y"], ["w"]]
+    assert [members(one, found) for one in sets] == [["w", "x"], [], ["y"], ["w"]]
     assert counts_of(data) == {"w": 2, "x": 1, "y": 1}
     assert spans(data.set.encoded[0], fast, data)[1].text == " w, x"
     with pytest.raises(DataError, match="f:0 has a list of labels, and a row is to have one"):
-        encode_rows(rows, fast, Reading(labels=found.names))
+        encode_rows(rows, fast, Reading(labels=Names(found.names)))
 
 
 def test_a_set_holds_so_many_labels_and_no_more() -> None:
@@ -111,7 +111,7 @@ def test_a_set_holds_so_many_labels_and_no_more() -> None:
     names = [f"{n:02}x" for n in range(MOST_OF_SEVERAL)]
     rows = [Row({"text": "ab", "label": names}, "f:0")]
     found = names_of(rows, None, {}, skip_bad=False)
-    data = encode_rows(rows, fast, Reading(labels=found.names, several=True))
-    assert members(int(data.set.encoded[0].input_ids[-1]), found.names, True) == names
+    data = encode_rows(rows, fast, Reading(labels=found))
+    assert members(int(data.set.encoded[0].input_ids[-1]), found) == names
     with pytest.raises(DataError, match="of 31 in all; at most 30"):
         names_of([*rows, Row({"text": "c", "label": ["more"]}, "f:1")], None, {}, skip_bad=False)

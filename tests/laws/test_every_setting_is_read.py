@@ -45,6 +45,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "method": {"method": "ia3"},
     "task": {"task": "classify"},
     "pooling": {"pooling": "last", "method": "head", "data": "labelled"},
+    "layer": {"layer": 1, "method": "head", "data": "labelled"},
+    "probe": {"probe": True, "method": "head", "data": "labelled"},
     "bottleneck": {"bottleneck": 5, "method": "adapter"},
     "virtual_tokens": {"virtual_tokens": 3, "method": "prompt"},
     "prompt_text": {"prompt_text": "Say what it is.", "method": "prompt"},

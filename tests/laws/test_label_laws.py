@@ -26,10 +26,11 @@ from lorafit.errors import AdapterError, ConfigError, MergeError
 from lorafit.export import saved
 from lorafit.infer.labels import scores_of
 from lorafit.methods import table
-from lorafit.methods.labels import IN_FRONT, Labels, engine_of, label_head, pooling_of, put_head
+from lorafit.methods.labels import IN_FRONT, LabelHead, Labels, engine_of, label_head, pooling_of, put_head
 from lorafit.methods.virtual import lead_of
 from lorafit.model import spec
 from lorafit.plan.counts import method_params
+from lorafit.train.labelled import standardise
 from tests import tiny
 
 NAMES = ("a", "b", "c")
@@ -148,6 +149,23 @@ def test_what_is_saved_is_loaded_strictly(tmp_path: Path) -> None:
         saved.load(tiny.bert(), tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"label_head\.weight has shape \(3, 32\), the model wants \(2, 32\)"):
         saved.load(put_head(tiny.bert(), Labels(("x", "y"), "mean"), 0), tmp_path / "adapter")
+
+
+def test_a_head_of_standardised_features_is_folded_into_one_of_features_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = 3 * torch.randn(50, 32, generator=generator) + 10 * torch.randn(32, generator=generator)
+    features[:, 5] = 4.0  # says nothing
+    head = LabelHead(32, 3, seed=0)
+    standardise(head, torch.split(features, 7))
+    wide = features.double()
+    expected = (wide - wide.mean(0)) / wide.std(0, correction=0).where(torch.arange(32) != 5, 1.0)
+    before = head(features).detach()
+    assert off((expected.float() @ head.weight.T + head.bias).detach(), before) < 1e-5
+    head.fold()
+    assert head.standard is None
+    # Scores are sums of 32 products of what is up to 10 deviations from 0: eps * sqrt(32) * 10.
+    assert off(before, head(features).detach()) < 7e-6
+    assert torch.isfinite(head.weight).all()
 
 
 @pytest.mark.parametrize("body", BODIES)

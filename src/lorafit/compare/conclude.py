@@ -16,7 +16,19 @@ from lorafit.units import format_bytes, format_count, format_seconds
 # Costs nearer than this, as a share of the larger, are no reason to prefer one method.
 ALIKE = 0.1
 ONE_SEED = "one seed each: the intervals are those of other rows, and say nothing of other seeds, which may differ more"
-FLOOR_NAMES = {"untuned": "the untuned base", "few_shot": "the base with examples in its prompt"}
+# What the loss is of, by task.
+UNITS = {
+    "generate": "nats a token",
+    "classify": "nats a row",
+    "tag": "nats a word",
+    "regress": "squared deviations a row",
+}
+FLOOR_NAMES = {
+    "most_frequent": "always telling what is most frequent",
+    "mean": "always telling the mean",
+    "untuned": "the untuned base",
+    "few_shot": "the base with examples in its prompt",
+}
 Found = dict[str, Any]
 
 
@@ -42,6 +54,7 @@ def conclude(study: Study) -> Found:
         "seeds": study.config.seeds,
         "steps": study.steps,
         "search_steps": study.search_steps,
+        "unit": UNITS[study.labels["task"] if study.labels is not None else "generate"],
         "precision": study.precision,
         "budget_s": None if math.isinf(study.budget.total_s) else study.budget.total_s,
         "spent_s": study.budget.spent_s,
@@ -52,13 +65,21 @@ def conclude(study: Study) -> Found:
     }
     recommended, reason = _recommend(found, verdict, study)
     most = max((len(one.runs) for one in study.candidates), default=0)
-    notes = [*study.notes, ONE_SEED] if most == 1 else study.notes
+    notes = [*study.notes, ONE_SEED] if most == 1 else list(study.notes)
+    if study.labels and any(one.method == "head" for one in study.candidates):
+        notes.append("head: forgetting is not measured, as it leaves the model alone")
     return found | {"recommended": recommended, "reason": reason, "notes": notes}
 
 
 def _metric(study: Study) -> tuple[str, str]:
     """What decides, and why."""
     rights = [run["measured"]["sides"]["test"]["right"] for one in study.candidates for run in one.runs]
+    task = study.labels["task"] if study.labels is not None else None
+    if task == "regress":
+        return "loss", "loss decides: the squared error, in deviations of the training rows' numbers"
+    if task is not None and study.config.metric != "loss":
+        what = "words whose tag" if task == "tag" else "rows whose label"
+        return "accuracy", f"accuracy decides ({what} is told right), and the loss where that cannot tell"
     if not study.generate or any(right is None for right in rights):
         return "loss", "loss decides: replies are long or there are none, or it was asked for"
     if rights and not any(any(right) for right in rights):
@@ -79,7 +100,7 @@ def _scores(sides: Sequence[Record], metric: str) -> Scores:
     """Of the runs of one method. metric: accuracy or loss."""
     if metric == "accuracy":
         right = np.array([side["right"] for side in sides], dtype=np.float64).T
-        return Scores(right, np.ones(len(right)))
+        return Scores(right, np.array(sides[0].get("of") or np.ones(len(right)), dtype=np.float64))
     return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
 
 
@@ -121,7 +142,7 @@ def _floor(record: Record, scores: Mapping[str, Scores], metric: str) -> Found:
         "quality": _quality(scores, metric),
         "shots": record.get("shots", 0),
         "keep_loss": _mean(kept) if kept else None,
-        "latency_s": {name: record["latency_s"][name] for name in ("first_token", "per_token")},
+        "latency_s": {name: s for name, s in record.get("latency_s", {}).items() if not name.startswith("base_")},
     }
 
 
@@ -143,13 +164,23 @@ def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scor
         "seeds": [run["seed"] for run in one.runs],
         "runs": [run["run"] for run in one.runs],
     }
-    figures = ("quality", "trainable_params", "file_bytes", "peak_rss_bytes", "train_s", "flop", "latency_s")
+    figures = (
+        "quality",
+        "macro_f1",
+        "trainable_params",
+        "file_bytes",
+        "peak_rss_bytes",
+        "train_s",
+        "flop",
+        "latency_s",
+    )
     if not one.runs:
         return found | dict.fromkeys((*figures, "keep_loss", "forgetting"))
     results = [run["result"] for run in one.runs]
-    kept = float(np.mean([_mean(run["measured"]["keep"]) for run in one.runs]))
+    kept, forgetting = _forgetting(one, study)
     return found | {
         "quality": _quality(scores[one.name], metric),
+        "macro_f1": _macro_f1(one),
         "trainable_params": results[0]["trainable_params"],
         "file_bytes": _weight_bytes(study.directory / one.runs[0]["run"] / "adapter"),
         "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
@@ -157,8 +188,23 @@ def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scor
         "flop": results[0]["flop"],
         "latency_s": one.runs[0]["measured"]["latency_s"],  # another seed is as fast
         "keep_loss": kept,
-        "forgetting": kept - _mean(study.floors["untuned"]["keep"]),
+        "forgetting": forgetting,
     }
+
+
+def _macro_f1(one: Candidate) -> float | None:
+    """The mean over seeds, where rows have labels."""
+    found = [_test(run["measured"]).get("macro_f1") for run in one.runs]
+    return float(np.mean([value for value in found if value is not None])) if None not in found else None
+
+
+def _forgetting(one: Candidate, study: Study) -> tuple[float | None, float | None]:
+    """The loss on the text to be kept, and by what it has risen; None where the model writes none, or is left alone."""
+    records = [run["measured"]["keep"] for run in one.runs]
+    if any(record is None for record in records):
+        return None, None
+    kept = float(np.mean([_mean(record) for record in records]))
+    return kept, kept - _mean(study.floors["untuned"]["keep"])
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -62,6 +62,7 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
             keep=keep,
             precision=setup["precision"],
             generate=setup["generate"],
+            labels=setup["labels"],
             candidates=chosen,
             budget=budget,
             console=log,
@@ -128,13 +129,14 @@ def _setup(
         return earlier
     from lorafit.compare import measure  # needs torch
 
-    seen = child.call(measure.look, (config, rows.path("test")), directory / "trials" / "setup.log")
+    seen = child.call(measure.look, (config, rows.path("train"), rows.path("test")), directory / "trials" / "setup.log")
     longest = seen["longest_reply"]
     generate = longest is not None and (
         config.metric == "accuracy" or (config.metric == "auto" and longest <= SHORT_REPLY_TOKENS)
     )
-    if config.metric == "accuracy" and longest is None:
+    if config.metric == "accuracy" and longest is None and not seen.get("labels"):
         log.print("--metric accuracy: the rows have no replies, so the loss decides", style="yellow")
     setup = {"config": settings, "sha256": inputs, "precision": seen["precision"], "generate": generate}
+    setup["labels"] = seen.get("labels")
     files.write_json(path, setup)
     return setup

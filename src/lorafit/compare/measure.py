@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from lorafit.compare import labelled
 from lorafit.compare.shots import with_examples
 from lorafit.config import CompareConfig, EvalConfig, TrainConfig
 from lorafit.data.example import Example
@@ -47,8 +48,14 @@ def train(settings: dict[str, Any], console: Console) -> dict[str, Any]:
     return train_run(TrainConfig(**settings), {}, Start(True, False, time.time()), console)
 
 
-def look(config: CompareConfig, test: str, console: Console) -> dict[str, Any]:
-    """How long the test rows' replies are: {"longest_reply": tokens}, None for running text. Raises LorafitError."""
+def look(config: CompareConfig, train: str, test: str, console: Console) -> dict[str, Any]:
+    """How long the test rows' replies are: {"longest_reply": tokens}, None for running text and rows with labels.
+
+    Of those also what `labelled.look` says. Raises LorafitError.
+    """
+    names = labelled.labels_of(config, train)
+    if names is not None:
+        return labelled.look(config, names, test)
     opened = _open(config.model, config, config.precision, console)
     replies = [reply for example in _examples(test, config) if (reply := expected_reply(example)) is not None]
     if not replies:
@@ -60,6 +67,9 @@ def look(config: CompareConfig, test: str, console: Console) -> dict[str, Any]:
 def losses(target: str, config: CompareConfig, precision: str, data: str, console: Console) -> dict[str, Any]:
     """The loss of each row of `data` alone. Raises LorafitError."""
     opened = _open(target, config, precision, console)
+    if opened.labels is not None:
+        side: dict[str, Any] = labelled.measured(opened, config, {"valid": data}, timed=False)["sides"]["valid"]
+        return side
     return _row_losses(prepare(opened.model, share_prefix=True), opened, _examples(data, config), config)
 
 
@@ -76,11 +86,15 @@ def measure(
     """A run or the base, on the rows of every side by their names, and on what is to be kept. Raises LorafitError.
 
     Returns sides: of each the rows' nats, tokens and, of the test rows where `generate`, whether they were answered
-    right; keep: the same of the text to be kept; latency_s, None unless `timed`.
+    right; keep: the same of the text to be kept, None where no text is written; latency_s, None unless `timed`.
     """
     opened = _open(target, config, precision, console)
+    if opened.labels is not None:
+        found = labelled.measured(opened, config, sides, timed)
+        text = labelled.text_model(opened, target, config, precision)
+        return found | {"keep": _keep(prepare(text.model, share_prefix=True), text, keep) if text else None}
     engine = prepare(opened.model, share_prefix=True)
-    found: dict[str, Any] = {"sides": {}, "keep": _keep(engine, opened, keep)}
+    found = {"sides": {}, "keep": _keep(engine, opened, keep)}
     for name, path in sides.items():
         examples = _examples(path, config)
         found["sides"][name] = _row_losses(engine, opened, examples, config)
@@ -90,15 +104,24 @@ def measure(
     return found
 
 
+def constant(config: CompareConfig, train: str, test: str, console: Console) -> dict[str, Any]:
+    """What telling every row the same reaches on the test rows. Raises LorafitError."""
+    names = labelled.labels_of(config, train)
+    assert names is not None  # it is asked for rows with labels alone
+    return labelled.constant(config, names, train, test)
+
+
 def few_shot(
     config: CompareConfig, precision: str, train: str, test: str, generate: bool, console: Console
 ) -> dict[str, Any]:
     """The base with examples in its prompt, on the test rows, as `measure`. shots: how many fitted, 0 where none can.
 
-    Raises LorafitError.
+    Where rows have labels it is asked for them as text; its loss is then that of a row's label, as a head's is. Raises
+    LorafitError.
     """
     opened = _open(config.model, config, precision, console)
-    examples, drawn = _examples(test, config), _examples(train, config)
+    given, drawn = _examples(test, config), [labelled.as_text(one) for one in _examples(train, config)]
+    examples = [labelled.as_text(one) for one in given]
     room = min(config.seq_len, context_tokens(opened.model) or config.seq_len)
     # Under `all` what the examples say would have a loss too.
     for shots in range(config.shots if config.loss_on != "all" else 0, 0, -1):
@@ -109,6 +132,8 @@ def few_shot(
         if encoded.longest < room and not encoded.cut_rows:
             engine = prepare(opened.model, share_prefix=True)
             found = _row_losses(engine, opened, longer, config)
+            if examples != given:
+                found["tokens"] = [1] * len(examples)
             right = _right(opened, longer) if generate else None
             return {"shots": shots, **found, "right": right, "latency_s": _latency(opened, longer)}
     return {"shots": 0}
@@ -116,7 +141,7 @@ def few_shot(
 
 def _open(target: str, config: CompareConfig, precision: str, console: Console) -> Opened:
     torch.set_num_threads(config.threads or machine.physical_cores())
-    opened = open_target(target, None, 1.0, precision, config.trust_remote_code, console)
+    opened = open_target(target, None, 1.0, precision, config.trust_remote_code, console, labelled=True)
     if config.template:
         use_template(opened.tokenizer, config.template)
     return opened

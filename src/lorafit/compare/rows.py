@@ -16,6 +16,7 @@ import numpy as np
 
 from lorafit import files
 from lorafit.config import CompareConfig
+from lorafit.data.example import Example, Labelled
 from lorafit.data.formats import FormatReader
 from lorafit.data.load import Source, locate
 from lorafit.data.rows import Row
@@ -55,13 +56,13 @@ def split(config: CompareConfig, directory: Path) -> Rows:
     elif share is None and "test" in located.sides:
         test = _read(located.sides["test"], config)
     else:
-        train, test = _divide(train, share or TEST_SHARE, config.seed)
+        train, test = _divide(train, share or TEST_SHARE, config)
     own = located.held_out()
     if own is not None:
         valid = _read(own, config)
         valid = valid[:: math.ceil(len(valid) / MOST_VALID)]
     else:
-        train, valid = _divide(train, min(VALID_SHARE, MOST_VALID / len(train)), config.seed)
+        train, valid = _divide(train, min(VALID_SHARE, MOST_VALID / len(train)), config)
     sides = {"train": train, "search": valid[::2], "valid": valid, "test": test}
     for name, rows in sides.items():
         _write(directory / f"{name}.jsonl", rows)
@@ -103,13 +104,23 @@ def _share(text: str | None) -> float | None:
     return share
 
 
-def _divide(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """What stays, and what is held out; equal rows on one side, labels in proportion."""
-    numbers = dict[str, int]()
-    labels = [numbers.setdefault(label, len(numbers)) if (label := label_of(row.record)) else -1 for row in rows]
-    held = held_out(_digests(rows), np.array(labels, dtype=np.int32), share, seed)
+def _divide(rows: list[Row], share: float, config: CompareConfig) -> tuple[list[Row], list[Row]]:
+    """What stays, and what is held out; equal rows on one side, labels in proportion, each among those that stay."""
+    numbers, reader = dict[str, int](), FormatReader(config.format, config.rename)
+    told = [_labels(reader.read(row), row) for row in rows]
+    labels = [numbers.setdefault(own[0], len(numbers)) if len(own) == 1 else -1 for own in told]
+    held = held_out(_digests(rows), np.array(labels, dtype=np.int32), share, config.seed)
+    known = {label for own, is_held in zip(told, held, strict=True) if not is_held for label in own}
+    held &= [set(own) <= known for own in told]  # what no method could learn tells none from another
     pairs = list(zip(rows, held, strict=True))
     return [row for row, is_held in pairs if not is_held], [row for row, is_held in pairs if is_held]
+
+
+def _labels(example: Example, row: Row) -> tuple[str, ...]:
+    if isinstance(example, Labelled):
+        return example.labels
+    label = label_of(row.record)
+    return () if label is None else (label,)
 
 
 def _digests(rows: Sequence[Row]) -> np.ndarray[tuple[int], np.dtype[np.void]]:

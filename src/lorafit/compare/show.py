@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.chart import Curve, Point, curves, scatter
-from lorafit.compare.conclude import figure, front
+from lorafit.compare.conclude import UNITS, figure, front
 from lorafit.rundir import RunDir
 from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds
 
@@ -22,6 +22,8 @@ PAGE = Path(__file__).parent / "page.html.jinja"
 # A step's loss is that of its few rows: curves show the mean over about so many steps.
 SMOOTHED_STEPS = 5
 Found = dict[str, Any]
+# What is timed in use: of a model that writes text, and of one that tells labels.
+LATENCIES = {"first_token": "first token", "per_token": "each further", "row": "one row"}
 # A cost on an axis: its name, what its unit is, how a value is written.
 AXES: dict[str, tuple[str, float, Callable[[float], str]]] = {
     "trainable_params": ("trainable parameters", 1.0, lambda value: _short(value)),
@@ -57,7 +59,7 @@ def blocks(found: Found) -> list[Block]:
             ("method", "lr", "parameters", "file", "memory", "time", "operations"),
             [_training(method) for method in _measured(found)],
         ),
-        Block("In use", ("method", "forgetting", "first token", "each further"), _in_use(found)),
+        Block("In use", ("method", "forgetting", *LATENCIES.values()), _in_use(found)),
     ]
     return [block for block in made if block.rows]
 
@@ -97,14 +99,14 @@ def _training(method: Found) -> tuple[str, ...]:
 
 def _in_use(found: Found) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    keys = ("first_token", "per_token")
     for method in _measured(found):
-        at = method["latency_s"]
-        times = (_latency(at[key], at[f"base_{key}"]) for key in keys)
-        rows.append((method["name"], f"{method['forgetting']:+.3f}", *times))
+        at, lost = method["latency_s"], method["forgetting"]
+        times = (_latency(at.get(key), at.get(f"base_{key}")) for key in LATENCIES)
+        rows.append((method["name"], "-" if lost is None else f"{lost:+.3f}", *times))
     for name, floor in found["floors"].items():
-        own, base = floor["latency_s"], found["floors"]["untuned"]["latency_s"]
-        rows.append((floor_name(name, floor), "", *(_latency(own[key], base[key]) for key in keys)))
+        own, base = floor["latency_s"], found["floors"].get("untuned", floor)["latency_s"]
+        if own:
+            rows.append((floor_name(name, floor), "", *(_latency(own.get(key), base.get(key)) for key in LATENCIES)))
     return rows
 
 
@@ -123,7 +125,8 @@ def ordered(found: Found) -> list[Found]:
 
 def floor_name(name: str, floor: Found) -> str:
     """`base, 4 shots`."""
-    return "base" if name == "untuned" else f"base, {floor['shots']} shots"
+    names = {"untuned": "base", "most_frequent": "most frequent", "mean": "the mean"}
+    return names.get(name) or f"base, {floor['shots']} shots"
 
 
 def remark(method: Found, found: Found) -> str:
@@ -144,7 +147,9 @@ def remark(method: Found, found: Found) -> str:
     return ", ".join(parts)
 
 
-def _latency(own_s: float, base_s: float) -> str:
+def _latency(own_s: float | None, base_s: float | None) -> str:
+    if own_s is None or base_s is None:
+        return "-"
     return f"{1000 * own_s:.1f} ms ({own_s / base_s:.2f}x)"
 
 
@@ -161,15 +166,24 @@ def explained(found: Found) -> list[str]:
     rows, steps = found["rows"], found["steps"]
     untuned = found["floors"].get("untuned")
     kept = f" ({untuned['keep_loss']:.3f} before)" if untuned else ""
+    if found["unit"] != UNITS["generate"]:
+        timed = "a row of middling length through model and head, and how much of the base's own pass that is"
+        more = "; a head alone, which is cheap, made ten times as many" if _has_head(found) else ""
+    else:
+        timed, more = "one prompt, with the adapter as it was trained, and how much of the base's that is", ""
     return [
         f"Every method learned the same {rows['train']} rows in the same order, {steps} steps, up to {found['seeds']} "
-        f"seeds; rates were chosen by {rows['search']} validation rows after {found['search_steps']} steps; the "
+        f"seeds{more}; rates were chosen by {rows['search']} validation rows after {found['search_steps']} steps; the "
         f"{rows['test']} test rows chose nothing. {found['metric_reason'][0].upper()}{found['metric_reason'][1:]}.",
         f"Intervals hold the figure with {found['level']:.0%}: a paired bootstrap over the test rows, and Student's t "
         "for the spread between seeds. A difference whose interval holds 0 is none that can be seen here.",
-        f"Forgetting: what the loss on the text to be kept has risen by, in nats a token{kept}. Latency: one prompt, "
-        "with the adapter as it was trained, and how much of the base's that is; merged LoRA costs nothing.",
+        f"Forgetting: what the loss on the text to be kept has risen by, in nats a token{kept}. Latency: {timed}; "
+        "merged LoRA costs nothing.",
     ]
+
+
+def _has_head(found: Found) -> bool:
+    return any(method["method"] == "head" for method in found["methods"])
 
 
 def print_comparison(found: Found, console: Console) -> None:
@@ -237,7 +251,7 @@ def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
     measured = [m for m in found["methods"] if m["quality"] and None not in m["quality"]["interval"]]
     drawn = [_scatter(found, measured, cost) for cost in AXES] if measured else []
     if lines:
-        title = f"Training loss of the first seed, nats a token, smoothed over about {SMOOTHED_STEPS} steps"
+        title = f"Training loss of the first seed, {found['unit']}, smoothed over about {SMOOTHED_STEPS} steps"
         drawn.append(curves(title, lines, "step"))
     return [one.replace(' xmlns="http://www.w3.org/2000/svg"', "") for one in drawn]
 
@@ -257,7 +271,7 @@ def _scatter(found: Found, measured: list[Found], cost: str) -> str:
         )
         for method in measured
     ]
-    what = "Right answers, %" if found["metric"] == "accuracy" else "Loss, nats a token"
+    what = "Right answers, %" if found["metric"] == "accuracy" else f"Loss, {found['unit']}"
     title = f"{what}, against {name}: {'more' if found['metric'] == 'accuracy' else 'less'} is better"
     return scatter(title, points, name, text, _level(found, points, size))
 

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lorafit.compare.budget import Budget, Costs
 from lorafit.compare.rows import Rows
 from lorafit.compare.search import next_factor
 from lorafit.compare.stats import Scores, difference, pooled
-from lorafit.config import METHOD_VARIANTS, RATES, CompareConfig
+from lorafit.config import EPOCHS, METHOD_VARIANTS, RATES, CompareConfig
 from lorafit.errors import ConfigError, did_you_mean, listed
 from lorafit.rundir import RunDir
 from lorafit.units import format_seconds
@@ -88,7 +88,8 @@ def candidates(names: list[str]) -> list[Candidate]:
 class Study:
     """A comparison under way. precision: what all are measured in. generate: whether answers are compared.
 
-    notes: what was left out and why, for the report.
+    labels: what is known of rows with labels, as `labelled.look` says; None where the model is to write text. notes:
+    what was left out and why, for the report.
     """
 
     config: CompareConfig
@@ -103,6 +104,7 @@ class Study:
     costs: Costs = field(default_factory=Costs)
     notes: list[str] = field(default_factory=list)
     floors: dict[str, Record] = field(default_factory=dict)
+    labels: dict[str, Any] | None = None
 
     @property
     def active(self) -> list[Candidate]:
@@ -111,23 +113,49 @@ class Study:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a run."""
+        """Optimizer steps of a run of most methods."""
         per_epoch = math.ceil(self.rows.counts["train"] / self.config.batch_size)
         return self.config.max_steps or per_epoch * self.config.epochs
 
     @property
     def search_steps(self) -> int:
-        """Of a trial of a rate."""
+        """Of a trial of a rate of most methods."""
         return min(self.steps, self.config.search_steps or max(LEAST_SEARCH_STEPS, self.steps // 2))
+
+    def times(self, one: Candidate) -> int:
+        """How many times as many steps a method gets: a head alone, whose features are computed once, its usual."""
+        return 1 if self.config.max_steps else EPOCHS.get(one.method, 1)
 
     # --- the floors -----------------------------------------------------------------------------------------------
 
     def measure_floors(self) -> None:
         """The base as it is, and with examples in its prompt."""
+        if self.labels is not None:
+            return self._measure_floors_of_labels(self.labels)
         base = self._once("base/untuned", lambda log: self._measure(self.config.model, ("test",), True, log))
         self.floors["untuned"] = base
+        self._measure_few_shot(self.generate)
+        self.costs.measured("the base", base["wall_s"])
+
+    def _measure_floors_of_labels(self, labels: Mapping[str, Any]) -> None:
+        """The same for every row; of a base that writes text also what it says when it is shown examples."""
+        arguments = (self.config, self.rows.path("train"), self.rows.path("test"))
+        name = "mean" if labels["task"] == "regress" else "most_frequent"
+        self.floors[name] = self._once(f"base/{name}", lambda log: child.call(_measures().constant, arguments, log))
+        self.notes.append("no untuned base: without a head, or examples, it was never told of the labels")
+        if not labels["writes_text"]:
+            self.notes.append("no few-shot base: an encoder writes no text; so forgetting is not measured either")
+            return
+        base = self._once("base/kept", lambda log: self._measure(self.config.model, (), False, log))
+        self.floors["untuned"] = {"keep": base["keep"]}
+        if labels["several"] or labels["task"] != "classify":
+            self.notes.append("no few-shot base: it is asked for one label of a row alone")
+        else:
+            self._measure_few_shot(generate=True)
+
+    def _measure_few_shot(self, generate: bool) -> None:
         sides = self.rows.path("train"), self.rows.path("test")
-        arguments = (self.config, self.precision, *sides, self.generate)
+        arguments = (self.config, self.precision, *sides, generate)
 
         def with_shots(log: Path) -> Record:
             try:
@@ -136,7 +164,6 @@ class Study:
                 return {"shots": 0, "refused": str(refused)}
 
         self.floors["few_shot"] = self._once("base/few_shot", with_shots)
-        self.costs.measured("the base", base["wall_s"])
         shots = self.floors["few_shot"]["shots"]
         if not shots:
             why = self.floors["few_shot"].get(
@@ -171,11 +198,14 @@ class Study:
             self._choose(one)
 
     def _of_search(self, one: Candidate) -> float:
-        return self.costs.of_training(one.name, self.search_steps)
+        return self.costs.of_training(one.name, self.search_steps * self.times(one))
+
+    def _of_run(self, one: Candidate) -> float:
+        return self.costs.of_run(one.name, self.steps * self.times(one))
 
     def _of_round(self) -> float:
         """A round of seeds for all that are still in."""
-        return sum(self.costs.of_run(one.name, self.steps) for one in self.active)
+        return sum(self._of_run(one) for one in self.active)
 
     def _choose(self, one: Candidate) -> None:
         losses = one.losses()
@@ -195,14 +225,15 @@ class Study:
     def _try_rate(self, one: Candidate, factor: float) -> Record:
         lr = float(f"{RATES[one.method] * factor:.4g}")
         name = f"{one.slug}/lr-{lr:g}"
-        settings: dict[str, Any] = {"lr": lr, "seed": self.config.seed, "max_steps": self.search_steps}
+        steps = self.search_steps * self.times(one)
+        settings: dict[str, Any] = {"lr": lr, "seed": self.config.seed, "max_steps": steps}
         # Once, at the end, as a whole run ends: the best of several epochs would flatter rates that are too high.
-        settings |= {"eval": self.rows.path("search"), "eval_every": self.search_steps}
+        settings |= {"eval": self.rows.path("search"), "eval_every": steps}
         record = self._train(one, name, settings)
         result, refused = record["result"], record["refused"] or "the loss is not a finite number"
         record |= {"lr": lr, "factor": factor, "loss": result["eval_loss"] if result else None, "refused": refused}
         shown = f"loss {record['loss']:.4f}" if record["loss"] is not None else f"failed: {refused}"
-        self._say(f"{one.name}: lr {lr:g}, {self.search_steps} steps: {shown} ({format_seconds(record['wall_s'])})")
+        self._say(f"{one.name}: lr {lr:g}, {steps} steps: {shown} ({format_seconds(record['wall_s'])})")
         return record
 
     # --- rounds of seeds --------------------------------------------------------------------------------------------
@@ -216,7 +247,7 @@ class Study:
                 self.notes.append(f"the time budget left room for {count}")
                 return
             for one in sorted(self.active, key=lambda one: min(one.losses().values())):
-                if not number and not self.budget.has(self.costs.of_run(one.name, self.steps)) and self._has_any_run():
+                if not number and not self.budget.has(self._of_run(one)) and self._has_any_run():
                     self._out(one, "dropped", "the time was used up before its first whole run; it is not known worse")
                 else:
                     self._run(one, number)
@@ -282,6 +313,7 @@ class Study:
         run = RunDir(self.directory / "trials" / name)
         wanted = {"method": one.method, "variant": one.variant, "output": str(run.path), **settings}
         wanted |= {name: getattr(self.config, name) for name in SHARED} | {"data": self.rows.path("train")}
+        wanted["epochs"] = self.config.epochs * self.times(one)
 
         def work(log: Path) -> Record:
             try:

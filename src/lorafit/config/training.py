@@ -138,11 +138,16 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Evaluate every N steps. Default: at the end of each epoch."""
     patience: int | None = Field(None, ge=1)
     """Stop after N evaluations without a better loss. Default: never."""
-    task: Literal["auto", "generate", "classify"] = "auto"
-    """Write text, or tell labels apart by a head that is trained. auto: labels where the rows have text and label."""
+    task: Literal["auto", "generate", "classify", "regress", "tag"] = "auto"
+    """Write text, or train a head that tells labels apart, predicts a number, or tags words. auto: labels where the
+    rows have text and label, numbers where the label has a point, tags where they have tokens and tags."""
     pooling: Literal["auto", "last", "mean", "cls"] = "auto"
     """What of a row the head of labels is given: its last token, the mean of all, or the first. auto: the last token
     of a decoder that is trained itself, else the mean."""
+    layer: int | None = Field(None, ge=0)
+    """The layer whose output a head alone is given: 0 the embeddings, 1 the first. Default: the last."""
+    probe: bool = False
+    """Try a head on every layer first, by the held-out rows, and go on with the best layer (--method head)."""
     epochs: int = Field(1, ge=1)
     """How often each row is seen. Default: 1; 10 for a head alone, where the model is run once for all."""
     max_steps: int | None = Field(None, ge=1)

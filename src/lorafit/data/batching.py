@@ -67,6 +67,11 @@ def read(row: Encoded) -> NDArray[np.int32]:
     return row.input_ids[: read_tokens(row)]
 
 
+def input_of(row: Encoded, apart: bool) -> NDArray[np.int32]:
+    """What the model reads of a row. apart: whether what is predicted is no input: it is left out then."""
+    return row.input_ids[~row.supervised] if apart else read(row)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """Rows that begin with the same `prefix` tokens. Each goes on with at least one token of its own."""
@@ -162,9 +167,10 @@ def padded_groups(
     encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int, packing: Packing
 ) -> Iterator[list[int]]:
     """Rows that stand side by side, padded to the first of them, the longest; of micro_tokens at most, or one row."""
-    order = sorted(row_ids, key=lambda row: (-read_tokens(encoded[row]), row))
+    length = {row: len(input_of(encoded[row], packing.apart)) for row in row_ids}
+    order = sorted(row_ids, key=lambda row: (-length[row], row))
     while order:
-        count = max(1, micro_tokens // packing.width(read_tokens(encoded[order[0]])))
+        count = max(1, micro_tokens // packing.width(length[order[0]]))
         yield order[:count]
         order = order[count:]
 

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from lorafit import files
 from lorafit.data import store
-from lorafit.data.example import Chat, Example, Labelled
-from lorafit.data.formats import FormatReader
-from lorafit.data.labels import fit_label, number_of
+from lorafit.data.example import Chat, Example, Labelled, Tagged
+from lorafit.data.labels import Names, fit_label, fit_tags, reader_of, target_of
 from lorafit.data.load import Source
 from lorafit.data.long import reach
 from lorafit.data.mask import CHUNK_ROWS, EncodedSet, Marks, encode_drafts, fit, refuse_unsupervised
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 # Of a source that is larger the tokens are kept on disk; what is smaller is tokenised in a second or two.
 LARGE_BYTES = 8 << 20
 # Changes whenever the same rows would become other tokens.
-VERSION = 3
+VERSION = 4
 # Characters that wait to be tokenised at a time, beside those of one long row.
 CHUNK_CHARS = 4 << 20
 # Faults that are told one by one; beyond that they are counted.
@@ -57,9 +56,8 @@ ROW = np.dtype([("digest", DIGEST), ("label", "<i4")])  # label: its number, -1 
 class Reading:
     """How rows are read. fmt: a format's name, None to know it by the columns. rename: column -> new name.
 
-    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece. labels: names that
-    texts are labelled with, for a model that tells them apart; None for one that writes text. several:
-    whether a text may have any number of them.
+    skip_bad: leave out rows that cannot be used, and count them. seq_len: most tokens of a piece. labels: what texts
+    are labelled with, for a model that tells it; None for one that writes text.
     """
 
     fmt: str | None = None
@@ -67,8 +65,7 @@ class Reading:
     skip_bad: bool = False
     loss_on: LossOn = "replies"
     seq_len: int = 2048
-    labels: tuple[str, ...] | None = None
-    several: bool = False
+    labels: Names | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,8 @@ class Data:
     records: (rows,) of ROW, for every record that was read. labels: their names by number. bad: a sentence for each
     row that was left out, at most TOLD. bad_rows: how many there were. unused: columns -> rows in which they stood.
     odd: where characters stand that are no text, at most TOLD; odd_rows: how many. system: the system message that all
-    rows begin with, if they do. targets: the labels that rows are trained on, by number; none where they are no texts
-    with a label. several: whether a row may have any number of them.
+    rows begin with, if they do. told: what rows are labelled with, as `Reading.labels`. lost_words: that begin with no
+    token of their own, and so have no tag.
     """
 
     set: EncodedSet
@@ -92,8 +89,8 @@ class Data:
     odd_rows: int
     unused: Mapping[str, int]
     system: str | None
-    targets: tuple[str, ...] = ()
-    several: bool = False
+    told: Names | None = None
+    lost_words: int = 0
 
     def held_out(self, share: float, seed: int) -> NDArray[np.bool_]:
         """Which records are held out, about `share` of those that can be used: (records,). As `split.held_out`."""
@@ -107,6 +104,12 @@ class Data:
         """What should not go unnoticed: columns that are not read, rows left out, equal rows."""
         lines = [f"column {name!r} of {format_count(count)} rows is not read" for name, count in self.unused.items()]
         lines += self.left_out()
+        if self.lost_words:
+            lines.append(f"{format_count(self.lost_words)} words begin with no token of their own and have no tag")
+        if self.lost_words:
+            lines.append(
+                f"{format_count(self.lost_words)} words begin with no token of their own: their tags are not read"
+            )
         again = len(self.records) - len(np.unique(self.records["digest"]))
         if again:
             lines.append(f"{format_count(again)} rows are equal to an earlier one")
@@ -188,7 +191,7 @@ def _encode(
 
 def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
     return Data(
-        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"], bool(facts["targets"])),
+        set=EncodedSet(tokens, len(records) - facts["bad_rows"], facts["rewritten"], facts["told"] is not None),
         format=facts["format"],
         records=records,
         labels=tuple(facts["labels"]),
@@ -198,8 +201,8 @@ def _data(tokens: Tokens, records: NDArray[Any], facts: dict[str, Any]) -> Data:
         odd_rows=facts["odd_rows"],
         unused=facts["unused"],
         system=facts["system"],
-        targets=tuple(facts["targets"]),
-        several=facts["several"],
+        lost_words=facts["lost_words"],
+        told=None if facts["told"] is None else Names.of(facts["told"]),
     )
 
 
@@ -224,15 +227,15 @@ class _Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading, writer: Writer) -> None:
         self.tokenizer, self.reading, self.writer = tokenizer, reading, writer
         self.tokeniser, self.marks = Tokeniser(tokenizer), Marks.of(tokenizer)
-        self.reader = FormatReader(reading.fmt, reading.rename)
+        self.reader = reader_of(reading.fmt, reading.rename, reading.labels.task if reading.labels else "auto")
         self.bad: list[str] = []
         self.odd: list[str] = []
-        self.bad_rows = self.odd_rows = self.rewritten = 0
+        self.bad_rows = self.odd_rows = self.rewritten = self.lost_words = 0
         self._digests = bytearray()
         self._labels = array("i")
         self._label_numbers: dict[str, int] = {}
         self._systems: set[str | None] = set()
-        self._targets = {name: number for number, name in enumerate(reading.labels or ())}
+        self._numbers = {name: n for n, name in enumerate(reading.labels.names if reading.labels else ())}
 
     def run(self, rows: Iterator[Row], on_rows: Callable[[int], None]) -> None:
         """Encode all rows, in order."""
@@ -263,7 +266,8 @@ class _Encoder:
 
     def _drafts(self, number: int, row: Row) -> list[Draft]:
         self._digests += digest(row.record)
-        label = label_of(row.record)
+        told = self.reading.labels
+        label = label_of(row.record) if told is None or told.task == "classify" else None
         self._labels.append(-1 if label is None else self._label_numbers.setdefault(label, len(self._label_numbers)))
         try:
             example = self.reader.read(row)
@@ -280,19 +284,16 @@ class _Encoder:
         limit = reach(self.reading.seq_len)
         if self.reading.labels is None:
             return drafts(example, self.tokenizer, self.reading.loss_on, limit)
-        if not isinstance(example, Labelled):
-            raise DataError(
-                f"{example.origin} has no label, and these rows are for a model that tells labels apart",
-                "Give rows with text and label",
-            )
-        text, rest, label = (
-            example.text[:limit],
-            example.text[limit:],
-            number_of(example, self._targets, self.reading.several),
-        )
-        if not self.reading.several:
+        told, cells = self.reading.labels, target_of(example, self._numbers, self.reading.labels)
+        if isinstance(example, Tagged):
+            starts = np.cumsum([0, *(len(word) + 1 for word in example.words)])[:-1]
+            text, own = " ".join(example.words), tuple(starts.tolist())
+            return [Draft(text, (), example.origin, templated=False, labels=cells, starts=own)]
+        assert isinstance(example, Labelled)  # or it would have no target
+        text, rest = example.text[:limit], example.text[limit:]
+        if told.task == "classify" and not told.several:
             self._labels[-1] = self._label_numbers.setdefault(example.labels[0], len(self._label_numbers))
-        return [Draft(text, (), example.origin, templated=False, rest=rest, label=label)]
+        return [Draft(text, (), example.origin, templated=False, rest=rest, labels=cells)]
 
     def _note_system(self, example: Example) -> None:
         """Which system messages there are, as long as it may be one."""
@@ -310,9 +311,12 @@ class _Encoder:
     def _tokenise(self, ready: list[Draft]) -> list[Encoded | DataError]:
         """In a thread of its own. All at once, and one by one only where one of them cannot be used."""
         try:
-            return [*encode_drafts(ready, self.tokeniser, self.marks)]
+            found = [*encode_drafts(ready, self.tokeniser, self.marks)]
         except DataError:
             return [self._one(draft) for draft in ready]
+        for draft, row in zip(ready, found, strict=True):
+            self.lost_words += len(draft.starts) and len(draft.starts) - int(row.supervised.sum())
+        return [*found]
 
     def _one(self, draft: Draft) -> Encoded | DataError:
         try:
@@ -335,7 +339,8 @@ class _Encoder:
     def _fit(self, row: Encoded) -> list[Encoded]:
         if self.reading.labels is None:
             return fit(row, self.reading.seq_len)
-        return [fit_label(row, self.reading.seq_len, self.marks)]
+        fitted = fit_tags if self.reading.labels.task == "tag" else fit_label
+        return [fitted(row, self.reading.seq_len, self.marks)]
 
     def _leave_out(self, error: DataError) -> None:
         if not self.reading.skip_bad:
@@ -364,6 +369,6 @@ class _Encoder:
             "rewritten": self.rewritten,
             "unused": self.reader.unused,
             "system": only,
-            "targets": list(self.reading.labels or ()),
-            "several": self.reading.several,
+            "lost_words": self.lost_words,
+            "told": asdict(self.reading.labels) if self.reading.labels else None,
         }

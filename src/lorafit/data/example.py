@@ -52,12 +52,25 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text and what it is an example of: one label, or any number of them where `several`."""
+    """A text and what it is an example of: one label, or any number of them where `several`; or a number.
+
+    number: where the label is one; a whole one is a label as well.
+    """
 
     text: str
     labels: tuple[str, ...]
     origin: str
     several: bool = False
+    number: float | None = None
 
 
-Example = Chat | Completion | Plain | Labelled
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, and a tag for each of them."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    origin: str
+
+
+Example = Chat | Completion | Plain | Labelled | Tagged

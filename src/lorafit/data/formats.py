@@ -5,10 +5,11 @@ A new format is one function and one line in FORMATS: it is known by its columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.example import Completion, Example, Labelled, Plain
+from lorafit.data.example import Completion, Example, Labelled, Plain, Tagged
 from lorafit.data.messages import Record, from_json, from_sharegpt, kind, read_conversation, read_messages
 from lorafit.data.rows import Row
 from lorafit.errors import ConfigError, DataError, did_you_mean, listed
@@ -112,13 +113,29 @@ def read_text(record: Record, origin: str) -> Example:
 
 
 def read_label(record: Record, origin: str) -> Example:
-    """{"text", "label"}: a text and what it is an example of; a list of labels where several may hold."""
+    """{"text", "label"}: a text and what it is an example of; a list of labels where several may hold; or a number."""
     text, label = _text(record, origin), record["label"]
+    if isinstance(label, float):
+        if not math.isfinite(label):
+            raise DataError(f"{origin}: label is {label}, which is no number to learn", "Correct it, or remove the row")
+        return Labelled(text, (), origin, number=label)
     labels = label if isinstance(label, list) else [label]
     for one in labels:
         if not isinstance(one, str | int) or not str(one).strip():
-            raise DataError(f"{origin}: label is {kind(one)}, not a string or a whole number", "Write a name")
-    return Labelled(text, tuple(str(one) for one in labels), origin, isinstance(label, list))
+            raise DataError(f"{origin}: label is {kind(one)}, not a string or a number", "Write a name or a number")
+    number = float(label) if isinstance(label, int) and not isinstance(label, bool) else None
+    return Labelled(text, tuple(str(one) for one in labels), origin, isinstance(label, list), number)
+
+
+def read_tags(record: Record, origin: str) -> Example:
+    """{"tokens", "tags"}: a list of words, and one of their tags. Raises DataError."""
+    words, tags = record["tokens"], record["tags"]
+    for name, some, types in (("tokens", words, str), ("tags", tags, str | int)):
+        if not isinstance(some, list) or not all(isinstance(one, types) and str(one).strip() for one in some):
+            raise DataError(f"{origin}: {name} is no list of {'words' if name == 'tokens' else 'tags'}", "Write a list")
+    if not words or len(words) != len(tags):
+        raise DataError(f"{origin} has {len(words)} tokens and {len(tags)} tags", "Write one tag for each word")
+    return Tagged(tuple(words), tuple(map(str, tags)), origin)
 
 
 def _text(record: Record, origin: str) -> str:
@@ -143,11 +160,16 @@ FORMATS: dict[str, Format] = {  # a row with the columns of several is the first
     "text/label": Format(("text", "label"), read_label),
     "sentence/label": Format(("sentence", "label"), _renamed({"sentence": "text"})),
     "text/labels": Format(("text", "labels"), _renamed({"labels": "label"})),
+    "tokens/tags": Format(("tokens", "tags"), read_tags),
     "text": Format(("text",), read_text),
+    "text/score": Format(("text", "score"), _renamed({"score": "label"})),  # by name, or for --task regress
+    "text/value": Format(("text", "value"), _renamed({"value": "label"})),
 }
 
-# Those of labelled texts.
+# Those of labelled texts, of texts with a number, of tagged words.
 LABELLED = ("text/label", "sentence/label", "text/labels")
+NUMBERED = ("text/score", "text/value")
+TAGGED = ("tokens/tags",)
 
 # Rows that mean another task: columns -> what they are, what to do.
 REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
@@ -179,21 +201,23 @@ class FormatReader:
     format: its name, as soon as it is known. unused: columns that were not read -> in how many rows they stood.
     """
 
-    def __init__(self, fmt: str | None = None, rename: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, fmt: str | None = None, rename: Mapping[str, str] | None = None, first: Sequence[str] = ()
+    ) -> None:
         """fmt: a name in FORMATS, or None to know it by the columns. rename: column -> what it is to be called.
 
-        Raises ConfigError for an unknown fmt.
+        first: formats that are tried before the others. Raises ConfigError for an unknown fmt.
         """
         if fmt is not None and fmt not in FORMATS:
             raise ConfigError(f"unknown data format {fmt!r}; known: {listed(FORMATS)}", did_you_mean(fmt, FORMATS))
         self.format, self.unused = fmt, dict[str, int]()
         self._rename = dict(rename or {})
-        self._first = ""
+        self._first, self._tried_first = "", first
 
     def read(self, row: Row) -> Example:
         """What the row says. Raises DataError for a row that cannot be used."""
         record = self._renamed(row)
-        name = self.format if self.format and not self._first else detect(record, row.origin)
+        name = self.format if self.format and not self._first else detect(record, row.origin, self._tried_first)
         if self._first and name != self.format:
             raise DataError(
                 f"{self._first} is {self.format!r} and {row.origin} is {name!r}", "Keep one format in a file"
@@ -221,12 +245,15 @@ class FormatReader:
         return {self._rename.get(column, column): value for column, value in row.record.items()}
 
 
-def detect(record: Record, origin: str) -> str:
-    """The name of the format that the record's columns fit. Raises DataError if there is none or it is another task."""
+def detect(record: Record, origin: str, first: Sequence[str] = ()) -> str:
+    """The name of the format that the record's columns fit. Raises DataError if there is none or it is another task.
+
+    first: formats that are tried before the others.
+    """
     for columns, (what, do) in REFUSED.items():
         if all(column in record for column in columns):
             raise DataError(f"{origin} has {' and '.join(columns)}: {what}", do)
-    name = next((name for name, form in FORMATS.items() if form.matches(record)), None)
+    name = next((name for name in (*first, *FORMATS) if FORMATS[name].matches(record)), None)
     if name is None:
         raise _unknown(record, origin, "no known format")
     return name

@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data import long
-from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain, Tool
-from lorafit.data.labels import with_label
+from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain, Tagged, Tool
+from lorafit.data.labels import with_label, with_tags
 from lorafit.data.store import Encoded, Tokens, Writer
 from lorafit.data.template import as_chat, render
-from lorafit.data.tokenise import Text, Tokeniser
+from lorafit.data.tokenise import Text, Tokeniser, Whole
 from lorafit.data.turns import SHOWN_CHARS, Draft, LossOn, Turn, drafts
 from lorafit.errors import DataError
 from lorafit.units import format_count, format_share
@@ -63,7 +63,7 @@ class EncodedSet:
     @property
     def tokens(self) -> int:
         """Tokens of all pieces."""
-        return int(self.encoded.lengths.sum()) - self.labelled * self.pieces
+        return int(self.encoded.lengths.sum()) - self.labelled * self.supervised_tokens
 
     @property
     def supervised_tokens(self) -> int:
@@ -73,7 +73,7 @@ class EncodedSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest piece."""
-        return int(self.encoded.lengths.max()) - self.labelled
+        return int((self.encoded.lengths - self.labelled * self.encoded.fact("supervised")).max())
 
     @property
     def cut_rows(self) -> int:
@@ -92,7 +92,7 @@ class EncodedSet:
         parts = [
             f"{format_count(self.rows)} rows",
             f"{format_count(self.tokens)} tokens (longest {format_count(self.longest)})",
-            "each row with a label"
+            ("each row with a label" if supervised == self.pieces else f"{format_count(supervised)} with a tag")
             if self.labelled
             else f"{format_count(supervised)} with a loss ({format_share(supervised, self.tokens)})",
         ]
@@ -162,7 +162,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int
         example = as_chat(example)
     if isinstance(example, Chat):
         return encode_prompt(example.messages[:-1], tokenizer, example.tools)
-    if isinstance(example, Plain | Labelled):
+    if isinstance(example, Plain | Labelled | Tagged):
         raise DataError(f"{example.origin} is text without a reply, which has no prompt", "Give rows with a reply")
     return [*Marks.of(tokenizer).bos, *Tokeniser(tokenizer).ids([example.prompt])[0]]
 
@@ -226,10 +226,10 @@ class Marks:
 
 def encode_drafts(rows: Sequence[Draft], tokeniser: Tokeniser, marks: Marks) -> list[Encoded]:
     """Drafts as token ids and mask, uncut; all in one call, as the tokenizer spreads a batch over its threads."""
-    is_long = [not row.turns and long.is_long(row.text) for row in rows]
+    is_long = [not row.turns and not row.starts and long.is_long(row.text) for row in rows]
     texts = [row.text for row, alone in zip(rows, is_long, strict=True) if not alone]
     found: Iterator[Text | Ids] = iter(
-        tokeniser.whole(texts) if any(row.turns for row in rows) else tokeniser.ids(texts)
+        tokeniser.whole(texts) if any(row.turns or row.starts for row in rows) else tokeniser.ids(texts)
     )
     return [
         _supervise(row, long.ids_of(row.text, tokeniser) if alone else next(found), tokeniser, marks)
@@ -238,9 +238,12 @@ def encode_drafts(rows: Sequence[Draft], tokeniser: Tokeniser, marks: Marks) -> 
 
 
 def _supervise(row: Draft, text: Text | Ids, tokeniser: Tokeniser, marks: Marks) -> Encoded:
-    if row.label is not None:
+    if row.starts:
+        assert isinstance(text, Whole)  # they were asked for
+        encoded = with_tags(text, row.starts, row.labels, marks, row.origin, row.row)
+    elif row.labels:
         ids = text if isinstance(text, list | np.ndarray) else text.ids
-        encoded = with_label(ids, row.label, marks, row.origin, row.row)
+        encoded = with_label(ids, row.labels[0], marks, row.origin, row.row)
     elif isinstance(text, list | np.ndarray):
         encoded = _supervise_text(row, text, marks)
     elif not row.turns:

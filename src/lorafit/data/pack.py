@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorafit.data.batching import Family, find_families, length_step, padded_groups, read, read_tokens, share_out
+from lorafit.data.batching import Family, find_families, input_of, length_step, padded_groups, read_tokens, share_out
 from lorafit.data.store import Encoded, Known
 from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, WIDTH_STEP, Batch, Bucket, Packing
 
@@ -28,7 +28,7 @@ def micro_batches(
     """
     if isinstance(encoded, Known):
         lots = (row_ids[first : first + micro_tokens] for first in range(0, len(row_ids), micro_tokens))
-        return [_of_known(encoded, np.array(lot)) for lot in lots]
+        return [_of_known(encoded, lot) for lot in lots]
     if packing.padded:
         groups = padded_groups(encoded, row_ids, micro_tokens, packing)
         return [_pad(encoded, rows, packing) for rows in groups]
@@ -168,22 +168,35 @@ def _bucket(runs: list[_Run]) -> Bucket:
     )
 
 
-def _of_known(rows: Known, chosen: NDArray[np.int64]) -> Batch:
-    """A token a row, its number, which predicts the row's label."""
-    ids = torch.from_numpy(rows.numbers[chosen])[:, None]
+def _of_known(rows: Known, chosen: Sequence[int]) -> Batch:
+    """A token for each label, its number, which predicts it."""
+    pairs = rows.pairs(chosen)
+    ids = torch.from_numpy(pairs + rows.first)[:, None]
     return Batch(
         input_ids=ids,
         position_ids=torch.zeros_like(ids),
         attention_mask=torch.ones_like(ids),
         layout=None,
-        token_rows=torch.from_numpy(chosen)[:, None],
+        token_rows=torch.from_numpy(np.repeat(chosen, np.diff(rows.starts)[chosen]))[:, None],
         predicts=torch.arange(len(ids)),
-        targets=torch.from_numpy(rows.targets[chosen]),
+        targets=torch.from_numpy(rows.targets[pairs]),
         weights=torch.ones(len(ids)),
-        rows=len(ids),
+        rows=len(chosen),
         real_tokens=int(rows.tokens[chosen].sum()),
         supervised_tokens=len(ids),
     )
+
+
+def pair_numbers(batch: Batch, starts: NDArray[np.int64]) -> torch.Tensor:
+    """Of each of the batch's pairs its number among those of all rows: (pairs,). starts: as `store.starts_of`.
+
+    For rows that have nothing predicted in common: a row's pairs stand one after the other, in its order.
+    """
+    rows = batch.token_rows.flatten()[batch.predicts].cpu()
+    places = torch.arange(len(rows))
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), rows[1:] != rows[:-1]])
+    first = torch.where(begins, places, 0).cummax(0).values
+    return torch.from_numpy(starts)[rows] + places - first
 
 
 # --- padded ---------------------------------------------------------------------------------------------------------
@@ -192,10 +205,12 @@ def _of_known(rows: Known, chosen: NDArray[np.int64]) -> Batch:
 def _pad(encoded: Sequence[Encoded], row_ids: list[int], packing: Packing) -> Batch:
     """Rows side by side, padded on the right to the longest. Padding is any token: it is masked by position."""
     rows = [encoded[row] for row in row_ids]
-    lengths = np.array([read_tokens(row) for row in rows])
+    inputs, ats = [input_of(row, packing.apart) for row in rows], [np.flatnonzero(row.supervised) for row in rows]
+    lengths = np.array([len(ids) for ids in inputs])
     width = packing.width(int(lengths.max()))
-    input_ids = np.stack([np.pad(read(row).astype(np.int64), (0, width - read_tokens(row))) for row in rows])
-    places = [np.flatnonzero(row.supervised) for row in rows]
+    input_ids = np.stack([np.pad(ids.astype(np.int64), (0, width - len(ids))) for ids in inputs])
+    # Of cells that are no input, those before one's own are left out.
+    places = [at - np.arange(len(at)) if packing.apart else at for at in ats]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(width).expand(len(rows), -1),
@@ -204,7 +219,7 @@ def _pad(encoded: Sequence[Encoded], row_ids: list[int], packing: Packing) -> Ba
         token_rows=torch.tensor(row_ids)[:, None].expand(-1, width),
         predicts=torch.from_numpy(np.concatenate([n * width + at - 1 for n, at in enumerate(places)])),
         targets=torch.from_numpy(
-            np.concatenate([row.input_ids[at] for row, at in zip(rows, places, strict=True)]).astype(np.int64)
+            np.concatenate([row.input_ids[at] for row, at in zip(rows, ats, strict=True)]).astype(np.int64)
         ),
         weights=torch.ones(sum(map(len, places))),
         rows=len(rows),

@@ -185,34 +185,40 @@ class Led(Rows):
 
 
 class Known(Rows):
-    """Labelled rows whose features are known: each is read as its number among those, one token, and has its label.
+    """Labelled rows whose features are known: what is predicted is read by its number among those, one token.
 
-    first: the number of the first row. numbers, targets, tokens: (rows,) int64; tokens: of the texts.
+    first: the number of the first. starts: (rows + 1,) int64, where the numbers of a row begin, and end. targets: of
+    each, int64. tokens: (rows,) int64, of the texts.
     """
 
     def __init__(self, rows: Sequence[Encoded], first: int) -> None:
-        self.rows = rows
-        self.numbers = np.arange(first, first + len(rows))
-        self.targets = np.array([row.input_ids[-1] for row in rows], dtype=np.int64)
-        self.tokens = lengths(rows) - 1
+        self.rows, self.first = rows, first
+        self.starts = starts_of(rows)
+        self.targets = np.concatenate([row.input_ids[row.supervised] for row in rows]).astype(np.int64)
+        self.tokens = lengths(rows) - np.diff(self.starts)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def pairs(self, chosen: Sequence[int]) -> NDArray[np.int64]:
+        """Of some rows, one after the other, the places in `targets`."""
+        return np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in chosen])
+
     def row(self, at: int) -> Encoded:
-        """Its number, and its label."""
-        ids = np.array([self.numbers[at], self.targets[at]], dtype=np.int32)
-        return replace(self.rows[at], input_ids=ids, supervised=np.array([False, True]), prompt_length=1)
+        """Numbers, each with its label behind it."""
+        own = self.pairs([at])
+        ids = np.stack([own + self.first, self.targets[own]], axis=1).astype(np.int32).ravel()
+        return replace(self.rows[at], input_ids=ids, supervised=np.arange(len(ids)) % 2 == 1, prompt_length=1)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Two each."""
-        return np.full(len(self.rows), 2, dtype=np.int64)
+        """Two for each that is predicted."""
+        return 2 * np.diff(self.starts)
 
     @property
     def resident_bytes(self) -> int:
         """What of the rows has to be, and what is known of each."""
-        return resident_bytes(self.rows) + self.numbers.nbytes + self.targets.nbytes + self.tokens.nbytes
+        return resident_bytes(self.rows) + self.starts.nbytes + self.targets.nbytes + self.tokens.nbytes
 
     def let_go(self) -> None:
         """Hand back what was read of mapped files."""
@@ -240,6 +246,12 @@ def let_go(rows: Sequence[Encoded]) -> None:
 def lengths(rows: Sequence[Encoded]) -> NDArray[np.int64]:
     """Tokens of each row."""
     return rows.lengths if isinstance(rows, Rows) else np.array([len(row.input_ids) for row in rows], np.int64)
+
+
+def starts_of(rows: Sequence[Encoded]) -> NDArray[np.int64]:
+    """Where each row's predicted cells begin among those of all rows, and where the last one's end: (rows + 1,)."""
+    counts = rows.fact("supervised") if isinstance(rows, Tokens) else [int(row.supervised.sum()) for row in rows]
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 class Writer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain
+from lorafit.data.example import Chat, Completion, Example, Labelled, Message, Plain, Tagged
 from lorafit.data.messages import REASONING_KEYS
 from lorafit.data.template import as_chat, marked_as_generated, render, writes_tools
 from lorafit.errors import DataError
@@ -41,7 +41,8 @@ class Draft:
     turns: the replies with a loss, in order; empty for running text. templated: the text came from a chat template,
     which wrote its special tokens; otherwise BOS and end-of-sequence are still to be put around it. whole: everything
     has a loss, not the turns alone. row: number of the record in its source. rest: what follows the text and is cut
-    off in any case; it is only counted. label: its number, of a text with a label alone.
+    off in any case; it is only counted. labels: what its cells of `labels.target_of` say: of a text with a label
+    one, of words one each. starts: the characters that those words begin with.
     """
 
     text: str
@@ -51,7 +52,8 @@ class Draft:
     whole: bool = False
     row: int = 0
     rest: str = ""
-    label: int | None = None
+    labels: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
 
 
 def drafts(
@@ -67,7 +69,7 @@ def drafts(
         example = as_chat(example)
     if isinstance(example, Chat):
         return _draft_chat(example, tokenizer, loss_on, reach)
-    if isinstance(example, Labelled):
+    if isinstance(example, Labelled | Tagged):
         raise DataError(
             f"{example.origin} is text with a label, and these rows are read for a model that writes text",
             "Train with --task auto for a head of labels, or write the label as a reply to a message with the text",

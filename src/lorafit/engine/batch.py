@@ -113,13 +113,15 @@ class Batch:
 class Packing:
     """How rows become batches. padded: side by side. share_prefix: what rows begin with in common is computed once.
 
-    width_step: rows side by side are as wide as a multiple of this, so that shapes repeat; not beyond widest.
+    width_step: rows side by side are as wide as a multiple of this, so that shapes repeat; not beyond widest. apart:
+    whether what is predicted is no token, as a label, and so no input of what comes after it.
     """
 
     padded: bool = False
     share_prefix: bool = True
     width_step: int = 1
     widest: int = 1 << 62
+    apart: bool = False
 
     def width(self, longest: int) -> int:
         """Of rows side by side, the longest of which has so many tokens."""

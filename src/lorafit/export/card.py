@@ -23,6 +23,7 @@ SETTINGS = {
     "threads": "threads",
     "system": "system message of all rows",
     "pooling": "what of a row the head is given",
+    "layer": "of which layer",
 }
 
 TRAINING = {

@@ -101,11 +101,7 @@ def _read(directory: Path) -> tuple[str | None, MethodConfig, Labels | None]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         told = found.get("labels")
-        labels = (
-            None
-            if told is None
-            else Labels(tuple(map(str, told["names"])), str(told["pooling"]), bool(told.get("several", False)))
-        )
+        labels = None if told is None else Labels(**{**told, "names": tuple(map(str, told["names"]))})
         return found.get("base") or None, MethodConfig.model_validate(found["settings"]), labels
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ConfigError, ValidationError) as error:
         raise AdapterError(f"{path} cannot be read: {str(error).splitlines()[0]}", "Copy the run again") from None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lorafit.data.pack import micro_batches
-from lorafit.data.store import Encoded, led
+from lorafit.data.pack import micro_batches, pair_numbers
+from lorafit.data.store import Encoded, led, starts_of
 from lorafit.engine.engine import Engine
 from lorafit.errors import NumericsError
-from lorafit.methods.labels import LabelHead, bits, label_head
+from lorafit.infer.numbers import NumbersMeasured, judge_numbers
+from lorafit.infer.tags import counted, is_bio
+from lorafit.methods.labels import LabelHead, Labels, bits, label_head, numbers
 from lorafit.methods.virtual import lead_of
 
 
@@ -52,7 +56,8 @@ class Wrong:
 class LabelsMeasured:
     """loss: nats per row, the mean. macro_f1: the mean over labels that rows have or were given.
 
-    confusions: the most frequent first. wrong: rows in their order.
+    confusions: the most frequent first. wrong: rows in their order. Where words are tagged, each word is a row.
+    entities: of tags in BIO, as labels, with rows for how many there are; entity_f1: of all of them together.
     """
 
     loss: float
@@ -63,19 +68,68 @@ class LabelsMeasured:
     confusions: tuple[Confusion, ...]
     wrong: tuple[Wrong, ...]
     seconds: float
+    entities: tuple[LabelResult, ...] = ()
+    entity_f1: float | None = None
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """What decides, by name."""
+        of_entities = {} if self.entity_f1 is None else {"entity_f1": self.entity_f1}
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1} | of_entities
 
 
 def measure(
-    engine: Engine, rows: Sequence[Encoded], names: Sequence[str], micro_tokens: int, on_rows: Callable[[int], None]
-) -> LabelsMeasured:
+    engine: Engine,
+    rows: Sequence[Encoded],
+    labels: Labels,
+    micro_tokens: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> LabelsMeasured | NumbersMeasured:
     """All of it. micro_tokens: most tokens of a forward pass. Raises NumericsError for scores that are not finite."""
     started = time.perf_counter()
     scores, targets = scores_of(engine, rows, micro_tokens, on_rows)
     head = label_head(engine.model)
-    if head is not None and head.several:
-        return _measure_sets(head, scores, targets, names, started)
-    loss = float(F.cross_entropy(scores.double(), targets))
-    _refuse_infinite(loss)
+    assert head is not None  # it has given scores
+    return measure_scores(head, scores, targets, labels, starts_of(rows), started)
+
+
+def measure_scores(
+    head: LabelHead,
+    scores: Tensor,
+    targets: Tensor,
+    labels: Labels,
+    starts: NDArray[np.int64],
+    started: float = 0.0,
+) -> LabelsMeasured | NumbersMeasured:
+    """As `measure`, of what `scores_of` gave. starts: as `store.starts_of`."""
+    loss = float(head.nll(scores.double(), targets).mean())
+    if not math.isfinite(loss):
+        raise NumericsError(f"the loss is {loss}, not a finite number", "Use --precision fp32, or lower --scale")
+    if labels.task == "regress":
+        got, expected = (labels.mean + labels.deviation * x.double().numpy() for x in (scores[:, 0], numbers(targets)))
+        return judge_numbers(got, expected, loss, started)
+    if labels.several:
+        return judge_sets(scores, targets, labels.names, loss, started)
+    found = judge_labels(scores, targets, labels.names, loss, started)
+    return _with_entities(found, scores.argmax(1), targets, labels.names, starts) if is_bio(labels.names) else found
+
+
+def _with_entities(
+    found: LabelsMeasured, got: Tensor, targets: Tensor, names: Sequence[str], starts: NDArray[np.int64]
+) -> LabelsMeasured:
+    ends = list(pairwise(starts.tolist()))
+    wanted, given = ([[names[k] for k in x[a:b].tolist()] for a, b in ends] for x in (targets, got))
+    counts = counted(wanted, given)
+    all_of_them = (sum(count) for count in zip(*counts.values(), strict=True)) if counts else (0, 0, 0)
+    return replace(
+        found,
+        entities=tuple(_shares(kind, *count) for kind, count in counts.items()),
+        entity_f1=_shares("", *all_of_them).f1,
+    )
+
+
+def judge_labels(scores: Tensor, targets: Tensor, names: Sequence[str], loss: float, started: float) -> LabelsMeasured:
+    """Where each row has one label."""
     got = scores.argmax(1)
     table = torch.bincount(targets * len(names) + got, minlength=len(names) ** 2).view(len(names), len(names))
     by_label = tuple(_label(table, number, name) for number, name in enumerate(names))
@@ -84,7 +138,7 @@ def measure(
         loss=loss,
         accuracy=float((got == targets).double().mean()),
         macro_f1=sum(known) / len(known),
-        rows=len(rows),
+        rows=len(scores),
         labels=by_label,
         confusions=_confusions(table, names),
         wrong=tuple(
@@ -95,12 +149,8 @@ def measure(
     )
 
 
-def _measure_sets(
-    head: LabelHead, scores: Tensor, targets: Tensor, names: Sequence[str], started: float
-) -> LabelsMeasured:
+def judge_sets(scores: Tensor, targets: Tensor, names: Sequence[str], loss: float, started: float) -> LabelsMeasured:
     """Where any number of labels may hold: a row is right where all of them are. No label is taken for another."""
-    loss = float(head.nll(scores.double(), targets).mean())
-    _refuse_infinite(loss)
     wanted, got = bits(targets, scores).bool(), scores > 0
     right = (wanted == got).all(1)
     by_label = tuple(
@@ -123,24 +173,21 @@ def _measure_sets(
     )
 
 
-def _refuse_infinite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise NumericsError(f"the loss is {loss}, not a finite number", "Use --precision fp32, or lower --scale")
-
-
 @torch.no_grad()
 def scores_of(
     engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]
 ) -> tuple[Tensor, Tensor]:
-    """The head's scores, (rows, labels) float32, and each row's label, (rows,) int64."""
+    """The head's scores, (rows, labels) float32, and each row's label, (rows,) int64; or each tagged word's."""
     head = label_head(engine.model)
     if head is None:
         raise TypeError("the model has no head of labels")
     engine.model.eval()
     given = led(rows, lead_of(engine.model))
-    scores, targets = torch.empty(len(rows), len(head.bias)), torch.empty(len(rows), dtype=torch.int64)
+    starts = starts_of(rows)
+    count = int(starts[-1])
+    scores, targets = torch.empty(count, len(head.bias)), torch.empty(count, dtype=torch.int64)
     for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
-        places = batch.token_rows.flatten()[batch.predicts]
+        places = pair_numbers(batch, starts)
         scores[places], targets[places] = head(engine.head_inputs(batch)).cpu(), batch.targets
         on_rows(batch.rows)
     return scores, targets

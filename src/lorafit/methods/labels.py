@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,54 +18,124 @@ from torch import Tensor, nn
 
 from lorafit.engine.batch import WIDTH_STEP, Packing
 from lorafit.engine.engine import Engine, prepare
-from lorafit.errors import AdapterError, ConfigError, MergeError
+from lorafit.errors import AdapterError, ConfigError, MergeError, listed
+from lorafit.methods.depth import check_layer, hidden_at
 from lorafit.methods.method import Attached, Method
 from lorafit.units import format_count
 
 # Of the head's first weights, as BERT's: small, but not 0, or nothing below it would have a gradient at first.
 # Source: Devlin et al. 2019, https://github.com/google-research/bert, modeling.py.
 FIRST_DEVIATION = 0.02
+# A feature's deviation, relative to its mean, that is only float32's rounding.
+SAME = 1e-6
 ATTRIBUTE, PREFIX = "_lorafit_label_head", "label_head"
 # Of rows that are pooled: few widths, as oneDNN keeps what it makes for each shape (0.6 MB).
-SIDE_BY_SIDE = Packing(padded=True, share_prefix=False, width_step=WIDTH_STEP)
+SIDE_BY_SIDE = Packing(padded=True, share_prefix=False, width_step=WIDTH_STEP, apart=True)
 # These put tokens in front of a row, which a mean would count and which would be the first.
 IN_FRONT = ("prefix", "prompt")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a head tells apart. names: by number, sorted. pooling: last, mean or cls.
+    """What a head tells. names: labels or tags by number, sorted. pooling: last, mean, cls, or each token.
 
-    several: whether any number of them may hold of a row.
+    several: whether any number of labels may hold of a row. task: classify, regress or tag. mean, deviation: of the
+    training rows' numbers, by which they are standardised. layer: whose hidden states are read, see `methods.depth`;
+    None for the last.
     """
 
     names: tuple[str, ...]
     pooling: str
     several: bool = False
+    task: str = "classify"
+    mean: float = 0.0
+    deviation: float = 1.0
+    layer: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The loss: one of LOSSES."""
+        return "number" if self.task == "regress" else "several" if self.several else "one"
+
+    @property
+    def told(self) -> str:
+        """What a head does with these, for people."""
+        if self.task == "regress":
+            return "predicts numbers"
+        what = "tags for words" if self.task == "tag" else "labels apart"
+        return f"tells {format_count(len(self.names))} {what} ({listed(self.names, 4)})"
 
 
 class LabelHead(nn.Module):
     """Scores = W x + b in float32, whatever the type of x. x: (..., hidden). Returns (..., labels).
 
-    weight: (labels, hidden), bias: (labels,). several: any number of labels may hold, each by itself.
+    weight: (labels, hidden), bias: (labels,). kind: of the loss, one of LOSSES. While features are standardised, x is
+    (x - mean) / deviation there; `fold` makes that a part of W and b.
     """
 
-    def __init__(self, hidden: int, labels: int, seed: int, several: bool = False) -> None:
+    def __init__(self, hidden: int, labels: int, seed: int, kind: str = "one") -> None:
         super().__init__()
-        self.several = several
+        self.kind = kind
         first = torch.randn(labels, hidden, generator=torch.Generator().manual_seed(seed % 2**63))
         self.weight = nn.Parameter(FIRST_DEVIATION * first)
         self.bias = nn.Parameter(torch.zeros(labels))
+        self.standard: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """As above."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        if self.standard is not None:
+            mean, deviation = self.standard
+            x = (x - mean) / deviation
+        return F.linear(x, self.weight, self.bias)
+
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """Read features as so many deviations from their mean, (hidden,) float64 both, until `fold`.
+
+        A feature that is the same everywhere, but for rounding, is only centred.
+        """
+        varies = deviation > SAME * mean.abs()
+        own = self.weight
+        self.standard = mean.to(own), torch.where(varies, deviation, torch.ones_like(deviation)).to(own)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """The same scores of features as they are: W / deviation, and b - W mean / deviation."""
+        if self.standard is None:
+            return
+        mean, deviation = (one.double() for one in self.standard)
+        wide = self.weight.double() / deviation
+        self.bias.copy_(self.bias.double() - wide @ mean)
+        self.weight.copy_(wide)
+        self.standard = None
 
     def nll(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each row: (rows,). scores: (rows, labels). targets: (rows,) int64, of a label, or bits of a set."""
-        if not self.several:
-            return F.cross_entropy(scores, targets, reduction="none")
-        return F.binary_cross_entropy_with_logits(scores, bits(targets, scores), reduction="none").sum(1)
+        """The loss of each row, in nats or squared deviations: (rows,). scores: (rows, labels).
+
+        targets: (rows,) int64, of a label, or bits of a set or a number.
+        """
+        return LOSSES[self.kind](scores, targets)
+
+
+def numbers(targets: Tensor) -> Tensor:
+    """Numbers in the cells that `data.labels.bits_of` made: float32, shaped like targets."""
+    return (targets << 1).to(torch.uint32).view(torch.float32)
+
+
+def _of_one(scores: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(scores, targets, reduction="none")
+
+
+def _of_several(scores: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(scores, bits(targets, scores), reduction="none").sum(1)
+
+
+def _of_number(scores: Tensor, targets: Tensor) -> Tensor:
+    return (scores[:, 0] - numbers(targets).to(scores.dtype)).square()
+
+
+# One label of all, any number of them, a number: (scores, targets) -> the loss of each row.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"one": _of_one, "several": _of_several, "number": _of_number}
 
 
 def bits(sets: Tensor, like: Tensor) -> Tensor:
@@ -92,11 +163,14 @@ class Scores:
 class Pooled(nn.Module):
     """A body that gives hidden states, read as a whole: rows are padded on the right, side by side.
 
-    Its "logits" are the same at every token of a row: those of what the row was pooled to.
+    Its "logits" are the same at every token of a row: those of what the row was pooled to. layer: as of `Labels`.
     """
 
-    def __init__(self, body: nn.Module, head: LabelHead, pooling: str, writes_text: bool) -> None:
+    def __init__(
+        self, body: nn.Module, head: LabelHead, pooling: str, writes_text: bool, layer: int | None = None
+    ) -> None:
         super().__init__()
+        self.layer = layer
         # A decoder would keep keys and values for tokens to come; an encoder may not know the word.
         self.options = {"use_cache": False} if writes_text else {}
         self.body, self.head, self.pooling, self.config = body, head, pooling, body.config
@@ -105,7 +179,8 @@ class Pooled(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Scores:
         """input_ids, attention_mask: (rows, width). Positions are the body's own: families count them differently."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, **self.options).last_hidden_state
+        run = partial(self.body, input_ids=input_ids, attention_mask=attention_mask, **self.options)
+        hidden: Tensor = run().last_hidden_state if self.layer is None else hidden_at(self.body, self.layer, run)
         if self.pooling in POOLINGS:
             hidden = POOLINGS[self.pooling](hidden, attention_mask)[:, None].expand(*hidden.shape[:2], -1)
         return Scores(self.head(hidden))
@@ -122,34 +197,38 @@ class Pooled(nn.Module):
 # --- put on ---------------------------------------------------------------------------------------------------------
 
 
-def pooling_of(wanted: str, is_encoder: bool, method: str) -> str:
-    """last, mean or cls for what was asked for. Raises ConfigError for what cannot be.
+def pooling_of(wanted: str, is_encoder: bool, method: str, task: str = "classify") -> str:
+    """last, mean or cls for what was asked for, each where words are tagged. Raises ConfigError for what cannot be.
 
     What a decoder says at its last token is about the next one, unless it is trained: a head alone finds more in the
     mean (docs/log.md).
     """
-    usual = "mean" if is_encoder or method == "head" else "last"
+    if task == "tag" and wanted != "auto":
+        raise ConfigError(f"--pooling {wanted} is given, and a tag is read at its own word", "Leave it out")
+    usual = "each" if task == "tag" else "mean" if is_encoder or method == "head" else "last"
     found = usual if wanted == "auto" else wanted
     if found == "cls" and not is_encoder:
         raise ConfigError("--pooling cls: the first token of a decoder has seen no other", "Give last or mean")
     if method in IN_FRONT and (found != "last" or is_encoder):
         raise ConfigError(
             f"--method {method} puts tokens in front of a row, and this head would read them as part of it",
-            "Give a decoder with --pooling last, or another method",
+            "Give another method" if task == "tag" else "Give a decoder with --pooling last, or another method",
         )
     return found
 
 
 def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
     """The model with a fresh head. Returns the model itself, or a `Pooled` around its body."""
-    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.several)  # type: ignore[union-attr, operator]
+    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.kind)  # type: ignore[union-attr, operator]
     head.to(next(model.parameters()).device)
     writes_text = model.get_output_embeddings() is not None  # type: ignore[operator]
-    if labels.pooling == "last" and writes_text:
+    if labels.layer is not None:
+        check_layer(model, labels.layer)
+    if labels.pooling == "last" and writes_text and labels.layer is None:
         model.set_output_embeddings(head)  # type: ignore[operator]
         made = model
     else:
-        made = Pooled(_body(model), head, labels.pooling, writes_text)
+        made = Pooled(_body(model), head, labels.pooling, writes_text, labels.layer)
     object.__setattr__(made, ATTRIBUTE, head)  # not a second place for its parameters
     return made
 
@@ -208,7 +287,8 @@ def attached_with(model: nn.Module, head: LabelHead, attached: Attached) -> Atta
     """What a method did to a model that has a head already, the head included. Lets the head train."""
     head.requires_grad_(True)
     count = sum(parameter.numel() for parameter in head.parameters())
-    summary = f"{attached.summary}, and a head of {format_count(len(head.bias))} labels"
+    outputs = "one number" if head.kind == "number" else f"{format_count(len(head.bias))} labels"
+    summary = f"{attached.summary}, and a head of {outputs}"
     return replace(
         attached,
         trainable_params=attached.trainable_params + count,

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.batching import Counted, counted, padded_groups, read_tokens, step_rows
+from lorafit.data.batching import Counted, counted, input_of, padded_groups, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
@@ -98,10 +98,8 @@ def _largest(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: int, pa
     """(tokens, predicted tokens) of the largest micro-batch of the first steps, or of the longest row."""
     steps = [*_first_steps(rows, config), [int(np.argmax(lengths(rows)))]]
     if padded:
-        groups = [group for own in steps for group in padded_groups(rows, own, micro_tokens, SIDE_BY_SIDE)]
-        return max(len(group) * SIDE_BY_SIDE.width(read_tokens(rows[group[0]])) for group in groups), max(
-            map(len, groups)
-        )
+        groups = _padded(rows, steps, micro_tokens)
+        return max(one.tokens for one in groups), max(one.predicted for one in groups)
     batches = _batches(rows, config, steps, micro_tokens)
     return max(batch.tokens for batch in batches), max(batch.predicted for batch in batches)
 
@@ -176,11 +174,19 @@ def _total_steps(rows: Sequence[Encoded], config: TrainConfig) -> int:
 def _passes(
     rows: Sequence[Encoded], config: TrainConfig, steps: list[list[int]], micro_tokens: int, padded: bool
 ) -> list[Pass]:
-    if not padded:
-        return [Pass(*batch) for batch in _batches(rows, config, steps, micro_tokens)]
-    groups = [group for own in steps for group in padded_groups(rows, own, micro_tokens, SIDE_BY_SIDE)]
-    widths = [(len(group), SIDE_BY_SIDE.width(read_tokens(rows[group[0]]))) for group in groups]
-    return [Pass(count * width, count, count, count * width**2) for count, width in widths]
+    if padded:
+        return _padded(rows, steps, micro_tokens)
+    return [Pass(*batch) for batch in _batches(rows, config, steps, micro_tokens)]
+
+
+def _padded(rows: Sequence[Encoded], steps: list[list[int]], micro_tokens: int) -> list[Pass]:
+    """Passes over rows that stand side by side."""
+    found = []
+    for group in (group for own in steps for group in padded_groups(rows, own, micro_tokens, SIDE_BY_SIDE)):
+        width = SIDE_BY_SIDE.width(len(input_of(rows[group[0]], apart=True)))
+        predicted = sum(int(rows[row].supervised.sum()) for row in group)
+        found.append(Pass(len(group) * width, predicted, predicted, len(group) * width**2))
+    return found
 
 
 def _computed_once(spec: ModelSpec, config: TrainConfig, precision: str, rows: Sequence[Encoded], adds: Trained) -> int:
@@ -270,7 +276,7 @@ def _keep_features(
     below = untouched_layers(engine.model)
     if epochs <= 1 or below == 0:
         return
-    read = [read_tokens(row) for row in rows]
+    read = [len(input_of(row, engine.packing.apart)) for row in rows]
     size = Features.file_bytes(read, engine.hidden, engine.dtype)
     what = f"the lowest {below} layers are frozen: their output for {format_count(sum(read))} tokens"
     if size > parse_bytes(config.feature_cache, "--feature-cache"):

@@ -59,6 +59,10 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
         f"(predicted {format_bytes(result['predicted_peak_bytes'])})",
         highlight=False,
     )
+    if result.get("eval_mse") is not None:
+        shown = {name: result.get(f"eval_{name}") for name in ("mae", "mse", "r2", "spearman")}
+        told = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+        console.print(f"held-out rows: {told}", highlight=False)
     if result.get("eval_accuracy") is not None:
         console.print(
             f"held-out rows: accuracy {result['eval_accuracy']:.1%}, macro-F1 {result['eval_macro_f1']:.3f}",
