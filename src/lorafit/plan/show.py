@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorafit.page import render
 from lorafit.rates import way
 from lorafit.units import format_bytes, format_count, format_flop, format_seconds, format_share
 
@@ -214,14 +215,9 @@ def _print_section(section: Section, out: Console) -> None:
 
 def page(found: Found) -> str:
     """Everything as one HTML page that needs nothing else, with a picture of each run's memory."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["bytes"] = format_bytes
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
     limit = found["machine"]["memory_bytes"]
     scale = max(limit, *(run["peak_bytes"] for run in found["runs"]))
-    return template.render(
-        found=found, headline=headline(found), advice=advice(found), sections=sections(found), way_of=way_of,
+    return render(
+        PAGE, found=found, headline=headline(found), advice=advice(found), sections=sections(found), way_of=way_of,
         limit=limit, scale=scale, parts=list(found["runs"][0]["memory"]),
     )  # fmt: skip
