@@ -20,8 +20,9 @@ DARK = ("#6fa3cc", "#e0ab57", "#77bd92", "#c283b8", "#e08078", "#b7a58c", "#9aa0
 TICKS = 4
 # A step's loss is that of its few rows: curves show the mean over about so many steps.
 SMOOTHED_STEPS = 5
-# A line of more points is drawn without a dot on each; of more than MOST_POINTS, the means of neighbours are drawn.
-MOST_DOTS, MOST_POINTS = 60, 400
+# A line of more points is drawn without a dot on each (FEW_DOTS: one of several lines); of more than MOST_POINTS the
+# means of neighbours are drawn.
+MOST_DOTS, FEW_DOTS, MOST_POINTS = 60, 12, 400
 CELL_PX, FAINTEST = 22, 0.08  # of a map: height of a cell, and how strong its weakest colour is
 LABEL_PX, LABEL_ROOM_PX = 7, 14  # width of a letter and height of a line, roughly
 
@@ -214,6 +215,12 @@ def curves(title: str, lines: Sequence[Curve], x_name: str) -> str:
         color, width = f"c{number % len(LIGHT)}", len(line.name) * LABEL_PX + 40
         points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
         parts.append(f'<polyline class="curve {color}" points="{points}"><title>{escape(line.name)}</title></polyline>')
+        if len(line.x) <= FEW_DOTS:  # a single one would not be seen
+            for at, value in zip(line.x, line.y, strict=True):
+                told = f"<title>{escape(line.name)}, {at:g}: {value:.4g}</title>"
+                parts.append(
+                    f'<circle class="point {color}" cx="{across(at):.1f}" cy="{up(value):.1f}" r="3">{told}</circle>'
+                )
         if x + width > WIDTH - RIGHT:
             row, x = row + 1, float(LEFT)
         y = bottom + BELOW + 14 + row * LABEL_ROOM_PX * 1.3
