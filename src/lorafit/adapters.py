@@ -76,13 +76,9 @@ def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, A
     found = {"run": config.run, **named, "forgetting": config.forgetting, "points": points, "best": best["scale"]}
     directory = Path(config.output)
     files.write_json(directory / "scale.json", found)
-    titles = {"task": f"loss on {config.task}", "keep": f"loss on {config.keep}, which is to be kept"}
-    at = config.scales
-    panels = [Panel(f"{titles[name]}, nats a token", at, losses[name], _of_base(at, losses[name])) for name in named]
-    mark = Mark(best["scale"], f"best trade: {best['scale']:g}" if config.keep else f"least loss: {best['scale']:g}")
-    files.write_atomic(directory / "scale.svg", chart(panels, "scale of the update", mark))
+    files.write_atomic(directory / "scale.svg", scales_picture(found))
     if out is not None:
-        _print_scales(found, list(named), out)
+        print_scales(found, out)
     log.print(f"wrote {directory / 'scale.json'} and {directory / 'scale.svg'}", highlight=False, markup=False)
     return found
 
@@ -126,7 +122,26 @@ def _of_base(scales: Sequence[float], losses: Sequence[float]) -> tuple[float, s
     return next(((loss, "base") for at, loss in zip(scales, losses, strict=True) if at == 0), None)
 
 
-def _print_scales(found: dict[str, Any], names: list[str], out: Console) -> None:
+def scales_picture(found: dict[str, Any]) -> str:
+    """The losses over the scale, as SVG. found: the content of scale.json."""
+    titles = {"task": f"loss on {found['task']}", "keep": f"loss on {found.get('keep')}, which is to be kept"}
+    at = [point["scale"] for point in found["points"]]
+    panels = []
+    for name in scaled_names(found):
+        losses = [point[name] for point in found["points"]]
+        panels.append(Panel(f"{titles[name]}, nats a token", at, losses, _of_base(at, losses)))
+    told = "best trade" if "keep" in found else "least loss"
+    return chart(panels, "scale of the update", Mark(found["best"], f"{told}: {found['best']:g}"))
+
+
+def scaled_names(found: dict[str, Any]) -> list[str]:
+    """What losses there are: the task's, and that of what is to be kept."""
+    return [name for name in ("task", "keep") if name in found]
+
+
+def print_scales(found: dict[str, Any], out: Console) -> None:
+    """The losses as a table, and what to type next. found: the content of scale.json."""
+    names = scaled_names(found)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("scale", *names, ""):
         table.add_column(column, justify="right")

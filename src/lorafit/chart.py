@@ -1,9 +1,9 @@
-"""Small charts as SVG that needs nothing else, and follows a page's light or dark colours: lines, curves, points."""
+"""Small charts as SVG that needs nothing else and follows a page's light or dark colours: lines, points, maps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -11,13 +11,19 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW = 640, 180, 64, 16, 30, 40
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#333}.title{font-size:13px;font-weight:600}.grid{stroke:#ddd}"
     ".line{fill:none;stroke:#3f74a3;stroke-width:2}.dot{fill:#3f74a3}.mark{stroke:#a23b00;stroke-dasharray:4 3}"
-    ".paper{fill:#fcfcfa}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#3a3a3a}.line{stroke:#6fa3cc}"
-    ".dot{fill:#6fa3cc}.mark{stroke:#ff9d66}.paper{fill:#161616}}"
+    ".paper{fill:#fcfcfa}.cell{fill:#3f74a3}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#3a3a3a}.line{stroke:#6fa3cc}"
+    ".dot,.cell{fill:#6fa3cc}.mark{stroke:#ff9d66}.paper{fill:#161616}}"
 )
 # Colours that can be told apart, on light and on dark paper.
 LIGHT = ("#3f74a3", "#c98a2b", "#4f9a6b", "#a05195", "#c4574f", "#7d6b55", "#5b6470", "#1b998b")
 DARK = ("#6fa3cc", "#e0ab57", "#77bd92", "#c283b8", "#e08078", "#b7a58c", "#9aa0aa", "#4cc9b9")
 TICKS = 4
+# A step's loss is that of its few rows: curves show the mean over about so many steps.
+SMOOTHED_STEPS = 5
+# A line of more points is drawn without a dot on each (FEW_DOTS: one of several lines); of more than MOST_POINTS the
+# means of neighbours are drawn.
+MOST_DOTS, FEW_DOTS, MOST_POINTS = 60, 12, 400
+CELL_PX, FAINTEST = 22, 0.08  # of a map: height of a cell, and how strong its weakest colour is
 LABEL_PX, LABEL_ROOM_PX = 7, 14  # width of a letter and height of a line, roughly
 
 
@@ -116,7 +122,7 @@ def _panel(panel: Panel, across: _Scale, top: float, is_last: bool) -> list[str]
     points = [(across(x), up(y)) for x, y in zip(panel.x, panel.y, strict=True)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     parts.append(f'<polyline class="line" points="{line}"/>')
-    for (x, y), value, at in zip(points, panel.y, panel.x, strict=True):
+    for (x, y), value, at in zip(points, panel.y, panel.x, strict=True) if len(points) <= MOST_DOTS else ():
         parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{at:g}: {value:.4g}</title></circle>')
     return parts
 
@@ -209,6 +215,12 @@ def curves(title: str, lines: Sequence[Curve], x_name: str) -> str:
         color, width = f"c{number % len(LIGHT)}", len(line.name) * LABEL_PX + 40
         points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
         parts.append(f'<polyline class="curve {color}" points="{points}"><title>{escape(line.name)}</title></polyline>')
+        if len(line.x) <= FEW_DOTS:  # a single one would not be seen
+            for at, value in zip(line.x, line.y, strict=True):
+                told = f"<title>{escape(line.name)}, {at:g}: {value:.4g}</title>"
+                parts.append(
+                    f'<circle class="point {color}" cx="{across(at):.1f}" cy="{up(value):.1f}" r="3">{told}</circle>'
+                )
         if x + width > WIDTH - RIGHT:
             row, x = row + 1, float(LEFT)
         y = bottom + BELOW + 14 + row * LABEL_ROOM_PX * 1.3
@@ -221,6 +233,71 @@ def curves(title: str, lines: Sequence[Curve], x_name: str) -> str:
         head.append(f'<text x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
     below = f'<text x="{WIDTH / 2}" y="{bottom + BELOW - 6}" text-anchor="middle">{escape(x_name)}</text>'
     return "\n".join([*head, *parts, below, *rows, "</svg>"]) + "\n"
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those before it, older ones counting less: over about SMOOTHED_STEPS of them."""
+    fade, total, weight, found = 1 - 1 / SMOOTHED_STEPS, 0.0, 0.0, []
+    for value in values:
+        total, weight = fade * total + value, fade * weight + 1
+        found.append(total / weight)
+    return found
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The same line with at most MOST_POINTS points: means of neighbours, as many in each."""
+    size = math.ceil(len(x) / MOST_POINTS) or 1
+    groups = [slice(at, at + size) for at in range(0, len(x), size)]
+    return [sum(x[one]) / len(x[one]) for one in groups], [sum(y[one]) / len(y[one]) for one in groups]
+
+
+def heat(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[int],
+    values: Mapping[tuple[str, int], float],
+    x_name: str,
+) -> str:
+    """A map of values: the more, the stronger the colour, from the least to the largest of them.
+
+    values: by row and column; a place without one stays empty. They must be finite.
+    """
+    left = min(max(map(len, rows)) * LABEL_PX + 16, WIDTH // 3)
+    width, low, high = (WIDTH - left - RIGHT) / len(columns), min(values.values()), max(values.values())
+    bottom = TOP + len(rows) * CELL_PX
+    parts = [*_head(bottom + 64), f'<text class="title" x="{left}" y="{TOP - 10}">{escape(title)}</text>']
+    every = math.ceil(32 / width)
+    for number, column in enumerate(columns):
+        if number % every == 0:
+            x = left + (number + 0.5) * width
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{column}</text>')
+    for line, row in enumerate(rows):
+        y = TOP + line * CELL_PX
+        parts.append(f'<text x="{left - 8}" y="{y + CELL_PX / 2 + 4:.1f}" text-anchor="end">{escape(row)}</text>')
+        for number, column in enumerate(columns):
+            if (row, column) in values:
+                value = values[row, column]
+                told = f"<title>{escape(row)}, {escape(x_name)} {column}: {value:.4g}</title>"
+                parts.append(_cell(left + number * width, y, width, _strength(value, low, high), told))
+    parts.append(f'<text x="{left}" y="{bottom + 36}">{escape(x_name)}</text>')
+    parts += _key(left, bottom + 44, low, high)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _strength(value: float, low: float, high: float) -> float:
+    return FAINTEST + (1 - FAINTEST) * ((value - low) / (high - low) if high > low else 0.5)
+
+
+def _cell(x: float, y: float, width: float, strength: float, told: str = "") -> str:
+    box = f'x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{width - 1:.1f}" height="{CELL_PX - 1}"'
+    return f'<rect class="cell" {box} fill-opacity="{strength:.3f}">{told}</rect>'
+
+
+def _key(left: float, y: float, low: float, high: float) -> list[str]:
+    """What the colours mean."""
+    cells = [_cell(left + 60 + 24 * n, y, 24, _strength(n, 0, 4)) for n in range(5)]
+    text = f'<text x="{left + 52}" y="{y + 15}" text-anchor="end">{low:.3g}</text>'
+    return [text, *cells, f'<text x="{left + 188}" y="{y + 15}">{high:.3g}</text>']
 
 
 def _head(height: int) -> list[str]:

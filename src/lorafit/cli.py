@@ -24,6 +24,7 @@ from lorafit.config import (
     ExportConfig,
     MergeConfig,
     PlanConfig,
+    ReportConfig,
     ScaleConfig,
     ServeConfig,
     ShrinkConfig,
@@ -135,6 +136,26 @@ def compare(
     from lorafit.compare.line import compare
 
     result = compare(resolved, resume, _log(), None if as_json else Console())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Find, prove, train")
+@options_of(ReportConfig, ("directory",))
+def report(given: dict[str, Any], as_json: JSON = False) -> None:
+    """One page on a run: curves, what was trained layer by layer, predicted and measured, answers before and after.
+
+    lorafit report runs/first
+
+    lorafit report runs/first -o first.html --samples 0        (needs no model)
+
+    lorafit report compared        (the page of a comparison, or of a look at the scale, made again)
+    """
+    resolved, _ = build(ReportConfig, {}, given)
+
+    from lorafit.showing import report
+
+    result = report(resolved, _log(), None if as_json else Console())
     if as_json:
         _print_json(result)
 

@@ -188,6 +188,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             outcome.remember_speed(result, inputs.spec, config)
         result |= {
             "ranks": ranks,
+            "sources": source,
+            "rows": outcome.rows_facts(data.format, encoded, held_out),
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,
@@ -347,11 +349,7 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -
     found = earlier.identity["chosen"] if earlier else {}
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
-    return {
-        **found,
-        "precision": found.get("precision") or _precision(config, is_encoder),
-        "threads": threads,
-    }
+    return {**found, "precision": found.get("precision") or _precision(config, is_encoder), "threads": threads}
 
 
 def _precision(config: TrainConfig, is_encoder: bool) -> str:

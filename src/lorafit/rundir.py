@@ -128,3 +128,20 @@ class RunDir:
         except ValueError as error:
             raise RunDirError(f"{self.run_json} is damaged: {error}", "Train again, or restore the file") from None
         return result
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none where there is no such file. See `read_lines`."""
+        return read_lines(self.metrics)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; a killed process may have left a part of one at the end."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.chart import Curve, Point, curves, scatter
+from lorafit.chart import SMOOTHED_STEPS, Curve, Point, curves, scatter, smoothed
 from lorafit.compare.conclude import UNITS, figure, front
+from lorafit.page import inside, render
 from lorafit.rundir import RunDir
 from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds
 
 PAGE = Path(__file__).parent / "page.html.jinja"
-# A step's loss is that of its few rows: curves show the mean over about so many steps.
-SMOOTHED_STEPS = 5
 Found = dict[str, Any]
 # What is timed in use: of a model that writes text, and of one that tells labels.
 LATENCIES = {"first_token": "first token", "per_token": "each further", "row": "one row"}
@@ -227,23 +225,11 @@ def read_curves(found: Found, directory: Path) -> list[Curve]:
     for method in found["methods"]:
         if not method["runs"]:
             continue
-        log = RunDir(directory / method["runs"][0]).metrics
-        if not log.is_file():
-            continue
-        steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        steps = RunDir(directory / method["runs"][0]).read_metrics()
         points = [(one["step"], one["loss"]) for one in steps if one["kind"] == "step" and one["loss"] is not None]
         if points:
             lines.append(Curve(method["name"], [step for step, _ in points], smoothed([loss for _, loss in points])))
     return lines
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and those before it, older ones counting less: over about SMOOTHED_STEPS of them."""
-    fade, total, weight, found = 1 - 1 / SMOOTHED_STEPS, 0.0, 0.0, []
-    for value in values:
-        total, weight = fade * total + value, fade * weight + 1
-        found.append(total / weight)
-    return found
 
 
 def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
@@ -253,7 +239,7 @@ def pictures(found: Found, lines: Sequence[Curve]) -> list[str]:
     if lines:
         title = f"Training loss of the first seed, {found['unit']}, smoothed over about {SMOOTHED_STEPS} steps"
         drawn.append(curves(title, lines, "step"))
-    return [one.replace(' xmlns="http://www.w3.org/2000/svg"', "") for one in drawn]
+    return [inside(one) for one in drawn]
 
 
 def _scatter(found: Found, measured: list[Found], cost: str) -> str:
@@ -289,14 +275,11 @@ def _level(found: Found, points: Sequence[Point], size: float) -> tuple[float, s
 
 def page(found: Found, lines: Sequence[Curve]) -> str:
     """The comparison as one HTML page that needs nothing else."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
     out = [
         f"{method['name']}: {method['status']}: {method['dropped']}" for method in found["methods"] if method["dropped"]
     ]
-    return template.render(
+    return render(
+        PAGE,
         found=found,
         blocks=blocks(found),
         pictures=pictures(found, lines),

@@ -7,7 +7,15 @@ Sources of a value, later ones winning: default, `--config FILE.toml`, flag.
 from lorafit.config.base import Frozen, build, parse_bytes, parse_seconds, read_toml
 from lorafit.config.shipping import CombineConfig, ExportConfig, MergeConfig, ScaleConfig, ShrinkConfig
 from lorafit.config.training import EPOCHS, METHOD_VARIANTS, RATES, LoRAConfig, MethodConfig, RowsConfig, TrainConfig
-from lorafit.config.using import ChatConfig, CompareConfig, DataConfig, EvalConfig, PlanConfig, ServeConfig
+from lorafit.config.using import (
+    ChatConfig,
+    CompareConfig,
+    DataConfig,
+    EvalConfig,
+    PlanConfig,
+    ReportConfig,
+    ServeConfig,
+)
 
 __all__ = [
     "EPOCHS",
@@ -24,6 +32,7 @@ __all__ = [
     "MergeConfig",
     "MethodConfig",
     "PlanConfig",
+    "ReportConfig",
     "RowsConfig",
     "ScaleConfig",
     "ServeConfig",

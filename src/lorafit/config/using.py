@@ -234,3 +234,20 @@ class CompareConfig(RowsConfig):
     """CPU threads. Default: one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+
+class ReportConfig(Frozen):
+    """One report."""
+
+    directory: str
+    """A run directory, or that of a comparison or of a look at the scale."""
+    output: str | None = None
+    """The page to write. Default: report.html in the directory."""
+    samples: int = Field(3, ge=0)
+    """Rows of a run that base and tuned model answer; 0 needs no model."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the frozen base for these answers."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads for these answers. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lorafit.data.formats import LABELLED
 from lorafit.data.preflight import SHOWN, Report, Same, needs_look
+from lorafit.page import render
 from lorafit.units import format_count, format_share
 
 PAGE = Path(__file__).parent / "page.html.jinja"
@@ -112,10 +113,8 @@ def _print_samples(report: Report, console: Console) -> None:
 
 def page(report: Report, model: str) -> str:
     """The report as one HTML page that needs nothing else."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    return template.render(
-        report=report, model=model, facts=facts(report), remarks=needs_look(report), twice=twice(report)
-    )
+    lengths = [(f"up to {format_count(top)}", count) for top, count in report.lengths]
+    return render(
+        PAGE, report=report, model=model, facts=facts(report), remarks=needs_look(report), twice=twice(report),
+        lengths=lengths,
+    )  # fmt: skip

@@ -79,9 +79,15 @@ def load(model: nn.Module, directory: Path) -> LoRAConfig:
     return config
 
 
+def settings_of(directory: Path) -> MethodConfig | None:
+    """The settings of what is in `directory`, where it is in our own form; None in PEFT's. Raises AdapterError."""
+    return _read(directory)[1] if (directory / CONFIG_NAME).is_file() else None
+
+
 def method_of(directory: Path) -> str:
     """The method that trained what is in `directory`. Raises AdapterError."""
-    return _read(directory)[1].method if (directory / CONFIG_NAME).is_file() else "lora"
+    settings = settings_of(directory)
+    return "lora" if settings is None else settings.method
 
 
 def base_of(directory: Path) -> str | None:

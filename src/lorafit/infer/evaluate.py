@@ -110,7 +110,7 @@ def evaluate(
         cut_answers=sum(not one.ended for one in got),
         seconds=time.perf_counter() - started,
         samples=tuple(
-            Sample(_question(example), reply, one.text, good)
+            Sample(question(example), reply, one.text, good)
             for example, reply, one, good in zip(examples[:samples], replies, got, right, strict=False)
         ),
     )
@@ -201,7 +201,8 @@ def is_right(got: Answer, reply: str) -> bool:
     return got.text.strip() == reply.strip()
 
 
-def _question(example: Example) -> str:
+def question(example: Example) -> str:
+    """What is asked last; empty for running text."""
     if isinstance(example, Chat):
         return example.messages[-2]["content"] if len(example.messages) > 1 else ""
     return example.prompt if isinstance(example, Completion) else ""

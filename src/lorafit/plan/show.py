@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorafit.page import render
 from lorafit.plan.work import MICRO_TOKENS
 from lorafit.rates import way
 from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds, format_share
@@ -297,14 +298,10 @@ def _styled(cell: str) -> str:
 
 def page(found: Found) -> str:
     """Everything as one HTML page that needs nothing else, with a picture of each run's memory."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["bytes"] = format_bytes
-    template = environment.from_string(PAGE.read_text(encoding="utf-8"))
     limit = found["machine"]["memory_bytes"]
     scale = max(limit, *(run["peak_bytes"] for run in found["runs"]))
-    return template.render(
-        found=found, headline=headline(found), advice=advice(found), sections=sections(found), way_of=way_of,
-        limit=limit, scale=scale, parts=list(found["runs"][0]["memory"]), marks=MARKS,
+    return render(
+        PAGE, found=found, headline=headline(found), advice=advice(found), sections=sections(found), way_of=way_of,
+        limit=limit, scale=scale, parts=list(found["runs"][0]["memory"]),
+        marks={mark: kind for mark, (_, kind) in MARKS.items()},
     )  # fmt: skip

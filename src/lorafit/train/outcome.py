@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafit import rates
 from lorafit.config import TrainConfig
+from lorafit.data.mask import EncodedSet
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.methods.method import Attached
@@ -18,6 +19,7 @@ from lorafit.train.checkpoint import Progress
 
 VERSIONED = ("lorafit", "torch", "transformers", "safetensors", "numpy")
 STEPS_THAT_TELL = 10
+ROWS_FACTS = ("rows", "pieces", "tokens", "supervised_tokens", "longest", "cut_rows", "cut_tokens")
 
 
 def result(
@@ -50,6 +52,7 @@ def result(
         "mfu": _mfu(flop, progress.train_s, identity["chosen"]["precision"]),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         "predicted_peak_bytes": estimate.peak_bytes,
+        "predicted_parts": estimate.parts,
         "trainable_params": attached.trainable_params,
         "total_params": attached.total_params,
         "train_loss": progress.last_loss,
@@ -65,6 +68,15 @@ def result(
         "data_sha256": identity["sha256"]["data"],
         "model_sha256": identity["sha256"]["model"],
     }
+
+
+def rows_facts(format: str, trained: EncodedSet, held_out: EncodedSet | None) -> dict[str, Any]:
+    """Of the rows that were trained on, and of those that were held out."""
+
+    def of(rows: EncodedSet) -> dict[str, int]:
+        return {name: getattr(rows, name) for name in ROWS_FACTS}
+
+    return {"format": format, "trained": of(trained), "held_out": of(held_out) if held_out else None}
 
 
 def engine_facts(engine: Engine) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorafit import files
 from lorafit.plan.machine import rss_bytes
+from lorafit.rundir import read_lines
 from lorafit.units import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -50,7 +51,7 @@ class MetricsLog:
     """metrics.jsonl: a JSON object a line. On a resume the lines after the resumed step are dropped."""
 
     def __init__(self, path: Path, from_step: int) -> None:
-        kept = [line for line in _lines(path) if line.get("step", 0) <= from_step] if from_step else []
+        kept = [line for line in read_lines(path) if line.get("step", 0) <= from_step] if from_step else []
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         files.write_atomic(path, text)
         self._path = path
@@ -66,19 +67,6 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a killed process may have left a part of one at the end."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 class ConsoleReporter:

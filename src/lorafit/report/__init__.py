@@ -1,0 +1,1 @@
+"""`lorafit report` of one run: what its files hold -> tables, curves, a page. No live objects."""
