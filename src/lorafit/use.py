@@ -6,7 +6,7 @@ target -> base model + adapter -> rows -> measures; -> a conversation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from lorafit.config import ChatConfig, EvalConfig
 from lorafit.data.encode import Reading, encode_rows
+from lorafit.data.example import Example
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
 from lorafit.data.rows import Row
@@ -29,6 +30,7 @@ from lorafit.engine import precision
 from lorafit.engine.engine import prepare
 from lorafit.errors import AdapterError, ConfigError, ModelError, listed
 from lorafit.export import saved
+from lorafit.infer import answers as infer_answers
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
 from lorafit.infer import labels as infer_labels
@@ -267,7 +269,9 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     torch.set_num_threads(config.threads or machine.physical_cores())
     rows = list(islice(locate(config.data).unseen().rows(), config.rows))
     labelled = _tells_labels(config)
-    examples = [] if labelled else read_examples(rows, config.format, config.rename)
+    examples = [] if labelled and not config.answers else read_examples(rows, config.format, config.rename)
+    if config.answers:
+        infer_answers.check(Path(config.answers), examples, config.generate or labelled)
     opened = open_target(
         config.target,
         config.adapter,
@@ -282,7 +286,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
     how["base_storage"] = config.base_storage
     if opened.labels:
-        return what | how | _evaluate_labels(opened, opened.labels, rows, config, console)
+        return what | how | _evaluate_labels(opened, opened.labels, rows, examples, config, console)
     if config.template:
         use_template(opened.tokenizer, config.template)
     result = infer_evaluate.evaluate(
@@ -292,14 +296,29 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         generate=config.generate,
-        samples=config.samples,
+        samples=len(examples) if config.answers else config.samples,
         seq_len=config.seq_len,
         micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
         console=console,
     )
+    _write_answers(config, rows, result.samples, console)
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
-    return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}
+    return (
+        what
+        | how
+        | asdict(result)
+        | finite
+        | {"samples": [asdict(sample) for sample in result.samples[: config.samples]]}
+    )
+
+
+def _write_answers(
+    config: EvalConfig, rows: list[Row], answered: Sequence[infer_evaluate.Sample], console: Console
+) -> None:
+    if config.answers:
+        infer_answers.write(Path(config.answers), rows, answered)
+        console.print(f"wrote {config.answers}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tells_labels(config: EvalConfig) -> bool:
@@ -317,7 +336,7 @@ def _tells_labels(config: EvalConfig) -> bool:
 
 
 def _evaluate_labels(
-    opened: Opened, labels: Labels, rows: list[Row], config: EvalConfig, console: Console
+    opened: Opened, labels: Labels, rows: list[Row], examples: list[Example], config: EvalConfig, console: Console
 ) -> dict[str, Any]:
     """As `evaluate`, of a head of labels; what is of text alone is None."""
     limit = (
@@ -329,6 +348,7 @@ def _evaluate_labels(
     with infer_evaluate.progress_bar(console) as bar:
         count = infer_evaluate.counter(bar, "rows", len(encoded))
         found = infer_labels.measure(engine, encoded, labels.names, min(limit, MICRO_TOKENS), count)
+    _write_answers(config, rows, infer_answers.of_labels(examples, labels.names, found.wrong), console)
     lines = [
         {"prompt": opened.tokenizer.decode(encoded[wrong.row].input_ids[:-1].tolist(), skip_special_tokens=True),
          "expected": wrong.expected, "got": wrong.got, "right": False}
