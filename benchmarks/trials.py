@@ -30,6 +30,7 @@ KEPT = (
     "method", "variant", "trainable_params", "total_params", "train_s", "load_s", "steps", "tokens_computed",
     "train_loss", "eval_loss", "eval_accuracy", "precision", "peak_rss_bytes", "threads", "settings", "versions",
 )  # fmt: skip
+LONG = ("wrong", "settings", "versions", "samples")  # not printed
 Result = dict[str, Any]
 
 
@@ -102,13 +103,20 @@ class Results:
         return f"{statistics.median(own):.1f}" if own else "-"
 
 
+def measured(path: Path) -> Results:
+    """What was measured. Leaves with a sentence where nothing was."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: measure first")
+    return Results(path)
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
 def lorafit(*words: object) -> Result:
     """What a command tells by --json. Leaves with its name where it fails."""
     command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -126,12 +134,13 @@ def trained(
         yield run, {name: told[name] for name in KEPT if name in told}
 
 
-def evaluated(run: Path, data: Path, given: argparse.Namespace, *flags: object) -> tuple[Result, list[Result]]:
+def evaluated(target: object, data: Path, given: argparse.Namespace) -> tuple[Result, list[Result]]:
     """What `eval` told, and the answer to every row."""
     threads = ["--threads", given.threads] if given.threads else []
-    answers = run / "answers.jsonl"
-    told = lorafit("eval", run, data, "--answers", answers, "--samples", 0, *flags, *threads)
-    return told, [json.loads(line) for line in answers.read_text().splitlines()]
+    with tempfile.TemporaryDirectory(dir=given.scratch, prefix="answers.") as directory:
+        answers = Path(directory) / "answers.jsonl"
+        told = lorafit("eval", target, data, "--answers", answers, "--samples", 0, *threads)
+        return told, [json.loads(line) for line in answers.read_text().splitlines()]
 
 
 def wrong(answers: Sequence[Result]) -> list[int]:

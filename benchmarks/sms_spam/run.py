@@ -1,11 +1,11 @@
 """Spam or not: a head alone, the last block, LoRA and full fine-tuning, as Raschka compares them for GPT-2 of 124M.
 
-    python benchmarks/sms_spam/run.py measure --data DIR [--seeds 5] [--models smollm2-135m,...]
+    python benchmarks/sms_spam/run.py measure --data DIR [--seeds 5]
     python benchmarks/sms_spam/run.py table       (puts the results into docs/reproductions.md)
 
-DIR holds cls_train.jsonl and cls_test.jsonl, rows of text and label (ham, spam). As his, the training rows are balanced:
-all spam, and as much ham drawn by BALANCE_SEED. The test rows are as they are; the mean of both labels' recalls is what
-accuracy would be on as many rows of each. No test row chooses anything.
+DIR holds cls_train.jsonl and cls_test.jsonl, rows of text and label (ham, spam). As his, the training rows are
+balanced: all spam, and as much ham drawn by BALANCE_SEED. The test rows are as they are; the mean of both labels'
+recalls is what accuracy would be on as many rows of each. No test row chooses anything.
 Source: Raschka 2024, Build a Large Language Model (From Scratch), chapter 6, 02_bonus_additional-experiments.
 """
 
@@ -19,7 +19,20 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trials import Result, Results, arguments, estimates, evaluated, percent, put, seeds, trained, wanted, wrong
+from trials import (
+    Result,
+    Results,
+    arguments,
+    estimates,
+    evaluated,
+    measured,
+    percent,
+    put,
+    seeds,
+    trained,
+    wanted,
+    wrong,
+)
 
 MODELS = ("all-minilm-l6-v2", "smollm2-135m")
 BALANCE_SEED = 123
@@ -73,7 +86,7 @@ def one(model: str, way: str, seed: int, train: Path, test: Path, given: argpars
 
 
 def table() -> str:
-    results = Results(OUT)
+    results = measured(OUT)
     labels = results.found["test_labels"]
     share = {label: labels.count(label) / len(labels) for label in ("ham", "spam")}
     each = [1 / share[label] for label in labels]
