@@ -84,13 +84,13 @@ class Results:
     def add(self, run: Result) -> None:
         if self.found["machine"]["cpu"] != machine()["cpu"]:
             raise SystemExit(f"{self.path} was measured on {self.found['machine']['cpu']}: start another file")
+        if self.path.exists():  # what another command measured meanwhile stays
+            self.found["runs"] = json.loads(self.path.read_text())["runs"]
         self.runs.append(run | self.revision)
         head = [f" {json.dumps(name)}: {json.dumps(self.found[name])}" for name in self.found if name != "runs"]
         lines = ",\n  ".join(json.dumps(run, ensure_ascii=False) for run in self.runs)
         write_atomic(self.path, "{\n" + ",\n".join(head) + f',\n "runs": [\n  {lines}\n ]\n' + "}\n")
-        print(
-            json.dumps({name: run[name] for name in run if name not in ("wrong", "settings", "versions")}), flush=True
-        )
+        print(json.dumps({name: run[name] for name in run if name not in LONG}), flush=True)
 
     def each_seed(self, **key: Any) -> list[Result]:
         """One run of each seed: what was learned does not depend on who else used the machine."""
@@ -169,11 +169,6 @@ def estimates(cells: Sequence[Sequence[Result]], rows: int, weights: Sequence[fl
 def percent(found: Estimate) -> str:
     """72.0% (70.1 to 73.9)."""
     return f"{100 * found.value:.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"
-
-
-def seeds(runs: Sequence[Result]) -> str:
-    """How many runs a figure is the mean of."""
-    return str(len(runs))
 
 
 def put(table: str, begin: str) -> None:
