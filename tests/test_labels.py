@@ -237,6 +237,24 @@ def trained(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return output
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_told_of_every_row_is_written(several: bool, places: dict[str, str], tmp_path: Path) -> None:
+    records = [json.loads(line) for line in Path(places["three"]).read_text().splitlines()]
+    if several:
+        records = [row | {"label": [row["label"], "odd"][: n % 3]} for n, row in enumerate(records)]
+    rows = str(tmp_path / "rows.jsonl")
+    tiny.write_rows(Path(rows), records)
+    run({"model": places["llama"], "data": rows, "output": str(tmp_path / "run"), "epochs": 2, "lr": 0.005})
+    report = measured(str(tmp_path / "run"), rows, answers=str(tmp_path / "answers.jsonl"), samples=24)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == records
+    assert [line["prompt"] for line in lines] == [row["text"] for row in records]
+    wrong = [(line["expected"], line["answer"]) for line in lines if not line["right"]]
+    assert wrong == [(sample["expected"], sample["got"]) for sample in report["samples"]]
+    assert 0 < len(wrong) == report["wrong"] < 24
+    assert all(line["right"] == (line["expected"] == line["answer"]) for line in lines)
+
+
 def test_a_label_that_training_never_showed_is_refused(trained: str, places: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"three\.jsonl:3 has the label 'prime', which is none of the 2 .* even, odd"):
         measured(trained, places["three"])

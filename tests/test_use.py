@@ -110,6 +110,31 @@ def test_every_setting_of_eval_matters(made: Path) -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_all_answers_are_written_beside_their_rows(made: Path, tmp_path: Path) -> None:
+    lines = (made / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"references": [f"{n}", "b"]} for n, line in enumerate(lines)]
+    tiny.write_rows(tmp_path / "several.jsonl", rows)
+    report = evaluated(made / "run", tmp_path / "several.jsonl", samples=1, answers=str(tmp_path / "new" / "a.jsonl"))
+    written = [json.loads(line) for line in (tmp_path / "new" / "a.jsonl").read_text().splitlines()]
+    assert [one["row"] for one in written] == rows
+    assert [(one["prompt"], one["answer"]) for one in written] == LEARNED
+    assert all(one["right"] and one["expected"] == one["answer"] for one in written)
+    assert written[2]["origin"] == "several.jsonl:3"
+    assert len(report["samples"]) == 1
+
+
+def test_a_file_of_answers_that_cannot_be_is_refused_before_anything_is_loaded(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "A long story."}\n')
+    with pytest.raises(ConfigError, match="running text is not answered"):
+        evaluated("nowhere", tmp_path / "text.jsonl", answers=str(tmp_path / "a"))
+    with pytest.raises(ConfigError, match="nothing would be answered"):
+        evaluated("nowhere", made / "rows.jsonl", answers=str(tmp_path / "a"), generate=False)
+    with pytest.raises(ConfigError, match="is a directory"):
+        evaluated("nowhere", made / "rows.jsonl", answers=str(tmp_path))
+    with pytest.raises(RunDirError, match="it exists and is not a directory"):
+        evaluated("nowhere", made / "rows.jsonl", answers=str(tmp_path / "text.jsonl" / "a"))
+
+
 def test_the_table_shows_shares_samples_and_what_was_cut(made: Path) -> None:
     report = evaluated(made / "run", made / "rows.jsonl", samples=2, max_new_tokens=25)
     console = quiet()

@@ -8,16 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from lorafit.config import ReportConfig
-from lorafit.data.encode import Reading, encode_rows
-from lorafit.data.example import Example, Labelled, Plain
-from lorafit.data.formats import FormatReader
+from lorafit.config import ReportConfig, RowsConfig
+from lorafit.data.example import Example, Plain
+from lorafit.data.labels import reader_of
 from lorafit.data.load import Source, locate
 from lorafit.data.mask import expected_reply, prompt_ids
 from lorafit.data.rows import Row
 from lorafit.errors import ConfigError, DataError
+from lorafit.infer.answers import of_head
 from lorafit.infer.evaluate import question
 from lorafit.infer.generate import answer, decode
+from lorafit.infer.label_rows import MICRO_TOKENS, encode_labelled
 from lorafit.infer.labels import measure
 from lorafit.methods import table
 from lorafit.methods.labels import Labels, Pooled, engine_of
@@ -29,7 +30,6 @@ LOOKED_AT = 1000
 # Running text is given so many tokens, at most, and goes on for as many; an answer goes on for a few more than is
 # expected, so that it is seen where it does not end.
 TEXT_TOKENS, BEYOND = 48, 16
-MICRO_TOKENS = 1024
 NAMES = ("prompt", "expected", "base", "tuned")
 BEFORE = "base (scale 0)"
 HEAD_BEFORE = "the base's features under the trained head (scale 0)"
@@ -42,8 +42,8 @@ def answers_of(run: RunDir, config: ReportConfig, log: Console) -> dict[str, Any
     """
     settings, result = run.read_config(), run.read_result()
     source, told = _source(result)
-    rows, examples = _spread(source, settings, config.samples)
-    labelled = result.get("task") == "classify"
+    rows, examples = _spread(source, settings, result.get("task", "generate"), config.samples)
+    labelled = result.get("task", "generate") != "generate"
     if labelled and result["method"] == "head":
         raise ConfigError(
             "a head alone was trained, and the base without it tells no labels apart", "Use `lorafit eval`"
@@ -69,9 +69,9 @@ def _source(result: dict[str, Any]) -> tuple[Source, str]:
     return located.train(), f"Rows of {result['data']}, which was trained on."
 
 
-def _spread(source: Source, settings: dict[str, Any], count: int) -> tuple[list[Row], list[Example]]:
+def _spread(source: Source, settings: dict[str, Any], task: str, count: int) -> tuple[list[Row], list[Example]]:
     """Rows that lie evenly among the first ones, and what they hold. Those that cannot be used are passed over."""
-    reader, usable, reason = FormatReader(settings.get("format"), settings.get("rename", {})), [], "it is empty"
+    reader, usable, reason = reader_of(settings.get("format"), settings.get("rename", {}), task), [], "it is empty"
     for row in islice(source.rows(), LOOKED_AT):
         try:
             usable.append((row, reader.read(row)))
@@ -116,20 +116,14 @@ def _labels(
     opened: Opened, labels: Labels, rows: Sequence[Row], examples: Sequence[Example], settings: dict[str, Any]
 ) -> list[dict[str, str]]:
     """What the head says of each row."""
-    limit = settings["seq_len"]
-    if isinstance(opened.model, Pooled):
-        limit = min(limit, opened.tokenizer.model_max_length)
-    reading = Reading(
-        settings.get("format"), settings.get("rename", {}), seq_len=limit, labels=labels.names, several=labels.several
-    )
-    encoded = encode_rows(rows, opened.tokenizer, reading).set.encoded
-    engine, got = engine_of(opened.model, share_prefix=True), {}
-    own = [example for example in examples if isinstance(example, Labelled)]
-    expected = [", ".join(example.labels) or "(none)" for example in own]
+    reading = RowsConfig(**{name: settings[name] for name in RowsConfig.model_fields if name in settings})
+    encoded = encode_labelled(rows, opened.tokenizer, labels, reading, isinstance(opened.model, Pooled)).set.encoded
+    engine, said = engine_of(opened.model, share_prefix=True), []
     for scale in (0.0, 1.0):
         table.of(opened.model).set_scale(opened.model, scale)
-        wrong = measure(engine, encoded, labels.names, MICRO_TOKENS, lambda rows: None).wrong
-        told = {one.row: one.got for one in wrong}
-        got[scale] = [told.get(n, reply) for n, reply in enumerate(expected)]
-    columns = [example.text for example in own], expected, got[0.0], got[1.0]
-    return [dict(zip(NAMES, row, strict=True)) for row in zip(*columns, strict=True)]
+        found = measure(engine, encoded, labels, MICRO_TOKENS, lambda rows: None)
+        said.append(of_head(examples, labels.names, found))
+    return [
+        dict(zip(NAMES, (before.prompt, before.expected, before.got, after.got), strict=True))
+        for before, after in zip(*said, strict=True)
+    ]

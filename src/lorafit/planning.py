@@ -162,7 +162,7 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
         "cut": data.set.cut_rows,
         "labels": len(data.told.names) if data.told else 0,
     }
-    return Rows(works, count, round(tokens / pieces), loss_share, seen, len(data.targets))
+    return Rows(works, count, round(tokens / pieces), loss_share, seen, len(data.told.names) if data.told else 0)
 
 
 def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]:

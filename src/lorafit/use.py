@@ -6,7 +6,7 @@ target -> base model + adapter -> rows -> measures; -> a conversation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -22,11 +22,13 @@ from transformers import AutoTokenizer
 from lorafit.config import ChatConfig, EvalConfig
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
+from lorafit.data.rows import Row
 from lorafit.data.template import use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import prepare
 from lorafit.errors import AdapterError, ConfigError, ModelError
 from lorafit.export import saved
+from lorafit.infer import answers as infer_answers
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
 from lorafit.infer.label_rows import evaluate_labels
@@ -265,7 +267,9 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     torch.set_num_threads(config.threads or machine.physical_cores())
     rows = list(islice(locate(config.data).unseen().rows(), config.rows))
     labelled = _tells_labels(config)
-    examples = [] if labelled else read_examples(rows, config.format, config.rename)
+    examples = [] if labelled and not config.answers else read_examples(rows, config.format, config.rename)
+    if config.answers:
+        infer_answers.check(Path(config.answers), examples, config.generate or labelled)
     opened = open_target(
         config.target,
         config.adapter,
@@ -280,7 +284,9 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
     how["base_storage"] = config.base_storage
     if opened.labels:
-        return what | how | evaluate_labels(opened.model, opened.tokenizer, opened.labels, rows, config, console)
+        found, told = evaluate_labels(opened.model, opened.tokenizer, opened.labels, rows, config, console)
+        _write_answers(config, rows, infer_answers.of_head(examples, opened.labels.names, found), console)
+        return what | how | told
     if config.template:
         use_template(opened.tokenizer, config.template)
     result = infer_evaluate.evaluate(
@@ -290,14 +296,29 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         generate=config.generate,
-        samples=config.samples,
+        samples=len(examples) if config.answers else config.samples,
         seq_len=config.seq_len,
         micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
         console=console,
     )
+    _write_answers(config, rows, result.samples, console)
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
-    return what | how | asdict(result) | finite | {"samples": [asdict(sample) for sample in result.samples]}
+    return (
+        what
+        | how
+        | asdict(result)
+        | finite
+        | {"samples": [asdict(sample) for sample in result.samples[: config.samples]]}
+    )
+
+
+def _write_answers(
+    config: EvalConfig, rows: list[Row], answered: Sequence[infer_evaluate.Sample], console: Console
+) -> None:
+    if config.answers:
+        infer_answers.write(Path(config.answers), rows, answered)
+        console.print(f"wrote {config.answers}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tells_labels(config: EvalConfig) -> bool:

@@ -23,10 +23,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lorafit.config import MethodConfig
 from lorafit.data.mask import prompt_ids
 from lorafit.errors import DataError, NumericsError
 from lorafit.infer import generate
 from lorafit.infer.generate import Ability, Answer, Pieces, answer, decode, end_tokens, stream
+from lorafit.methods import table
+from lorafit.methods.virtual import lead_of
 from tests import tiny
 from tests.infer.learned import LEARNED, Learned
 
@@ -107,6 +110,24 @@ def test_an_answer_beside_others_is_the_answer_alone_and_the_slow_one(family: st
     assert [got.ids for got in together] == expected
     assert [ask(model, [prompt], 12)[0] for prompt in prompts] == together
     assert ask(model, prompts, 12, batch_size=3) == together
+
+
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [("lora", "dora"), ("adapter", "houlsby"), ("prefix", "p-tuning-v2"), ("prompt", "prompt"), ("ia3", "ia3")],
+)
+def test_under_every_kind_of_method_an_answer_beside_others_is_the_answer_alone(method: str, variant: str) -> None:
+    model, prompts = tiny.llama(), some_prompts(7, shared=20)
+    before = ask(model, prompts, 12)
+    table.attach(model, MethodConfig(method=method, variant=variant, r=3, alpha=7.0, bottleneck=12, virtual_tokens=5))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in table.of(model).trainable(model).values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    together = ask(model, prompts, 12)
+    assert together != before
+    assert [ask(model, [prompt], 12)[0] for prompt in prompts] == together
+    assert [oracle(model, [*lead_of(model), *prompt], 12) for prompt in prompts] == [got.ids for got in together]
 
 
 def test_abilities_are_read_off_the_architecture() -> None:

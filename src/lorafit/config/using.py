@@ -31,6 +31,8 @@ class EvalConfig(RowsConfig):
     """Let the model answer, for exact match; off: loss alone."""
     samples: int = Field(3, ge=0)
     """How many rows are shown: prompt, expected, got."""
+    answers: str | None = None
+    """Write the answer to every row to this file: JSON Lines of prompt, expected, answer, right, and the row itself."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base."""
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"

@@ -32,12 +32,12 @@ TOKENS_BEYOND_EXPECTED = 16  # room for an answer that goes on where it should h
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row as it went. prompt: the last message before the reply. right: as exact_match counts."""
+    """One row as it went. prompt: the last message before the reply. right: as exact_match counts; None of a number."""
 
     prompt: str
     expected: str
     got: str
-    right: bool
+    right: bool | None
 
 
 @dataclass(frozen=True, slots=True)

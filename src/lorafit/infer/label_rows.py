@@ -47,8 +47,8 @@ def evaluate_labels(
     rows: Iterable[Row],
     config: EvalConfig,
     console: Console,
-) -> dict[str, Any]:
-    """What `lorafit eval` says of a model with a head of these labels; what is of text alone is None.
+) -> tuple[LabelsMeasured | NumbersMeasured, dict[str, Any]]:
+    """What was measured, and what `lorafit eval` says of it; there what is of text alone is None.
 
     Raises DataError, NumericsError.
     """
@@ -61,7 +61,7 @@ def evaluate_labels(
     of_text = {"perplexity": None, "exact_match": None, "accuracy": None}
     told = asdict(found) | {"pooling": labels.pooling, "several": labels.several, "cut_rows": data.set.cut_rows}
     told |= {"wrong": len(found.wrong)} if isinstance(found, LabelsMeasured) else {}
-    return {"task": labels.task} | of_text | told | {"samples": samples}
+    return found, {"task": labels.task} | of_text | told | {"samples": samples}
 
 
 def _samples(
