@@ -73,6 +73,12 @@ CHANGED: dict[str, dict[str, Any]] = {
     "beta1": {"beta1": 0.5},
     "beta2": {"beta2": 0.5},
     "clip": {"clip": 1e-4},
+    "rank_schedule": {"rank_schedule": "adalora"},
+    "r_start": {"r_start": 4, "rank_schedule": "adalora"},
+    "rank_hold": {"rank_hold": 0.5, "rank_schedule": "adalora"},
+    "rank_settle": {"rank_settle": 0.6, "rank_schedule": "adalora"},
+    "gate_rate": {"gate_rate": 2.0, "rank_schedule": "adalora"},
+    "orthogonality": {"orthogonality": 5.0, "rank_schedule": "adalora"},
     "precision": {"precision": "bf16"},
     "feature_cache": {"feature_cache": "0MiB", "layers": "last:1"},
     "base_storage": {"base_storage": "keep"},
@@ -144,7 +150,8 @@ def test_changing_it_changes_what_a_run_makes(
         settings[place] = places.get(f"other {place}" if value == "other" else value, value)
     settings["output"] = str(tmp_path / Path(settings["output"]).name)
     made = _made(settings, tmp_path)
-    if CHANGED[name].get("method") and name != "method":  # it acts on that method alone
+    acts_beside = {"method", "rank_schedule"} & set(CHANGED[name])  # such as on that method alone
+    if acts_beside and name not in acts_beside:
         usual = {key: value for key, value in settings.items() if key != name}
         plain = _made({**usual, "output": str(tmp_path / "usual" / Path(settings["output"]).name)}, tmp_path)
     if name == "trust_remote_code":

@@ -17,6 +17,7 @@ from lorafit.data.rows import Row
 from lorafit.engine.batch import Packing
 from lorafit.engine.engine import plain, prepare
 from lorafit.errors import Interrupted, NumericsError
+from lorafit.methods import gated
 from lorafit.methods.table import METHODS
 from lorafit.train.checkpoint import Checkpoint
 from lorafit.train.loop import Work, fit
@@ -60,7 +61,7 @@ def work(
     config = TrainConfig(model="tiny", data="rows", output="out", **{**defaults, **settings})
     rows = [Row(tiny.chat_row(*pair), f"rows.jsonl:{n + 1}") for n, pair in enumerate(questions or QUESTIONS)]
     encoded = encode_all(read_examples(rows), tiny.tokenizer(), config.seq_len)
-    METHODS["lora"].attach(model, config)
+    gated.attach(model, config)
     return Work(
         model=model,
         method=METHODS["lora"],
