@@ -161,6 +161,9 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
     lr: float = Field(RATES["lora"], gt=0)
     """Peak learning rate of AdamW. The default suits short runs of the method; take less for long ones."""
+    rank_schedule: Literal["none", "nested"] = "none"
+    """nested: the first 1, 2, 4, ... components of the update are trained to be good without the others, in one run;
+    `lorafit shrink` cuts them out, `lorafit eval --r` uses them. none: all ranks serve together."""
     lora_plus: float = Field(1.0, ge=1)
     """LoRA+: B learns at so many times the rate of A; 1 for the same, 16 is what its authors take."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
