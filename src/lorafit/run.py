@@ -6,7 +6,6 @@ config -> model spec -> rows -> plan -> model + adapter -> token ids and masks -
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +24,14 @@ from lorafit.data.load import Source, locate
 from lorafit.data.mask import EncodedSet
 from lorafit.data.preflight import before_training, counts_of, told_counts
 from lorafit.data.progress import counting
+from lorafit.data.split import share_of
 from lorafit.data.store import Encoded, led
 from lorafit.data.template import read_template, use_template
 from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
+from lorafit.infer import nested
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure
 from lorafit.lora.tokens import make_room
@@ -46,7 +47,7 @@ from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
-from lorafit.train import checkpoint, outcome
+from lorafit.train import checkpoint, outcome, ranks
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
@@ -97,6 +98,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         earlier = _earlier(run, console) if start.resume else None
         inputs = _read_inputs(config)
         labels = find_labels(config, inputs.train)
+        ranks.check(config, labelled=labels is not None)
         is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
         pooling = pooling_of(config.pooling, is_encoder, config.method)
         chosen = _chosen(config, earlier, is_encoder)
@@ -159,6 +161,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         progress = _fit(run, work, earlier, console)
 
         quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
+        by_rank = nested.losses(engine, held, ranks.nested(config), evaluation_micro)
         run.clean()
         kept = method.finish(loaded.model, config)
         saved.save(loaded.model, run.adapter, kept, outcome.lasting(config.model), loaded.tokenizer, told)
@@ -167,6 +170,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         if not told:
             outcome.remember_speed(result, inputs.spec, config)
         result |= {
+            "rank_schedule": config.rank_schedule,
+            "nested": by_rank or None,
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,
@@ -206,7 +211,7 @@ def _read_inputs(config: TrainConfig) -> Inputs:
     hashes = {"model": model_spec.sha256(spec), "data": train.digest()}
     held_out: Source | float | None = located.held_out()
     if config.eval and config.eval.endswith("%"):
-        held_out = _share(config.eval)
+        held_out = share_of(config.eval)
     elif config.eval:
         held_out = locate(config.eval).unseen()
     if config.template:
@@ -241,16 +246,6 @@ def _beginning(
             raise ConfigError("--prompt-text has no tokens", "Give a few words, such as what the task is")
     over, back = (partial(look, loaded.model, rows, config) for look in (over_first_rows, gradients_of_first_rows))
     return Beginning(config, spec, first, told, over, back)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text[:-1]) / 100
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 10%, or a file")
-    return share
 
 
 def _encode(

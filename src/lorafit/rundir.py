@@ -128,3 +128,11 @@ class RunDir:
         except ValueError as error:
             raise RunDirError(f"{self.run_json} is damaged: {error}", "Train again, or restore the file") from None
         return result
+
+    def losses_by_rank(self) -> list[dict[str, Any]] | None:
+        """Of a run whose ranks were trained nested: r, loss, rows of each; None of all else, such as no run at all.
+
+        Raises RunDirError for an unfinished run.
+        """
+        found: list[dict[str, Any]] | None = self.read_result().get("nested") if self.exists else None
+        return found

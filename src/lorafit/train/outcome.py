@@ -87,6 +87,7 @@ def remember_speed(result: dict[str, Any], spec: ModelSpec, config: TrainConfig)
     Of a few steps, or of a part of the layers, it would say little.
     """
     is_whole = config.layers is None and config.targets == "all-linear" and result["variant"] == "lora"
+    is_whole = is_whole and config.rank_schedule == "none"
     if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
         key = rates.run_key(rates.way(result["precision"], config.base_storage), spec.hidden)
         updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]

@@ -12,25 +12,63 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lorafit.config import TrainConfig
+from lorafit.errors import ConfigError
+from lorafit.methods.spectral import MOVING
+
+CAN_BE_CUT = ("lora", "lora-fa")
+
 
 def ladder(r: int) -> list[int]:
     """1, 2, 4, ... below r, and r."""
     return [2**k for k in range((r - 1).bit_length())] + [r]
 
 
-def shares(r: int, seed: int, step: int, rows: Sequence[int]) -> list[tuple[int | None, list[int]]]:
-    """(rank, its rows) of a step; None is the whole update, of rank r. Depends on the arguments alone.
+def nested(config: TrainConfig) -> list[int]:
+    """The ranks that a run of these settings trains to be used alone, the whole update's last; none by default."""
+    return ladder(max([config.r, *config.rank_pattern.values()])) if config.rank_schedule == "nested" else []
+
+
+def check(config: TrainConfig, labelled: bool) -> None:
+    """Refuse nested ranks where their first components are no adapter by themselves. Raises ConfigError.
+
+    labelled: whether a head of labels is trained.
+    """
+    if not nested(config):
+        return
+    reasons = {
+        f"--method {config.method}, which has no rank": config.method != "lora",
+        f"--variant {config.variant}, of whose update the first components are none": config.variant not in CAN_BE_CUT,
+        f"--init {config.init}, whose update is saved together with what W0 gave up": config.init in MOVING,
+        "--add-tokens, and an adapter with tokens of its own cannot be cut": bool(config.add_tokens),
+        "rows with labels, and an adapter with a head of labels cannot be cut": labelled,
+        "rank 1, below which there is none": nested(config) == [1],
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason:
+        raise ConfigError(f"--rank-schedule {config.rank_schedule} is given with {reason}", "Leave one of the two out")
+
+
+def shares_of(config: TrainConfig, step: int, rows: list[int]) -> list[tuple[int | None, list[int]]]:
+    """(rank, its rows) of a step, by the schedule of the settings; None is the whole update."""
+    found = nested(config)
+    return shares(found, config.seed, step, rows) if found else [(None, rows)]
+
+
+def shares(ladder: Sequence[int], seed: int, step: int, rows: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+    """(rank, its rows) of a step of a nested run. Depends on the arguments alone.
 
     Over as many steps as there are lower ranks each of them has one, in an order of the seed and of those steps. A
     step of one row goes to the whole update and to a lower rank by turns.
     """
-    lower: Sequence[int] = ladder(r)[:-1]
-    if not lower:
-        return [(None, list(rows))]
+    lower = ladder[:-1]
     turn, place = divmod(step, len(lower))
     drawn = np.random.Philox(key=np.array([seed, turn], dtype=np.uint64)).random_raw(len(lower))
-    both = (None, [row for at, row in enumerate(rows, step) if at % 2 == 0]), (
-        lower[int(np.argsort(drawn, kind="stable")[place])],
-        [row for at, row in enumerate(rows, step) if at % 2 == 1],
+    both = (
+        (None, [row for at, row in enumerate(rows, step) if at % 2 == 0]),
+        (
+            lower[int(np.argsort(drawn, kind="stable")[place])],
+            [row for at, row in enumerate(rows, step) if at % 2 == 1],
+        ),
     )
     return [share for share in both if share[1]]

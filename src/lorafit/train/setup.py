@@ -31,6 +31,7 @@ from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.forecast import measured_speed
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
 from lorafit.plan.trained import Trained
+from lorafit.train.ranks import shares_of
 from lorafit.units import format_bytes, format_count
 
 # Steps that are looked at to find the largest micro-batch.
@@ -129,9 +130,13 @@ def expected_s(
     if reached is None or not as_usual or config.variant != "lora":
         return None
     steps = _first_steps(rows, config)
-    batches = _batches(rows, config, steps, split.micro_tokens)
+    parts = [part for number, step in enumerate(steps) for part in shares_of(config, number, step)]
     try:
-        flop = [_operations(spec, config, precision, batch) for batch in batches]
+        flop = [
+            _operations(spec, r or config.r, precision, batch)
+            for r, own in parts
+            for batch in _batches(rows, config, [own], split.micro_tokens)
+        ]
     except ModelError:  # a kind of block whose operations are not known
         return None
     done = sum(one.total + (one.forward if split.recompute else 0) for one in flop)
@@ -161,10 +166,10 @@ def _first_batches(rows: Sequence[Encoded], config: TrainConfig, micro_tokens: i
     return micro_batches(rows, first, micro_tokens, engine.packing)
 
 
-def _operations(spec: ModelSpec, config: TrainConfig, precision: str, batch: Counted) -> Flop:
+def _operations(spec: ModelSpec, r: int, precision: str, batch: Counted) -> Flop:
     # In 16 bits the engine's last layer ends with the tokens that predict something (`Engine.ends_early`).
     ending = None if precision == "fp32" else batch.predicting
-    return lora_step(spec, config.r, batch.tokens, batch.predicted, batch.pairs, ending)
+    return lora_step(spec, r, batch.tokens, batch.predicted, batch.pairs, ending)
 
 
 def evaluation_tokens(rows: Sequence[Encoded], config: TrainConfig, split: Split) -> int:
