@@ -64,6 +64,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "loss_on": {"loss_on": "all"},
     "add_tokens": {"add_tokens": ["What"]},
     "lr": {"lr": 0.01},
+    "rank_schedule": {"rank_schedule": "nested"},
     "lora_plus": {"lora_plus": 4.0},
     "schedule": {"schedule": "cosine"},
     "warmup": {"warmup": 0.6},
