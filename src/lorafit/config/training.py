@@ -30,8 +30,8 @@ class LoRAConfig(Frozen):
     scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scaling; alpha/sqrt(r) is rsLoRA (Kalajdzievski 2023)."""
     init: str = "gaussian"
-    """How A starts: gaussian (standard deviation 1/r) or kaiming; B at 0. From the data: eva, lora-ga; from the
-    weights: pissa, olora; over nf4 or int8: loftq, qera."""
+    """How A starts: gaussian (standard deviation 1/r), kaiming, or graded (1/k in row k; the default where ranks are
+    nested); B at 0. From the data: eva, lora-ga; from the weights: pissa, olora; over nf4 or int8: loftq, qera."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's input that is dropped while training."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -204,6 +204,14 @@ class TrainConfig(MethodConfig, RowsConfig):
         rate = RATES.get(f"{method}:{values.get('variant')}") or RATES.get(method, RATES["lora"])
         usual = {"lr": rate, "epochs": EPOCHS.get(method, 1)}
         return {**values, **{name: value for name, value in usual.items() if values.get(name) is None}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _init_follows_schedule(cls, values: Any) -> Any:
+        """Where no start is given, ranks that are nested have one that serves each of them."""
+        if isinstance(values, dict) and values.get("rank_schedule") == "nested" and values.get("init") is None:
+            return {**values, "init": "graded"}
+        return values
 
     @property
     def order_seed(self) -> int | None:

@@ -1,9 +1,9 @@
 """Ranks that go by a schedule: which components of the update each row of a step trains.
 
 nested: the first b components of the update are to be good by themselves for b = 1, 2, 4, ..., r. Of every step's rows
-one half sees the whole update and the other half its first b components, b in turn. Sources: Valipour et al. 2023,
-DyLoRA, section 3 (a rank is drawn for each step); Yu and Huang 2019, section 3.1 (the largest is always among those of
-a step); Kusupati et al. 2022, Matryoshka, eq. 1 (the sum of all ranks' losses, which this is an estimate of).
+a third each sees the whole update, its first component, and its first b, b in turn. Sources: Valipour et al. 2023,
+DyLoRA, algorithm 1 (a rank is drawn for each step); Yu and Huang 2019, the sandwich rule (the largest and the smallest
+are always among those of a step); Kusupati et al. 2022, Matryoshka, eq. 1 (the sum over all ranks of their losses).
 """
 
 from __future__ import annotations
@@ -58,17 +58,14 @@ def shares_of(config: TrainConfig, step: int, rows: list[int]) -> list[tuple[int
 def shares(ladder: Sequence[int], seed: int, step: int, rows: Sequence[int]) -> list[tuple[int | None, list[int]]]:
     """(rank, its rows) of a step of a nested run. Depends on the arguments alone.
 
-    Over as many steps as there are lower ranks each of them has one, in an order of the seed and of those steps. A
-    step of one row goes to the whole update and to a lower rank by turns.
+    A third of the rows each for the whole update, for rank 1 and for a rank between; over as many steps as there are
+    such ranks each has one, in an order of the seed and of those steps. A step of fewer rows takes turns.
     """
-    lower = ladder[:-1]
-    turn, place = divmod(step, len(lower))
-    drawn = np.random.Philox(key=np.array([seed, turn], dtype=np.uint64)).random_raw(len(lower))
-    both = (
-        (None, [row for at, row in enumerate(rows, step) if at % 2 == 0]),
-        (
-            lower[int(np.argsort(drawn, kind="stable")[place])],
-            [row for at, row in enumerate(rows, step) if at % 2 == 1],
-        ),
-    )
-    return [share for share in both if share[1]]
+    between = ladder[1:-1]
+    ranks: list[int | None] = [None, ladder[0]]
+    if between:
+        turn, place = divmod(step, len(between))
+        drawn = np.random.Philox(key=np.array([seed, turn], dtype=np.uint64)).random_raw(len(between))
+        ranks.append(between[int(np.argsort(drawn, kind="stable")[place])])
+    own = [[row for at, row in enumerate(rows, step) if at % len(ranks) == number] for number in range(len(ranks))]
+    return [(r, some) for r, some in zip(ranks, own, strict=True) if some]
