@@ -31,7 +31,7 @@ from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
-from lorafit.infer import nested
+from lorafit.infer import by_rank
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure
 from lorafit.lora.tokens import make_room
@@ -47,7 +47,7 @@ from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
-from lorafit.train import checkpoint, outcome, ranks
+from lorafit.train import checkpoint, nested, outcome
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
@@ -98,7 +98,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         earlier = _earlier(run, console) if start.resume else None
         inputs = _read_inputs(config)
         labels = find_labels(config, inputs.train)
-        ranks.check(config, labelled=labels is not None)
+        nested.check(config, labelled=labels is not None)
         is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
         pooling = pooling_of(config.pooling, is_encoder, config.method)
         chosen = _chosen(config, earlier, is_encoder)
@@ -161,7 +161,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         progress = _fit(run, work, earlier, console)
 
         quality = _quality(engine, held, labels.names, evaluation_micro) if labels and held else None
-        by_rank = nested.losses(engine, held, ranks.nested(config), evaluation_micro)
+        rank_losses = by_rank.losses(engine, held, nested.ranks(config), evaluation_micro)
         run.clean()
         kept = method.finish(loaded.model, config)
         saved.save(loaded.model, run.adapter, kept, outcome.lasting(config.model), loaded.tokenizer, told)
@@ -171,7 +171,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             outcome.remember_speed(result, inputs.spec, config)
         result |= {
             "rank_schedule": config.rank_schedule,
-            "nested": by_rank or None,
+            "nested": rank_losses or None,
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,

@@ -32,7 +32,7 @@ from lorafit.export import saved
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
 from lorafit.infer import labels as infer_labels
-from lorafit.infer.nested import using_rank
+from lorafit.infer.by_rank import using_rank
 from lorafit.infer.show_labels import print_labels
 from lorafit.methods import table
 from lorafit.methods.labels import Labels, Pooled, engine_of, put_head

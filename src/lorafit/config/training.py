@@ -62,6 +62,8 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 5e-3,
 }  # fmt: skip
+# Of the first component where ranks are nested, and how A starts there.
+NESTED = {"lr": 5e-3, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
@@ -161,9 +163,6 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
     lr: float = Field(RATES["lora"], gt=0)
     """Peak learning rate of AdamW. The default suits short runs of the method; take less for long ones."""
-    rank_schedule: Literal["none", "nested"] = "none"
-    """nested: the first 1, 2, 4, ... components of the update are trained to be good without the others, in one run;
-    `lorafit shrink` cuts them out, `lorafit eval --r` uses them. none: all ranks serve together."""
     lora_plus: float = Field(1.0, ge=1)
     """LoRA+: B learns at so many times the rate of A; 1 for the same, 16 is what its authors take."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -178,6 +177,9 @@ class TrainConfig(MethodConfig, RowsConfig):
     """AdamW's decay of the second moment."""
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; a larger gradient is scaled down to it."""
+    rank_schedule: Literal["none", "nested"] = "none"
+    """nested: the first 1, 2, 4, ... components of the update are trained to serve without the others, all in one run,
+    and `lorafit shrink` cuts them out; --lr is the rate of the first, component k has lr / sqrt(k)."""
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
@@ -207,11 +209,11 @@ class TrainConfig(MethodConfig, RowsConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _init_follows_schedule(cls, values: Any) -> Any:
-        """Where no start is given, ranks that are nested have one that serves each of them."""
-        if isinstance(values, dict) and values.get("rank_schedule") == "nested" and values.get("init") is None:
-            return {**values, "init": "graded"}
-        return values
+    def _nested_ranks_have_their_own(cls, values: Any) -> Any:
+        """Where no rate and no start is given, ranks that are nested have those that serve each of them."""
+        if not isinstance(values, dict) or values.get("rank_schedule") != "nested":
+            return values
+        return {**values, **{name: value for name, value in NESTED.items() if values.get(name) is None}}
 
     @property
     def order_seed(self) -> int | None:

@@ -17,6 +17,17 @@ LABEL = "label"
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
+def share_of(text: str) -> float:
+    """The share of rows that `10%` asks for. Raises ConfigError."""
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 10%, or a file")
+    return share
+
+
 def digest(record: Mapping[str, Any]) -> bytes:
     """16 bytes, equal for equal records, whatever the order of their columns."""
     text = json.dumps(record, sort_keys=True, default=str, ensure_ascii=False)
@@ -27,17 +38,6 @@ def label_of(record: Mapping[str, Any]) -> str | None:
     """What the row is an example of, where it says so."""
     label = record.get(LABEL)
     return str(label) if isinstance(label, str | int) else None
-
-
-def share_of(text: str) -> float:
-    """The share of rows that `--eval 10%` holds out. Raises ConfigError."""
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 10%, or a file")
-    return share
 
 
 def held_out(digests: NDArray[Any], labels: NDArray[np.int32], share: float, seed: int) -> NDArray[np.bool_]:

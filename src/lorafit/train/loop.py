@@ -25,7 +25,7 @@ from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.lora.inject import cut_to
 from lorafit.methods.method import Method
-from lorafit.train import ranks
+from lorafit.train import nested
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate, set_rate
 from lorafit.train.reporting import Reporter, StepReport
@@ -132,7 +132,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
     row_ids = step_rows(len(work.rows), config.batch_size, config.order_seed, epoch, index)
-    shares = ranks.shares_of(config, progress.step, row_ids)
+    shares = nested.shares_of(config, progress.step, row_ids)
     parts = [
         (r, batch)
         for r, rows in shares
@@ -199,7 +199,8 @@ def _apply(loop: _Loop, lr: float) -> None:
     first = loop.progress.step == len(loop.progress.skipped_steps)
     before = {name: p.detach().clone() for name, p in loop.parameters.items()} if first else {}
     set_rate(loop.optimizer, lr)
-    loop.optimizer.step()
+    with nested.slower_by_rank(loop.parameters) if nested.ranks(loop.work.config) else nullcontext():
+        loop.optimizer.step()
     loop.progress.bad_steps_in_a_row = 0
     if first:
         _check_everything_learns(loop.parameters, before)

@@ -31,7 +31,7 @@ from lorafit.plan.flops import Flop, lora_step
 from lorafit.plan.forecast import measured_speed
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
 from lorafit.plan.trained import Trained
-from lorafit.train.ranks import shares_of
+from lorafit.train.nested import shares_of
 from lorafit.units import format_bytes, format_count
 
 # Steps that are looked at to find the largest micro-batch.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.config import TrainConfig
 from lorafit.errors import ConfigError
-from lorafit.train.ranks import check, ladder, nested, shares, shares_of
+from lorafit.train.nested import check, ladder, ranks, shares, shares_of, slower_by_rank
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -26,8 +27,8 @@ def test_the_ranks_are_powers_of_two_and_the_whole(r: int, expected: list[int]) 
 
 
 def test_the_largest_rank_of_any_layer_is_the_whole() -> None:
-    assert nested(config(rank_pattern={"q_proj": 20})) == [1, 2, 4, 8, 16, 20]
-    assert nested(config(rank_schedule="none")) == []
+    assert ranks(config(rank_pattern={"q_proj": 20})) == [1, 2, 4, 8, 16, 20]
+    assert ranks(config(rank_schedule="none")) == []
 
 
 @given(st.integers(2, 70), st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.integers(1, 20))
@@ -39,9 +40,9 @@ def test_every_row_of_a_step_is_there_once_and_all_hangs_on_the_arguments_alone(
     assert found == shares(ladder(r), seed, step, rows)
     assert sorted(row for _, own in found for row in own) == rows
     assert all(own for _, own in found)
-    ranks = [rank for rank, _ in found]
-    assert len(set(ranks)) == len(ranks) and {r if rank is None else rank for rank in ranks} <= set(ladder(r))
-    assert count < 3 or {None, 1} <= set(ranks)
+    drawn = [rank for rank, _ in found]
+    assert len(set(drawn)) == len(drawn) and {r if rank is None else rank for rank in drawn} <= set(ladder(r))
+    assert count < 3 or {None, 1} <= set(drawn)
 
 
 @given(st.integers(3, 70), st.integers(0, 99))
@@ -90,3 +91,15 @@ def test_a_head_of_labels_is_refused_too() -> None:
     with pytest.raises(ConfigError, match="rows with labels"):
         check(config(), labelled=True)
     check(config(variant="lora-fa", init="eva"), labelled=False)
+
+
+def test_later_components_move_less_by_the_root_of_their_number() -> None:
+    moved = {"a.lora_A": torch.zeros(5, 3), "a.lora_B": torch.zeros(2, 5), "conv.lora_B": torch.zeros(2, 5, 1, 1)}
+    start = {name: tensor.copy_(torch.randn(tensor.shape)).clone() for name, tensor in moved.items()}
+    with slower_by_rank(moved):
+        for tensor in moved.values():
+            tensor += 3.0
+    shares = torch.tensor([1, 2, 3, 4, 5.0]).rsqrt()
+    torch.testing.assert_close(moved["a.lora_A"] - start["a.lora_A"], 3 * shares.view(5, 1).expand(5, 3))
+    torch.testing.assert_close(moved["a.lora_B"] - start["a.lora_B"], 3 * shares.expand(2, 5))
+    torch.testing.assert_close((moved["conv.lora_B"] - start["conv.lora_B"])[..., 0, 0], 3 * shares.expand(2, 5))
