@@ -48,21 +48,45 @@ def combine(config: CombineConfig, console: Console) -> dict[str, Any]:
 def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
     """Write an adapter of a lower rank. Returns the JSON object. Raises LorafitError for whatever the user can mend."""
     directory = _adapter(config.run)
+    by_rank = RunDir(config.run).losses_by_rank()
+    how = config.how if config.how != "auto" else "svd" if by_rank is None else "cut"
+    if how == "cut" and by_rank is None:
+        raise ConfigError(
+            f"--how cut is given, and {config.run} is no run whose ranks were trained nested",
+            "Take --how svd, or train with --rank-schedule nested",
+        )
     check_output(Path(config.output))
-    found = arithmetic.shrink(directory, config.r, Path(config.output))
-    ranks = ", ".join(map(str, found["ranks_before"]))
-    console.print(
-        f"wrote {config.output}: rank {ranks} cut to {config.r} by SVD, which loses {found['lost']:.1%} of the "
-        "update's norm",
-        highlight=False,
-        markup=False,
-    )
+    found = arithmetic.shrink(directory, config.r, how, Path(config.output))
+    console.print(f"wrote {config.output}: {_told_shrunk(found)}", highlight=False, markup=False)
+    for line in _told_by_rank(by_rank or [], config.r) if how == "cut" else ():
+        console.print(line, highlight=False)
     if config.data:
         losses = [_loss(config, str(path), console) for path in (directory, Path(config.output))]
         found |= {"loss_before": losses[0], "loss_after": losses[1]}
         console.print(f"loss on {config.data}: {losses[0]:.4f} before, {losses[1]:.4f} after", highlight=False)
     _say_next(config.output, console)
     return found
+
+
+def _told_shrunk(found: dict[str, Any]) -> str:
+    ranks = ", ".join(map(str, found["ranks_before"]))
+    if found["how"] == "svd":
+        return f"rank {ranks} truncated to {found['r']} by SVD, which loses {found['lost']:.1%} of the update's norm"
+    others = f"the others are {found['lost']:.1%} of the update's norm"
+    return f"rank {ranks} cut to its first {found['r']} components, which were trained to serve alone; {others}"
+
+
+def _told_by_rank(by_rank: list[dict[str, Any]], r: int) -> list[str]:
+    """What the run found out about this rank when it ended."""
+    at = {entry["r"]: entry["loss"] for entry in by_rank}
+    most = max(at)
+    if r >= most:
+        return []
+    if r not in at:
+        return [f"rank {r} was not among those that were trained ({', '.join(map(str, at))})"]
+    if at[r] is None:
+        return ["the run had no held-out rows to measure its ranks on; --data measures this one"]
+    return [f"held-out loss when it was trained: {at[r]:.4f} at rank {r}, {at[most]:.4f} at rank {most}"]
 
 
 def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, Any]:

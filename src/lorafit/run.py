@@ -31,6 +31,7 @@ from lorafit.engine import precision
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
+from lorafit.infer import by_rank
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure, measure_scores
 from lorafit.lora.tokens import make_room
@@ -48,7 +49,7 @@ from lorafit.plan.forecast import SPEEDS
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
-from lorafit.train import checkpoint, outcome
+from lorafit.train import checkpoint, nested, outcome
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import find_labels, labelled_facts, look_once, precision_of
 from lorafit.train.loop import Work, fit
@@ -102,6 +103,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         earlier = _earlier(run, console) if start.resume else None
         inputs = _read_inputs(config)
         labels = find_labels(config, inputs.train)
+        nested.check(config, labelled=labels is not None)
         is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
         pooling = pooling_of(config.pooling, is_encoder, config.method, labels.task if labels else "generate")
         chosen = _chosen(config, earlier, is_encoder)
@@ -176,6 +178,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         quality = measure(engine, held, told, evaluation_micro).summary if told and held else {}
         if head := label_head(loaded.model):
             head.fold()
+        rank_losses = by_rank.losses(engine, held, nested.ranks(config), evaluation_micro)
         run.clean()
         ranks = gated.ranks(loaded.model, config)
         kept = method.finish(loaded.model, config)
@@ -190,6 +193,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "ranks": ranks,
             "sources": source,
             "rows": outcome.rows_facts(data.format, encoded, held_out),
+            "rank_schedule": config.rank_schedule,
+            "nested": rank_losses or None,
             "added_tokens": {token.text: token.id for token in added},
             "quantization_error": loaded.kept.errors if loaded.kept else {},
             "system": data.system,

@@ -133,6 +133,14 @@ class RunDir:
         """The lines of metrics.jsonl; none where there is no such file. See `read_lines`."""
         return read_lines(self.metrics)
 
+    def losses_by_rank(self) -> list[dict[str, Any]] | None:
+        """Of a run whose ranks were trained nested: r, loss, rows of each; None of all else, such as no run at all.
+
+        Raises RunDirError for an unfinished run.
+        """
+        found: list[dict[str, Any]] | None = self.read_result().get("nested") if self.exists else None
+        return found
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; a killed process may have left a part of one at the end."""

@@ -31,6 +31,7 @@ from lorafit.export import saved
 from lorafit.infer import answers as infer_answers
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
+from lorafit.infer.by_rank import using_rank
 from lorafit.infer.label_rows import evaluate_labels
 from lorafit.infer.show_labels import print_labels, print_numbers
 from lorafit.methods import table
@@ -282,25 +283,26 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
     )
     what = {"target": config.target, "base": opened.base, "data": config.data, "adapter": config.adapter}
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
-    how["base_storage"] = config.base_storage
+    how |= {"base_storage": config.base_storage, "r": config.r}
     if opened.labels:
         found, told = evaluate_labels(opened.model, opened.tokenizer, opened.labels, rows, config, console)
         _write_answers(config, rows, infer_answers.of_head(examples, opened.labels.names, found), console)
         return what | how | told
     if config.template:
         use_template(opened.tokenizer, config.template)
-    result = infer_evaluate.evaluate(
-        prepare(opened.model, share_prefix=True),
-        opened.tokenizer,
-        examples,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        generate=config.generate,
-        samples=len(examples) if config.answers else config.samples,
-        seq_len=config.seq_len,
-        micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
-        console=console,
-    )
+    with using_rank(opened.model, config.target, config.r):
+        result = infer_evaluate.evaluate(
+            prepare(opened.model, share_prefix=True),
+            opened.tokenizer,
+            examples,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            generate=config.generate,
+            samples=len(examples) if config.answers else config.samples,
+            seq_len=config.seq_len,
+            micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
+            console=console,
+        )
     _write_answers(config, rows, result.samples, console)
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
@@ -326,7 +328,8 @@ def _tells_labels(config: EvalConfig) -> bool:
     found = find(config.target, config.adapter)
     if found.adapter is None or saved.labels_of(found.adapter) is None:
         return False
-    for name, value in (("template", config.template), ("max_new_tokens", config.max_new_tokens)):
+    for name in ("template", "max_new_tokens", "r"):
+        value = getattr(config, name)
         if value is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is given, and {config.target} tells labels apart and writes no text",

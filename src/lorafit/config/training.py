@@ -30,8 +30,8 @@ class LoRAConfig(Frozen):
     scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scaling; alpha/sqrt(r) is rsLoRA (Kalajdzievski 2023)."""
     init: str = "gaussian"
-    """How A starts: gaussian (standard deviation 1/r) or kaiming; B at 0. From the data: eva, lora-ga; from the
-    weights: pissa, olora; over nf4 or int8: loftq, qera."""
+    """How A starts: gaussian (standard deviation 1/r), kaiming, or graded (1/k in row k; the default where ranks are
+    nested); B at 0. From the data: eva, lora-ga; from the weights: pissa, olora; over nf4 or int8: loftq, qera."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's input that is dropped while training."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -62,6 +62,8 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 5e-3,
 }  # fmt: skip
+# Of the first component where ranks are nested, and how A starts there.
+NESTED = {"lr": 5e-3, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
@@ -180,19 +182,21 @@ class TrainConfig(MethodConfig, RowsConfig):
     """AdamW's decay of the second moment."""
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; a larger gradient is scaled down to it."""
-    rank_schedule: Literal["none", "adalora"] = "none"
-    """adalora: layers begin with --r-start, and the least important directions of all of them are taken away until
-    their mean rank is --r (Zhang et al. 2023)."""
+    rank_schedule: Literal["none", "nested", "adalora"] = "none"
+    """nested: the first 1, 2, 4, ... components of the update are trained to serve without the others, all in one run,
+    and `lorafit shrink` cuts them out; --lr is the rate of the first, component k has lr / sqrt(k). adalora: layers
+    begin with --r-start, and the least important directions of all of them are taken away until their mean rank is --r
+    (Zhang et al. 2023)."""
     r_start: int | None = Field(None, ge=1)
-    """Rank that --rank-schedule begins with. Default: half as much again as --r."""
+    """Rank that adalora begins with. Default: half as much again as --r."""
     rank_hold: float = Field(0.1, ge=0, lt=1)
-    """Share of all steps before --rank-schedule takes anything away."""
+    """Share of all steps before adalora takes anything away."""
     rank_settle: float = Field(0.3, ge=0, lt=1)
-    """Share of all steps after it has taken the last."""
+    """Share of all steps after adalora has taken the last."""
     gate_rate: float = Field(32.0, gt=0)
-    """Under --rank-schedule, what the rate of the gates is multiplied by: they alone say how far to go."""
+    """Under adalora, what the rate of the gates is multiplied by: they alone say how far to go."""
     orthogonality: float = Field(0.1, ge=0)
-    """Under --rank-schedule, the weight of what keeps directions at right angles."""
+    """Under adalora, the weight of what keeps directions at right angles."""
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
@@ -219,6 +223,14 @@ class TrainConfig(MethodConfig, RowsConfig):
         rate = RATES.get(f"{method}:{values.get('variant')}") or RATES.get(method, RATES["lora"])
         usual = {"lr": rate, "epochs": EPOCHS.get(method, 1)}
         return {**values, **{name: value for name, value in usual.items() if values.get(name) is None}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested_ranks_have_their_own(cls, values: Any) -> Any:
+        """Where no rate and no start is given, ranks that are nested have those that serve each of them."""
+        if not isinstance(values, dict) or values.get("rank_schedule") != "nested":
+            return values
+        return {**values, **{name: value for name, value in NESTED.items() if values.get(name) is None}}
 
     @property
     def order_seed(self) -> int | None:

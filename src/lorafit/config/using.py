@@ -21,6 +21,8 @@ class EvalConfig(RowsConfig):
     """An adapter directory in PEFT's format, on top of a model."""
     scale: float = 1.0
     """Multiplies the update: 0 is the base, 1 the tuned model, above 1 emphasises."""
+    r: int | None = Field(None, ge=1)
+    """Use the first components of the update alone, of a run whose ranks were trained nested. Default: all."""
     rows: int | None = Field(None, ge=1)
     """Only the first N rows."""
     batch_size: int = Field(32, ge=1)

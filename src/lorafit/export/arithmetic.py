@@ -21,7 +21,7 @@ from lorafit.errors import AdapterError, ConfigError, listed
 from lorafit.export.peft import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterConfig, read_config
 from lorafit.export.peft_names import exact_pattern, pattern_value
 from lorafit.export.peft_tensors import PREFIX, read_tensors
-from lorafit.lora.combine import DROPPING, HOWS, Factors, Recipe, truncated
+from lorafit.lora.combine import DROPPING, HOWS, SHORTER, Factors, Recipe, norm
 from lorafit.lora.update import scaling
 
 # PEFT's names of A and B, by kind of module.
@@ -112,25 +112,22 @@ def combine(
     return {"adapter": str(out), "how": how, "modules": len(names), "in_all": everywhere, "ranks": ranks}
 
 
-def shrink(directory: Path, r: int, out: Path) -> dict[str, Any]:
-    """Write the nearest adapter of rank r. Returns what was lost. Raises AdapterError or RankError."""
+def shrink(directory: Path, r: int, how: str, out: Path) -> dict[str, Any]:
+    """Write an adapter of rank r. Returns what was lost. Raises AdapterError or RankError.
+
+    how: of `SHORTER`: svd for the nearest, cut for the first components of one whose ranks were trained nested.
+    """
     adapter = read(directory)
     made, lost, total = {}, 0.0, 0.0
     for name, part in adapter.parts.items():
-        found, share = truncated(part.factors, min(r, part.factors.r))
-        size = part.factors.scaling * _norm(part.factors)
+        found, share = SHORTER[how](part.factors, min(r, part.factors.r))
+        size = norm(part.factors)
         lost, total = lost + (share * size) ** 2, total + size**2
         made[name] = Part(part.keys, part.shapes, found)
     _write(adapter, made, out)
     before = sorted({part.factors.r for part in adapter.parts.values()})
     share = math.sqrt(lost / total) if total else 0.0
-    return {"adapter": str(out), "ranks_before": before, "r": r, "how": "svd", "lost": share}
-
-
-def _norm(update: Factors) -> float:
-    """|B A| in the Frobenius norm, without B A."""
-    A, B = update.A.double(), update.B.double()
-    return math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
+    return {"adapter": str(out), "ranks_before": before, "r": r, "how": how, "lost": share}
 
 
 def _check(directories: Sequence[Path], weights: Sequence[float], how: str, density: float, r: int | None) -> None:

@@ -34,6 +34,7 @@ class LoRALayer(Adapted):
     Casting the whole model (`model.half()`) casts them too.
     Attributes: base, r, alpha, scaling, scale, merged. `weight` is the base's own, without the update.
     Dropout applies to the input of the branch in training mode; an embedding's token ids are never dropped.
+    cut: how many of the update's components are in use, the first ones; None for all. The scaling stays that of r.
     started_at: A and B of a product that the base's weight gave up at the start, None where it is whole.
     transposed: the factors are used as A^T and B^T, because this module stores the owner's weight the other way round
     (a head tied to an embedding).
@@ -64,6 +65,7 @@ class LoRALayer(Adapted):
         self.variant_name, self.variant = variant, VARIANTS[variant]
         self.dropout, self.dropout_layer = dropout, stable_hash(name)
         self.started_at: tuple[Tensor, Tensor] | None = None
+        self.cut: int | None = None
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
         if "gate" not in parameters:
@@ -84,6 +86,8 @@ class LoRALayer(Adapted):
         A, B = self.variant.factors(self)
         if self.gate is not None:
             A = self.gate.view(-1, *[1] * (A.dim() - 1)) * A
+        if self.cut is not None and self.cut < self.r:
+            A, B = A[: self.cut], B[:, : self.cut]
         return (B.T, A.T) if self.transposed else (A, B)
 
     def lasting_factors(self) -> tuple[Tensor, Tensor, int]:

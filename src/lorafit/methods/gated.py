@@ -21,7 +21,7 @@ AS_USUAL = {"method": "lora", "variant": "lora", "init": "gaussian", "rank_patte
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError where a schedule of ranks is given with what it cannot go with."""
-    if config.rank_schedule == "none":
+    if config.rank_schedule != "adalora":
         return
     for name, usual in AS_USUAL.items():
         if (got := getattr(config, name)) != usual:
@@ -47,7 +47,7 @@ def first_rank(config: TrainConfig) -> int:
 
 def as_attached(config: TrainConfig) -> TrainConfig:
     """The settings that the adapter begins with: more rank, and the scaling of the one that is meant."""
-    if config.rank_schedule == "none":
+    if config.rank_schedule != "adalora":
         return config
     r = first_rank(config)
     more = scaling(config.r, 1.0, config.scaling_rule) / scaling(r, 1.0, config.scaling_rule)
@@ -58,7 +58,7 @@ def as_attached(config: TrainConfig) -> TrainConfig:
 def attach(model: nn.Module, config: TrainConfig) -> Attached:
     """As `table.attach`, with gates where ranks have a schedule. Raises what that does."""
     attached = table.attach(model, as_attached(config))
-    if config.rank_schedule == "none":
+    if config.rank_schedule != "adalora":
         return attached
     gates.put_on(inject.attached_layers(model), config.seed)
     layers = inject.owners(model)
@@ -71,6 +71,6 @@ def attach(model: nn.Module, config: TrainConfig) -> Attached:
 
 def ranks(model: nn.Module, config: TrainConfig) -> dict[str, int] | None:
     """The rank of every adapted layer now, where they have a schedule."""
-    if config.rank_schedule == "none":
+    if config.rank_schedule != "adalora":
         return None
     return {name: gates.rank(layer) for name, layer in inject.owners(model).items()}

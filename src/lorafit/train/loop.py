@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,10 @@ from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.lora import inject
 from lorafit.methods.method import Method
+from lorafit.train import nested
+from lorafit.train.adalora import RankSchedule, schedule
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate, set_rate
-from lorafit.train.ranks import RankSchedule, schedule
 from lorafit.train.reporting import Reporter, StepReport
 from lorafit.train.signals import StopRequest
 
@@ -127,7 +129,7 @@ class _Loop:
 def _rank_schedule(work: Work) -> RankSchedule | None:
     """How ranks change, if they do. Raises ConfigError."""
     config = work.config
-    if config.rank_schedule == "none":
+    if config.rank_schedule != "adalora":
         return None
     phases = config.rank_hold, config.rank_settle
     return schedule(inject.owners(work.model), config.r, work.total_steps, *phases, config.orthogonality)
@@ -146,10 +148,16 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
     row_ids = step_rows(len(work.rows), config.batch_size, config.order_seed, epoch, index)
-    batches = micro_batches(work.rows, row_ids, work.micro_tokens, work.engine.packing)
+    shares = nested.shares_of(config, progress.step, row_ids)
+    parts = [
+        (r, batch)
+        for r, rows in shares
+        for batch in micro_batches(work.rows, rows, work.micro_tokens, work.engine.packing)
+    ]
+    batches = [batch for _, batch in parts]
 
     counted = TALLY.flop
-    loss = _accumulate_gradients(loop, batches)
+    loss = _accumulate_gradients(loop, parts)
     if loop.ranks:
         loop.ranks.add_gradients()
     grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
@@ -187,20 +195,21 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     )
 
 
-def _accumulate_gradients(loop: _Loop, batches: list[Batch]) -> float:
+def _accumulate_gradients(loop: _Loop, parts: list[tuple[int | None, Batch]]) -> float:
     """Gradients of the step's mean loss, added up over its micro-batches; returns that loss.
 
     Each micro-batch is divided by the supervised tokens of the whole step, never by its own, so the sum is exactly the
-    gradient of the undivided batch.
+    gradient of the undivided batch. parts: each with the rank that the update has for it, None for its own.
     """
     work = loop.work
-    supervised = sum(batch.supervised_tokens for batch in batches)
+    supervised = sum(batch.supervised_tokens for _, batch in parts)
     total = 0.0
-    for batch in batches:
+    for r, batch in parts:
         step = loop.progress.step
         work.method.before_forward(work.model, work.config.seed, step, batch.token_rows, batch.position_ids)
-        loss: Tensor = work.engine.training_loss(batch) / supervised
-        loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
+        with nullcontext() if r is None else inject.cut_to(work.model, r):
+            loss: Tensor = work.engine.training_loss(batch) / supervised
+            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
         total += float(loss.detach())
         del loss  # or its graph would live through the next forward pass
     return total
@@ -210,7 +219,8 @@ def _apply(loop: _Loop, lr: float) -> None:
     first = loop.progress.step == len(loop.progress.skipped_steps)
     before = {name: p.detach().clone() for name, p in loop.parameters.items()} if first else {}
     set_rate(loop.optimizer, lr)
-    loop.optimizer.step()
+    with nested.slower_by_rank(loop.parameters) if nested.ranks(loop.work.config) else nullcontext():
+        loop.optimizer.step()
     loop.progress.bad_steps_in_a_row = 0
     if first:
         _check_everything_learns(loop.parameters, before)

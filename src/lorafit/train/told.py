@@ -69,8 +69,21 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     print_ranks(result["ranks"], console)
+    for line in _by_rank(result["nested"] or []):
+        console.print(line, highlight=False)
     console.print(f"wrote {path}. Next:")
     chat = [f"lorafit chat {path}"] if result["task"] == "generate" else []
     merge = [] if result["not_merged"] else [f"lorafit merge {path} -o DIR"]
     for command in (f"lorafit eval {path} TEST.jsonl", *chat, *merge):
         console.print(f"  {command}", highlight=False, markup=False)
+
+
+def _by_rank(found: list[dict[str, Any]]) -> list[str]:
+    """The held-out loss of each rank that was trained to be used alone, as a small table."""
+    if not found:
+        return []
+    if found[0]["loss"] is None:
+        return [f"no rows to measure ranks {', '.join(str(entry['r']) for entry in found)} on: --eval names some"]
+    width = len(str(found[-1]["r"]))
+    rows = [f"  r {entry['r']:>{width}}  {entry['loss']:.4f}" for entry in found]
+    return [f"held-out loss by rank ({format_count(found[0]['rows'])} rows):", *rows]

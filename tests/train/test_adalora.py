@@ -28,7 +28,7 @@ from lorafit.lora.layer import LoRALayer
 from lorafit.methods import gated, table
 from lorafit.run import Start, train
 from lorafit.train import checkpoint
-from lorafit.train.ranks import Budget, schedule
+from lorafit.train.adalora import Budget, schedule
 from tests import tiny
 from tests.engine.test_engine import alone, assert_same, rows, together
 from tests.train.test_loop import Heard, work
