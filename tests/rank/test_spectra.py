@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
-from lorafit.engine.batch import Batch
 from lorafit.engine.engine import prepare
 from lorafit.rank import spectra
 from tests import tiny
@@ -119,5 +118,4 @@ def test_ranks_go_where_the_energy_is_and_cost_no_more_than_the_same_everywhere(
     found = {"a": spectrum((8, 8), [9.0, 8.0, 7.0, 1.0]), "b": spectrum((8, 8), [0.5, 0.4, 0.3, 0.2])}
     assert spectra.allocate(found, 2) == {"a": 4, "b": 0}
     wide = {"a": spectrum((8, 8), [2.0, 1.0]), "b": spectrum((8, 72), [9.0, 8.0])}
-    ranks = spectra.allocate(wide, 1)
-    assert ranks["a"] * 16 + ranks["b"] * 80 <= 96 and ranks == {"a": 2, "b": 0} or ranks["b"] == 1
+    assert spectra.allocate(wide, 1) == {"a": 1, "b": 1}  # b's directions cost five times as much

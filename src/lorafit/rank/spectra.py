@@ -55,7 +55,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the energies' shares, what lies beyond counted as one more direction.
+        """Exp of the entropy of the energies' shares, what lies beyond counted as one more direction.
 
         Source: Roy and Vetterli 2007, definition 2, of energies in the place of singular values.
         """
@@ -76,7 +76,11 @@ def attach(model: nn.Module, most: int) -> list[LoRALayer]:
 
 
 def measure(
-    engine: Engine, layers: Sequence[LoRALayer], steps: Sequence[Sequence[Batch]], seed: int, on_step: Callable[[], None]
+    engine: Engine,
+    layers: Sequence[LoRALayer],
+    steps: Sequence[Sequence[Batch]],
+    seed: int,
+    on_step: Callable[[], None],
 ) -> dict[str, Spectrum]:
     """The spectrum of every layer over the rows of these steps, each of which is one or more micro-batches.
 
@@ -128,9 +132,7 @@ def _in_bases(
     return found
 
 
-def _gradients(
-    engine: Engine, layers: Sequence[LoRALayer], step: Iterable[Batch]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _gradients(engine: Engine, layers: Sequence[LoRALayer], step: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each layer (dL/dA, dL/dB) of the mean loss per supervised token of a step. Leaves none behind."""
     batches = list(step)
     supervised = sum(batch.supervised_tokens for batch in batches)
