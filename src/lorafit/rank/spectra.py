@@ -1,0 +1,199 @@
+"""How many directions the loss gradients of each adapted weight need, without a gradient of a weight ever being formed.
+
+A LoRA layer's own backward pass is a sketch of the gradient G (out, in) of its weight. With B = 0 and A drawn at random
+the model is the base, and dL/dB = scaling * G A^T: the range of G, nearly (Halko et al. 2011, algorithm 4.1). With
+B = Q, an orthonormal basis of that, and A = 0 the model is the base again, and dL/dA = scaling * Q^T G: the gradient in
+that basis (algorithm 5.1). A is drawn anew for every step's rows, so that what is found is the range of the gradients
+of all steps side by side, [G_1 ... G_n], and not of their sum alone: an update that training adds up of these has no
+larger rank than they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.config import LoRAConfig
+from lorafit.engine.batch import Batch
+from lorafit.engine.engine import Engine
+from lorafit.lora.base import make_kind
+from lorafit.lora.inject import attached_layers
+from lorafit.lora.layer import LoRALayer
+from lorafit.lora.targets import ALL_LINEAR, select
+from lorafit.methods import lora
+
+# Columns of a sketch that only serve to estimate what its basis misses, and those beyond the largest rank that is asked
+# for, which make the leading directions exact (Halko et al. 2011, section 4.2).
+PROBES, BEYOND = 8, 8
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of the gradients of one weight, step by step.
+
+    shape: (out, in) of the weight. energies: (k,) of its leading directions, descending: the mean over steps of the
+    squared norm of the gradient's part along each. rest: energy beyond them, estimated. mean: (k,) singular values of
+    the mean gradient, in the same basis.
+    """
+
+    shape: tuple[int, int]
+    energies: Tensor
+    rest: float
+    mean: Tensor
+
+    @property
+    def total(self) -> float:
+        """Mean over steps of the squared Frobenius norm of the gradient."""
+        return float(self.energies.sum()) + self.rest
+
+    def held(self, r: int) -> float:
+        """Share of the energy along the first r directions: 0 to 1. 1 for a weight that gets no gradient."""
+        return float(self.energies[:r].sum()) / self.total if self.total else 1.0
+
+    @property
+    def effective_rank(self) -> float:
+        """Exp of the entropy of the energies' shares, what lies beyond counted as one more direction.
+
+        Source: Roy and Vetterli 2007, definition 2, of energies in the place of singular values.
+        """
+        shares = torch.cat([self.energies, torch.tensor([self.rest])]) / max(self.total, 1e-300)
+        shares = shares[shares > 0]
+        return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def attach(model: nn.Module, most: int) -> list[LoRALayer]:
+    """Put layers on all linear weights that can hold sketches of ranks up to `most`. scaling is 1."""
+    width = most + BEYOND + PROBES
+    kinds = {name: make_kind(model.get_submodule(name)) for name in select(model, ALL_LINEAR).names}
+    least = {name: min(kind.in_features, kind.out_features) for name, kind in kinds.items()}
+    ranks = {name: r for name, r in least.items() if r < width}
+    alphas = {name: float(r) for name, r in ranks.items()}
+    lora.attach(model, LoRAConfig(r=width, alpha=width, rank_pattern=ranks, alpha_pattern=alphas))
+    return list(attached_layers(model))
+
+
+def measure(
+    engine: Engine,
+    layers: Sequence[LoRALayer],
+    steps: Sequence[Sequence[Batch]],
+    seed: int,
+    on_step: Callable[[], None],
+) -> dict[str, Spectrum]:
+    """The spectrum of every layer over the rows of these steps, each of which is one or more micro-batches.
+
+    Leaves A and B at 0 and no gradients. on_step: called after each of the 2 * len(steps) passes. The spectra depend
+    on the seed by the error of the sketch alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> None:
+        for layer in layers:
+            layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=generator))
+            layer.lora_B.zero_()
+
+    sketches = {layer.name: torch.zeros_like(layer.lora_B) for layer in layers}
+    for step in steps:
+        with torch.no_grad():
+            draw()
+        for name, (_, of_B) in _gradients(engine, layers, step).items():
+            sketches[name] += of_B
+        on_step()
+    return _in_bases(engine, layers, steps, sketches, on_step)
+
+
+def _in_bases(
+    engine: Engine,
+    layers: Sequence[LoRALayer],
+    steps: Sequence[Sequence[Batch]],
+    sketches: Mapping[str, Tensor],
+    on_step: Callable[[], None],
+) -> dict[str, Spectrum]:
+    rests = dict[str, float]()
+    for layer in layers:
+        rests[layer.name] = _set_basis(layer, sketches[layer.name]) / len(steps)
+    grams = {layer.name: torch.zeros(layer.r, layer.r, dtype=torch.float64) for layer in layers}
+    means = {layer.name: torch.zeros_like(layer.lora_A) for layer in layers}
+    for step in steps:
+        for name, (of_A, _) in _gradients(engine, layers, step).items():
+            grams[name] += (of_A @ of_A.T).double() / len(steps)
+            means[name] += of_A / len(steps)
+        on_step()
+    found = {}
+    for layer in layers:
+        energies = torch.linalg.eigvalsh(grams[layer.name]).flip(0).clamp_min(0)
+        shape = (layer.out_features, layer.in_features)
+        mean = torch.linalg.svdvals(means[layer.name])
+        found[layer.name] = Spectrum(shape, energies.float(), rests[layer.name], mean)
+        with torch.no_grad():
+            layer.lora_B.zero_()
+    return found
+
+
+def _gradients(engine: Engine, layers: Sequence[LoRALayer], step: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each layer (dL/dA, dL/dB) of the mean loss per supervised token of a step. Leaves none behind."""
+    batches = list(step)
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    for batch in batches:
+        (engine.loss(batch) / supervised).backward()  # type: ignore[no-untyped-call]
+    found = {}
+    for layer in layers:
+        pair = layer.lora_A, layer.lora_B
+        of_A, of_B = (torch.zeros_like(p) if p.grad is None else p.grad for p in pair)
+        found[layer.name] = of_A.detach(), of_B.detach()
+        for parameter in pair:
+            parameter.grad = None
+    return found
+
+
+@torch.no_grad()
+def _set_basis(layer: LoRALayer, sketch: Tensor) -> float:
+    """B = an orthonormal basis of the sketch but for its probes, A = 0. Returns the energy that the basis misses.
+
+    The probes are no part of the basis, and independent of it: the mean of the squared norms of what is left of them is
+    an unbiased estimate. A sketch as wide as the weight has outputs misses nothing.
+    """
+    probes = 0 if layer.r >= layer.out_features else PROBES
+    basis = torch.linalg.qr(sketch[:, : layer.r - probes]).Q
+    layer.lora_A.zero_()
+    layer.lora_B.zero_()
+    layer.lora_B[:, : basis.shape[1]] = basis
+    if not probes:
+        return 0.0
+    left = sketch[:, layer.r - probes :]
+    left = left - basis @ (basis.T @ left)
+    return float(left.square().sum()) / probes
+
+
+def held(spectra: Mapping[str, Spectrum], r: int) -> float:
+    """Share of the energy of all weights' gradients along the first r directions of each."""
+    total = sum(one.total for one in spectra.values())
+    return sum(one.held(r) * one.total for one in spectra.values()) / total if total else 1.0
+
+
+def effective_rank(spectra: Mapping[str, Spectrum]) -> float:
+    """The mean over weights, weighed by their energy."""
+    total = sum(one.total for one in spectra.values())
+    return sum(one.effective_rank * one.total for one in spectra.values()) / total if total else 0.0
+
+
+def allocate(spectra: Mapping[str, Spectrum], r: int) -> dict[str, int]:
+    """A rank for each weight, 0 among them, by energy: as many parameters together as rank r everywhere has, at most.
+
+    Direction after direction, the one that holds most energy for the in + out parameters it costs.
+    """
+    budget = r * sum(sum(one.shape) for one in spectra.values())
+    offers = [
+        (float(energy) / sum(one.shape), name)
+        for name, one in spectra.items()
+        for energy in one.energies[: min(one.shape)]
+    ]
+    ranks = dict.fromkeys(spectra, 0)
+    for _, name in sorted(offers, key=lambda offer: -offer[0]):
+        cost = sum(spectra[name].shape)
+        if cost <= budget:
+            budget -= cost
+            ranks[name] += 1
+    return ranks
