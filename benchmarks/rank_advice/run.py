@@ -87,7 +87,7 @@ def trained(settings: Result, valid: Path, scratch: Path) -> Result:
         return {"eval_loss": None, "error": str(error)}
     kept = ("eval_loss", "train_loss", "train_s", "steps", "precision", "trainable_params", "tokens_computed")
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [line["eval_loss"] for line in curve if "eval_loss" in line]
+    evaluations = [line["loss"] for line in curve if line["kind"] == "eval"]
     return {key: told[key] for key in kept} | {"evaluations": evaluations, "nats": [round(n, 5) for n in rows["nats"]]}
 
 
