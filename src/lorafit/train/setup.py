@@ -143,7 +143,7 @@ def expected(
     """
     if config.targets != "all-linear":
         return None
-    early = precision != "fp32" and not adds.padded and ends_early(config)
+    early = precision != "fp32" and not adds.padded and ends_early(spec, config)
     steps = _first_steps(rows, config)
     amount = amount_of(_passes(rows, config, steps, split.micro_tokens, adds.padded), early)
     total = _total_steps(rows, config)
