@@ -241,6 +241,23 @@ def test_a_grid_of_rows_and_tokens_holds_what_was_asked_for() -> None:
     assert "by rows of a step and tokens of every row" in printed
 
 
+def test_rows_with_labels_are_planned_with_a_head_and_a_head_alone_runs_the_model_once(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    data = tiny.write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"number {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(32)]
+    )
+    rates.keep(2, RATES)
+    found, printed = planned(model, data=str(data), threads=2, r=3, method="head", batch_size=8)
+    assert found["methods"][-1]["name"] == "head" and "Training by head" in printed
+    assert (found["settings"]["epochs"], found["steps"]) == (10, 40)
+    run = next(run for run in found["runs"] if run["precision"] == "fp32")
+    assert run["params"] == 2 * (32 + 1)
+    # Nine of ten epochs are steps of the head alone.
+    assert run["step_s"] * 4 < run["train_s"] < run["step_s"] * 5
+    others = {row["name"]: row["runs"][0]["params"] for row in found["methods"]}
+    assert others["ia3"] == counts.ia3_params(model_spec.read(model)) + 2 * (32 + 1)
+
+
 def test_layers_that_are_not_there_and_a_head_without_labels_are_refused() -> None:
     with pytest.raises(TargetError, match="the model has 30 blocks"):
         planned("smollm2-135m", method="full", layers="last:31")

@@ -107,6 +107,14 @@ def test_starts_that_take_a_product_out_of_the_weights_keep_its_factors(tmp_path
     assert after - before == 4 * plain.params
 
 
+def test_an_evaluation_keeps_the_best_and_has_a_whole_chunk_of_logits(tmp_path: Path) -> None:
+    spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))
+    adds = dataclasses.replace(trained.of(spec, MethodConfig(r=3)), evaluated=True)
+    few, many = (memory.estimate(spec, adds, "bf16", 999, n, False).parts for n in (100, 999))
+    assert many["evaluation"] == 4 * adds.params
+    assert few["evaluation"] + few["logits"] == many["evaluation"] + many["logits"]
+
+
 def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
     before = machine.peak_rss_bytes()
     block = bytearray(64 * MIB)

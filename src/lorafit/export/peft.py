@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import save_file
 from torch import nn
 
 from lorafit import files
@@ -116,13 +116,11 @@ def save(model: nn.Module, directory: Path, config: LoRAConfig, base: str, token
     if not layers:
         raise AdapterError("the model has no adapter to save", "Attach one first")
     settings = _settings(model, layers, config, base)
-    # As bytes: a full disk is then an OSError that `write_dir_atomic` explains, and not one of the library's own.
     tensors = to_peft(layers) | tokens_to_peft(token_rows(model)) | whole_to_peft(whole_modules(model))
-    weights = to_safetensors(tensors, metadata={"format": "pt"})
 
     def fill(temporary: Path) -> None:
         files.write_json(temporary / CONFIG_NAME, settings)
-        (temporary / WEIGHTS_NAME).write_bytes(weights)
+        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})  # `save` would copy all of it twice
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 

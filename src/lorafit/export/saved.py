@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorafit import files
@@ -44,12 +43,11 @@ def save(
     if config.method == "lora" and labels is None:
         return peft.save(model, directory, config, base, tokenizer)
     settings = {name: getattr(config, name) for name in MethodConfig.model_fields}
-    weights = to_safetensors(table.of(model).state(model), metadata={"format": "pt"})
 
     def fill(temporary: Path) -> None:
         told = {"labels": dataclasses.asdict(labels)} if labels is not None else {}
         files.write_json(temporary / CONFIG_NAME, {"base": base, "settings": settings} | told)
-        (temporary / WEIGHTS_NAME).write_bytes(weights)
+        save_file(table.of(model).state(model), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 

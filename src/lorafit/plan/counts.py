@@ -62,7 +62,8 @@ def block_weights(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 
 def chosen_blocks(spec: ModelSpec, layers: str | None) -> set[int]:
     """The numbers of the blocks that --layers names, all without. Raises TargetError for what is out of range."""
-    return set(range(spec.layers)) if layers is None else wanted_blocks(layers, spec.layers, spec.layers)
+    count = spec.layers or 1 + max((block_of(name) or 0 for name in spec.tensors), default=0)
+    return set(range(count)) if layers is None else wanted_blocks(layers, count, count)
 
 
 def within(spec: ModelSpec, layers: str | None) -> ModelSpec:

@@ -33,14 +33,11 @@ J_PER_KWH = 3.6e6
 class Forecast:
     """A run by one method in one precision. step_s, tokens_per_s: None where this machine's rate is not known.
 
-    layers: as --layers. params: that are trained. storage: that of frozen weights, as --base-storage. split: how a step
-    is computed. fits: into the memory given. flop: of a step. once_s: of a step's seconds, what later epochs do not
-    take, as the layers below all that is trained are computed once. speed_from: how the speed is known, see SPEEDS.
+    params: that are trained. storage: that of frozen weights, as --base-storage. split: how a step is computed. fits:
+    into the memory given. flop: of a step. once_s: of a step's seconds, what later epochs do not take, as the layers
+    below all that is trained are computed once. speed_from: how the speed is known, see SPEEDS.
     """
 
-    method: str
-    variant: str
-    layers: str | None
     params: int
     precision: str
     storage: str
@@ -118,9 +115,6 @@ def forecast(
         step_s = flop_of_step(flop, split) / speed.flop_per_s + rates.number_s * adds.params
         once_s = flop_once(spec, config, work, split.micro_tokens) / speed.flop_per_s
     return Forecast(
-        method=config.method,
-        variant=config.variant,
-        layers=config.layers,
         params=adds.params,
         precision=precision,
         storage=storage,

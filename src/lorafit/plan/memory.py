@@ -27,10 +27,6 @@ BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
 # Rows of the output head that are decoded together, where it stays in blocks.
 DECODED_TOKENS = 8192
-# Of what is trained, as it was at the best evaluation: that copy, and what making it leaves.
-BEST_COPIES = 2
-# An evaluation's batches have other lengths than training's, and oneDNN keeps what it makes for each: measured once.
-EVALUATION_BYTES = 60 * MIB
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
 # In float32, of own weights that are trained: gradient, two moments, and the value before the first step.
@@ -124,7 +120,7 @@ def estimate(
         made = bytes_of(2 * trained.params, "fp32")
         before = layer_weights + made + round((1 + WORK[dtype]) * few)
         weights += max(0, before - adapter - round((1 + WORK[dtype]) * activations))
-    own_head = bool(trained.owned or trained.labels)
+    own_head = bool(trained.labels or (trained.owned and not trained.frozen))
     logits = min(supervised, LOGIT_ROWS) * (trained.labels or spec.vocab) * (TRAINED_LOGITS if own_head else 1)
     return MemoryEstimate(
         {
@@ -134,7 +130,7 @@ def estimate(
             "activations": activations,
             "logits": bytes_of(logits, dtype),
             "data": data,
-            "evaluation": _evaluation_bytes(trained),
+            "evaluation": _evaluation_bytes(spec, trained, supervised, dtype) if trained.evaluated else 0,
             "workspace": round(WORK[dtype] * activations) + KERNEL_BYTES,
         }
     )
@@ -148,8 +144,10 @@ def _adapter_bytes(trained: Trained, dtype: str) -> int:
     return copies if dtype == "fp32" else copies + trained.packed_bytes
 
 
-def _evaluation_bytes(trained: Trained) -> int:
-    return EVALUATION_BYTES + BEST_COPIES * bytes_of(trained.params, "fp32") if trained.evaluated else 0
+def _evaluation_bytes(spec: ModelSpec, trained: Trained, supervised: int, dtype: str) -> int:
+    """What was trained as it was at the best evaluation, and a whole chunk of logits where training has fewer."""
+    more = max(0, LOGIT_ROWS - supervised) * (trained.labels or spec.vocab)
+    return bytes_of(trained.params, "fp32") + bytes_of(more, dtype)
 
 
 def data_bytes(rows: int, resident: int) -> int:

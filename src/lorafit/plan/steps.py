@@ -66,13 +66,14 @@ def step(spec: ModelSpec, config: MethodConfig, amount: Amount, labels: int = 0)
     return flop + walk.head(amount.predicted, labels)
 
 
-def ends_early(config: MethodConfig) -> bool:
+def ends_early(spec: ModelSpec, config: MethodConfig) -> bool:
     """Whether the engine computes what follows the last attention for the tokens alone that predict something.
 
-    In 16 bits, and where every layer still runs as one function: nothing but low-rank updates stands in them.
+    In 16 bits, in a decoder, and where every layer still runs as one function: nothing but low-rank updates stands in
+    them. A head alone is given the mean of all tokens.
     """
     low_rank = config.method == "lora" and not config.dropout
-    return low_rank or config.method in ("prompt", "head")
+    return spec.writes_text and (low_rank or config.method == "prompt")
 
 
 def untouched(spec: ModelSpec, config: MethodConfig) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorafit.config import MethodConfig
-from lorafit.errors import LorafitError
+from lorafit.errors import ConfigError
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import why_not
 from lorafit.plan.forecast import Forecast, forecast, ways
@@ -71,7 +71,8 @@ def in_all_ways(around: Around, config: MethodConfig, work: Work) -> list[Foreca
     """A method in each precision and storage. Raises ConfigError for one that does not go with the model."""
     reason = why_not(around.spec, config)
     if reason is not None:
-        raise LorafitError(f"{around.spec.name} cannot be trained by {name_of(config)}: {reason}", "Choose another")
+        do = "Lower --r" if config.method == "lora" else "Choose another method"
+        raise ConfigError(f"{around.spec.name} cannot be trained by {name_of(config)}: {reason}", do)
     return [_forecast(around, config, work, by) for by in ways(around.spec, config.method)]
 
 

@@ -55,10 +55,10 @@ def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = Fa
     padded: whether the head reads more of a row than its last token, so that rows stand side by side. Raises
     TargetError for --layers that are not there.
     """
-    below, weights = 0 if config.method == "head" else untouched(spec, config), _weights(spec, None)
+    below, weights = untouched(spec, config), _weights(spec, None)
     found = replace(
         _of(spec, config),
-        depth=spec.layers - below,
+        depth=spec.layers if config.method == "head" else spec.layers - below,  # those, one at a time: `runs_once`
         frozen=weights - (_weights(spec, config.layers) if config.method == "full" else 0),
         unreached=_weights(spec, f"first:{below}") if below else 0,
     )

@@ -107,7 +107,7 @@ def step_flop(
 ) -> Flop:
     """Of one step, the mean of those that are known. labels: of a head that tells them apart."""
     steps = work.passes(micro_tokens)
-    early = in_16_bits and ends_early(config)
+    early = in_16_bits and ends_early(spec, config)
     total = step(spec, config, amount_of([one for own in steps for one in own], early), labels)
     return Flop(*(round(part / len(steps)) for part in (total.forward, total.backward, total.attention)))
 

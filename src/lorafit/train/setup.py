@@ -23,8 +23,10 @@ from lorafit.engine import workspace
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine, plain
 from lorafit.engine.layers import Features, decoder_layers, in_place_of, run_again, untouched_layers
+from lorafit.engine.loss import head_of
 from lorafit.engine.probe import Probe
 from lorafit.errors import DoesNotFitError, ModelError
+from lorafit.lora.layer import LoRALayer
 from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
@@ -143,7 +145,7 @@ def expected(
     """
     if config.targets != "all-linear" or config.rank_schedule == "adalora":
         return None
-    early = precision != "fp32" and not adds.padded and ends_early(config)
+    early = precision != "fp32" and not adds.padded and ends_early(spec, config)
     steps, total = _first_steps(rows, config), _total_steps(rows, config)
     shares = _by_rank(rows, config, steps, split.micro_tokens, adds.padded)
     passes = [one for own in shares.values() for one in own]
@@ -231,8 +233,9 @@ def gradients_of_first_rows(model: nn.Module, rows: Sequence[Encoded], config: T
     One layer's activations at a time, and of logits a few rows: it is over before the engine is there.
     """
     engine = plain(model)
-    with torch.no_grad():
-        engine.chunked = Probe(model).logits_are_the_heads()
+    if not isinstance(head_of(model), LoRALayer):  # whose gradient is to be seen whole
+        with torch.no_grad():
+            engine.chunked = Probe(model).logits_are_the_heads()
     batch = _first_batches(rows, config, GRADIENT_TOKENS, engine)[0]
     with in_place_of([(layer, run_again(layer)) for layer in decoder_layers(model)[1]]):
         (engine.loss(batch) / batch.supervised_tokens).backward()  # type: ignore[no-untyped-call]
