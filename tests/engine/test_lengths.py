@@ -259,6 +259,15 @@ def test_a_layer_as_one_function_gives_the_same_bits_but_for_lengths_of_what_it_
             assert torch.equal(own[key], gradient), key
 
 
+def test_an_adapter_that_was_cast_with_its_model_is_computed_too() -> None:
+    model, data = with_dora(build("llama").float()).to(torch.bfloat16), rows()
+    reference = alone(with_dora(build("llama")), data)[1]
+    got = together(prepare(model, share_prefix=True), data)[1]
+    assert {gradient.dtype for gradient in got.values()} == {torch.bfloat16}
+    by_torch = alone(model, data)[1]
+    assert _gradient_error(reference, got) <= 1.5 * _gradient_error(reference, by_torch)
+
+
 def test_without_a_compiler_torchs_own_operations_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = with_dora(build("llama")), rows()
     expected = alone(model, data)

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lorafit.config import TrainConfig
+from lorafit.config import EvalConfig, TrainConfig
 from lorafit.engine.engine import prepare
 from lorafit.errors import ConfigError
 from lorafit.export import peft as peft_format
@@ -29,6 +29,7 @@ from lorafit.methods import gated, table
 from lorafit.run import Start, train
 from lorafit.train import checkpoint
 from lorafit.train.adalora import Budget, schedule
+from lorafit.use import evaluate
 from tests import tiny
 from tests.engine.test_engine import alone, assert_same, rows, together
 from tests.train.test_loop import Heard, work
@@ -255,6 +256,15 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
     assert f"resuming after step {step}" in printed and result["steps"] == 9
     adapters = [path / "adapter" / "adapter_model.safetensors" for path in (finished, stopped)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_beside_a_head_of_labels_what_is_saved_is_what_was_trained(inputs: dict[str, Any], tmp_path: Path) -> None:
+    data = tiny.write_labelled(tmp_path / "rows.jsonl", 12)
+    settings = {**inputs, **SETTINGS, "data": str(data), "eval": str(data), "output": str(tmp_path / "run")}
+    result, _ = run(settings)
+    assert sum(result["ranks"].values()) == 3 * 14
+    found = evaluate(EvalConfig(target=str(tmp_path / "run"), data=str(data)), Console(file=io.StringIO()))
+    assert found["loss"] == pytest.approx(result["eval_loss"], rel=1e-5)
 
 
 def test_an_evaluation_counts_once_the_ranks_are_final() -> None:

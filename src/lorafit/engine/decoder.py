@@ -202,7 +202,7 @@ class _Layer(torch.autograd.Function):
         TALLY.add(attention.row_flop(q, v, rows))
         some = _Some(wanted, len(x))
         o = parts.o.run(some.of(seen.flatten(1)), own[1])
-        middle = o.y if o.own is None else o.y.clone()
+        middle = o.y if o.own is None else _copy(o.y)
         normal, inverse_2 = parts.norms[1].forward(middle, more=some.of(x))
         gate_up = parts.gate_up.run(normal, own[2])
         down = parts.down.run(run.gated(*torch.split(gate_up.y, parts.gate_up.outs, dim=1), parts.kind), own[3])
@@ -213,7 +213,7 @@ class _Layer(torch.autograd.Function):
             x, cosine, sine, inverse_1, qkv.y, seen, log_sum, middle, inverse_2, gate_up.y,
             qkv.h, o.h, gate_up.h, down.h, None if turned else qkv.own, o.own, gate_up.own, down.own, *trained,
         )  # fmt: skip
-        return some.spread(down.y.add_(middle) if down.own is None else down.y + middle)[None]
+        return some.spread((down.y if down.own is None else _copy(down.y)).add_(middle))[None]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -243,13 +243,18 @@ class _Layer(torch.autograd.Function):
             TALLY.add(2 * attention.row_flop(seen, seen, ctx.rows))
             parts.turn_(g_qkv, cosine, sine, inverse=True)
             if how[0].lengths is not None and owns[0] is None:
-                own = workspace.rows(qkv, *qkv.shape).copy_(qkv)
+                own = _copy(qkv)
                 parts.turn_(own, cosine, sine, inverse=True)
                 found.owns = own, *owns[1:]
             back = found.back(0, g_qkv, lambda _: normals[0](x)[0])
         if back is not None:
             gx = parts.norms[0].back(back, x, inverse_1, some.spread(g))[None]
         return gx, None, None, None, None, None, *found.gradients()
+
+
+def _copy(x: Tensor) -> Tensor:
+    """What is kept apart, since x is written over."""
+    return workspace.rows(x, *x.shape).copy_(x)
 
 
 @dataclass(frozen=True, eq=False)

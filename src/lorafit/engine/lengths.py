@@ -8,9 +8,10 @@ c is a factor of each output, so the layer stays what it is without it, and V is
 gm = sum over tokens of g z / |V| = sum of g u / m, with z = x V^T and u = c z; all else takes c g for g.
 Source: Liu et al. 2024 (DoRA), eq. 5, and section 4.3 for the detached norm.
 
-Where the three terms cancel, the rounding e of W0 A^T shows: it puts |v|^2 off by up to 2 e |w| |s b A|, with e = 2^-8
-in bfloat16, 2^-24 sqrt(in) in float32, and in int8 the error of its products. For a row that its update has not
-shortened that is a relative e |s b A| / |w| of c at most; what falls below e |w|^2 cannot be told, and is held there.
+Where the three terms cancel, the rounding e of W0 A^T shows: it puts |v|^2 off by up to 2 e |w| |s b A|, with e = 2^-7
+in bfloat16 (A and the product are rounded), 2^-24 sqrt(in) in float32, and in int8 the error of its products. For a row
+that its update has not shortened that is a relative e |s b A| / |w| of c at most. What falls below eps |w|^2 cannot be
+told, eps being the type's, and is held there.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lengthened:
-    """A layer of a group whose rows have lengths m, (out,). strength: the scale of its update, not 0."""
+    """A layer of a group whose rows have lengths m, (out,); at least float32. strength: its scale, not 0."""
 
     span: Span
     A: Tensor

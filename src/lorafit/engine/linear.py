@@ -112,12 +112,11 @@ class FrozenLinears:
         strengths = [f.strength() for f in self.factors if f is not None]
         if not ms or not any(strengths) or self.squares is None:
             return None
-        layers = [
-            Lengthened(*each)
-            for each in zip(self.spans(factors), factors[::2], factors[1::2], ms, strengths, strict=True)
-            if each[-1]
-        ]
-        product = self.product.thin(torch.cat([*factors[::2]]).to(x.dtype))
+        wide = torch.promote_types(ms[0].dtype, torch.float32)
+        As, Bs, ms = ([tensor.to(wide) for tensor in some] for some in (factors[::2], factors[1::2], ms))
+        each = zip(self.spans(factors), As, Bs, ms, strengths, strict=True)
+        layers = [Lengthened(*layer) for layer in each if layer[-1]]
+        product = self.product.thin(torch.cat(As).to(x.dtype))
         return lengths(self.squares, product, layers, torch.finfo(x.dtype).eps)
 
     def _lengthen(self, y: Tensor, x: Tensor, found: Lengths) -> Tensor:
@@ -144,7 +143,7 @@ class FrozenLinears:
         if how.lengths is not None:
             assert own is not None and how.lengths.rest is None, "the layers' own forward serves other scales"
             g, sums = kernels.of(g).scale_columns_backward(g, own, how.lengths.gain)
-            of_m = [(sums / how.lengths.m)[columns] for columns in self.columns]
+            of_m = [(sums / how.lengths.m)[columns] for columns in self.columns]  # autograd rounds it to the type of m
         gh, addend = update.backward(g) if update is not None else (None, None)
         gx = None
         if wants_gx:

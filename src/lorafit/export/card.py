@@ -90,6 +90,11 @@ def _front_matter(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _spread(ranks: dict[str, int]) -> str:
+    each = ranks.values()
+    return f"{min(each)} to {max(each)}, {sum(each) / len(each):g} in the mean"
+
+
 def _measured(result: dict[str, Any]) -> dict[str, Any]:
     """Figures with their units, by label."""
     formats: dict[str, tuple[str, Any]] = {
@@ -102,6 +107,7 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
         "tokens_seen": ("tokens seen", format_count),
         "tokens_supervised": ("of them supervised", format_count),
         "tokens_computed": ("tokens computed, padding included", format_count),
+        "ranks": ("ranks of the layers", _spread),
         "train_s": ("training time", format_seconds),
         "load_s": ("loading time", format_seconds),
         "peak_rss_bytes": ("peak memory", format_bytes),
