@@ -66,6 +66,7 @@ def test_every_rank_is_measured_and_shown(nested: tuple[Path, dict[str, Any], st
     assert result["nested"][-1]["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
     assert json.loads((path / "run.json").read_text())["rank_schedule"] == "nested"
     assert "held-out loss by rank (9 rows):" in printed
+    assert f"| the first 2 | {result['nested'][1]['loss']:.4f} |" in (path / "README.md").read_text()
     for entry in result["nested"]:
         assert f"  r {entry['r']}  {entry['loss']:.4f}" in printed
 
