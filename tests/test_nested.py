@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
 
 from lorafit import adapters
-from lorafit.config import EvalConfig, ShrinkConfig, TrainConfig
+from lorafit.config import EvalConfig, LoRAConfig, ShrinkConfig, TrainConfig
+from lorafit.data.store import Encoded
+from lorafit.engine.engine import prepare
 from lorafit.errors import ConfigError
 from lorafit.export import saved
-from lorafit.lora.inject import cut_to
+from lorafit.infer.by_rank import losses
+from lorafit.lora.inject import cut_to, lora_layers
+from lorafit.methods.table import METHODS
 from lorafit.run import Start, train
 from lorafit.use import evaluate
 from tests import tiny
@@ -66,6 +72,7 @@ def test_every_rank_is_measured_and_shown(nested: tuple[Path, dict[str, Any], st
     assert result["nested"][-1]["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
     assert json.loads((path / "run.json").read_text())["rank_schedule"] == "nested"
     assert "held-out loss by rank (9 rows):" in printed
+    assert f"| the first 2 | {result['nested'][1]['loss']:.4f} |" in (path / "README.md").read_text()
     for entry in result["nested"]:
         assert f"  r {entry['r']}  {entry['loss']:.4f}" in printed
 
@@ -150,3 +157,14 @@ def test_a_nested_run_is_refused_where_nothing_could_be_cut(inputs: dict[str, An
     with pytest.raises(ConfigError, match="--rank-schedule nested is given with --variant dora"):
         run({**inputs, "variant": "dora", "output": str(tmp_path / "run")})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_whose_loss_is_not_finite_costs_neither_the_run_nor_the_others() -> None:
+    model = tiny.llama()
+    METHODS["lora"].attach(model, LoRAConfig(r=3, alpha=5.0))
+    for layer in lora_layers(model).values():
+        layer.lora_B.data[:, 1] = math.inf
+    ids = np.arange(2, 22, dtype=np.int32)
+    rows = [Encoded(ids, np.arange(20) > 3, 0, "f:1")]
+    found = losses(prepare(model, share_prefix=True), rows, [1, 2], 64)
+    assert found[0]["loss"] == pytest.approx(math.log(258), rel=0.5) and found[1]["loss"] is None

@@ -84,9 +84,10 @@ def _told_by_rank(by_rank: list[dict[str, Any]], r: int) -> list[str]:
         return []
     if r not in at:
         return [f"rank {r} was not among those that were trained ({', '.join(map(str, at))})"]
-    if at[r] is None:
+    if not by_rank[0]["rows"]:
         return ["the run had no held-out rows to measure its ranks on; --data measures this one"]
-    return [f"held-out loss when it was trained: {at[r]:.4f} at rank {r}, {at[most]:.4f} at rank {most}"]
+    told = [f"{'not finite' if at[one] is None else f'{at[one]:.4f}'} at rank {one}" for one in (r, most)]
+    return [f"held-out loss when it was trained: {', '.join(told)}"]
 
 
 def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def render(result: dict[str, Any], adapter: str = "adapter") -> str:
         told,
         _table("Settings", _settings(result)),
         _table("Measured", _measured(result)),
+        _table("Held-out loss by rank", _by_rank(result)),
         _usage(result, adapter),
         _table("Made with", result.get("versions", {})),
         _table("Inputs (SHA-256)", {"model": result.get("model_sha256"), "data": result.get("data_sha256")}),
@@ -93,6 +94,12 @@ def _front_matter(result: dict[str, Any]) -> str:
 def _spread(ranks: dict[str, int]) -> str:
     each = ranks.values()
     return f"{min(each)} to {max(each)}, {sum(each) / len(each):g} in the mean"
+
+
+def _by_rank(result: dict[str, Any]) -> dict[str, Any]:
+    """Of a run whose ranks were trained nested."""
+    found = result.get("nested") or []
+    return {f"the first {entry['r']}": f"{entry['loss']:.4f}" for entry in found if entry["loss"] is not None}
 
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:

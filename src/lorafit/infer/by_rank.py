@@ -10,7 +10,7 @@ from torch import nn
 
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine
-from lorafit.errors import ConfigError
+from lorafit.errors import ConfigError, NumericsError
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora.inject import cut_to
 from lorafit.rundir import RunDir
@@ -19,17 +19,21 @@ from lorafit.rundir import RunDir
 def losses(
     engine: Engine, held_out: Sequence[Encoded] | None, ranks: Sequence[int], micro_tokens: int
 ) -> list[dict[str, Any]]:
-    """Of each rank r: loss, nats per supervised token of the held-out rows, and rows; None and 0 where there are none.
+    """Of each rank r: loss, nats per supervised token of the held-out rows, and rows.
 
-    Raises NumericsError for a loss that is not finite.
+    The loss is None where there are no rows, and where it is not a finite number.
     """
-    rows, found = held_out or (), []
+    rows = held_out or ()
     engine.model.eval()
-    for r in ranks:
+    return [{"r": r, "loss": _loss(engine, rows, r, micro_tokens) if rows else None, "rows": len(rows)} for r in ranks]
+
+
+def _loss(engine: Engine, rows: Sequence[Encoded], r: int, micro_tokens: int) -> float | None:
+    try:
         with cut_to(engine.model, r):
-            loss = mean_loss(engine, rows, micro_tokens, lambda _: None) if rows else None
-        found.append({"r": r, "loss": loss, "rows": len(rows)})
-    return found
+            return mean_loss(engine, rows, micro_tokens, lambda _: None)
+    except NumericsError:  # the other ranks, and the run, are good all the same
+        return None
 
 
 @contextmanager

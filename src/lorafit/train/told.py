@@ -82,8 +82,9 @@ def _by_rank(found: list[dict[str, Any]]) -> list[str]:
     """The held-out loss of each rank that was trained to be used alone, as a small table."""
     if not found:
         return []
-    if found[0]["loss"] is None:
+    if not found[0]["rows"]:
         return [f"no rows to measure ranks {', '.join(str(entry['r']) for entry in found)} on: --eval names some"]
     width = len(str(found[-1]["r"]))
-    rows = [f"  r {entry['r']:>{width}}  {entry['loss']:.4f}" for entry in found]
-    return [f"held-out loss by rank ({format_count(found[0]['rows'])} rows):", *rows]
+    shown = ["not finite" if entry["loss"] is None else f"{entry['loss']:.4f}" for entry in found]
+    lines = [f"  r {entry['r']:>{width}}  {loss}" for entry, loss in zip(found, shown, strict=True)]
+    return [f"held-out loss by rank ({format_count(found[0]['rows'])} rows):", *lines]
