@@ -55,11 +55,12 @@ def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = Fa
     found = _of(spec, config)
     if not labels:
         return found
+    params = method_params(spec, config, labels, has_bias=padded or config.method == "head")
     return replace(
         found,
-        params=method_params(spec, config, labels),
+        params=params,
         per_token=found.per_token + padded * NORMS * spec.hidden,
-        owned=found.owned and method_params(spec, config, labels),
+        owned=found.owned and params,
         labels=labels,
         runs_once=config.method == "head",
         padded=padded,
