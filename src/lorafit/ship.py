@@ -56,7 +56,7 @@ def _with_head(config: MergeConfig, labels: Labels, console: Console) -> dict[st
     written = classifier.write(
         opened.model, opened.tokenizer, labels, Path(config.output), precision.DTYPES[config.dtype]
     )
-    form = f"a {written.form} of transformers" if written.form else f"a body and its head apart: {written.why}"
+    form = f"a {written.form} of transformers" if written.form else f"a body and its head apart, since {written.why}"
     lines = [
         f"merged {config.run} at scale {config.scale:g}: scores moved by {written.difference:.1e} of their norm "
         f"(rounding explains {written.tolerance:.1e})",
@@ -126,6 +126,12 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     found, run = find(config.run, None), RunDir(config.run)
     if found.adapter is None:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
+    labels = saved.labels_of(found.adapter)
+    if labels is not None:
+        raise ConfigError(
+            f"{config.run} {labels.told} and writes no text, and --format {config.format} is for models that do",
+            f"Write it for transformers by `lorafit merge {config.run} -o DIR`",
+        )
     request = Request(
         config=config,
         output=Path(config.output),

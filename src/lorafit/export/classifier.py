@@ -123,20 +123,13 @@ def _built(
 ) -> tuple[Any | None, str | None]:
     """Transformers' own model around the body, or why there is none."""
     config = model.config
-    found: Any
-    if labels.layer is not None:
-        return None, f"it reads layer {labels.layer}, and they read the last"
-    if labels.task == "tag":
-        found = transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), None)
-    elif labels.pooling == "last" and not isinstance(model, Pooled) and head.bias is None and labels.task != "regress":
-        found = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    elif labels.task == "regress":
-        return None, "a number's mean has no place in them"
-    else:
-        return (
-            None,
-            f"none reads {'the mean of all tokens' if labels.pooling == 'mean' else 'these tokens'} by a line alone",
-        )
+    if why := _why_apart(model, head, labels):
+        return None, why
+    tags, rows = (
+        transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    )
+    found: Any = (tags if labels.task == "tag" else rows).get(type(config), None)
     if found is None:
         return None, f"transformers has none for {config.model_type}"
     config.num_labels = len(labels.names)
@@ -153,6 +146,26 @@ def _built(
     if any(parameter.is_meta for parameter in built.parameters()):
         return None, f"{found.__name__} has more than a line behind the body"
     return built, None
+
+
+def _why_apart(model: Any, head: LabelHead, labels: Labels) -> str | None:
+    """Why no class of transformers could say the same; None where one may."""
+    if labels.layer is not None:
+        return f"it reads layer {labels.layer}, and a class of transformers reads the last"
+    if labels.task == "tag":
+        return None
+    if labels.task == "regress":
+        return "the mean of the numbers has no place in a class of transformers"
+    if isinstance(model, Pooled):
+        return WHY_POOLED[labels.pooling]
+    return None if head.bias is None else "it has a bias, and a decoder's class has none"
+
+
+WHY_POOLED = {
+    "mean": "no class of transformers reads the mean of all tokens",
+    "cls": "an encoder's class puts a layer of its own, which was never trained, before its head",
+    "last": "an encoder's class does not read the last token",
+}
 
 
 @torch.no_grad()
@@ -230,7 +243,7 @@ def _card(labels: Labels, form: str | None, why: str | None, unpooled: bool) -> 
         code = code.replace("{features}", FEATURES[labels.pooling])
         code = code.replace("{unpooled}", ", add_pooling_layer=False" if unpooled else "")
         code = code.replace("{bias}", ' + head["bias"]' if labels.bias else "")
-        what = f"A body, and its head in `{HEAD}`: {why}. It {labels.told}."
+        what = f"A body, and its head in `{HEAD}`, since {why}. It {labels.told}."
     if labels.task == "regress":
         told = '(told["mean"] + told["deviation"] * scores[:, 0]).tolist()'
     elif labels.several:
