@@ -105,3 +105,24 @@ def test_what_stands_at_the_output_is_never_replaced(runs: Path, tmp_path: Path)
     with pytest.raises(RunDirError):
         place = {"task": str(runs / "a.jsonl"), "output": str(tmp_path / "file"), "scales": [0]}
         adapters.scale(ScaleConfig(run=str(runs / "a"), **place), quiet(), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "ia3"}, "was trained by --method ia3, and only updates by LoRA"),
+        ({"method": "lora", "data": "labelled"}, r"tells 2 labels apart \(even, odd\), and a head of its own"),
+    ],
+)
+def test_what_is_no_update_by_lora_alone_is_not_added_up_or_cut(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    model, output = str(tiny.write_model(tmp_path / "model")), str(tmp_path / "run")
+    data = {"labelled": tiny.write_labelled(tmp_path / "l.jsonl", 8), "chat": tiny.write_chat(tmp_path / "c.jsonl", 8)}
+    given = {**settings, "data": str(data[settings.get("data", "chat")]), "model": model, "output": output}
+    config = TrainConfig(**given, max_steps=1, threads=1, precision="fp32")
+    train(config, {}, Start(False, False, time.time()), quiet())
+    with pytest.raises(ConfigError, match=said):
+        adapters.combine(CombineConfig(adapters=[output, output], output=str(tmp_path / "sum")), quiet())
+    with pytest.raises(ConfigError, match=said):
+        adapters.shrink(ShrinkConfig(run=output, r=1, output=str(tmp_path / "small")), quiet())

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorafit.config import ChatConfig, EvalConfig, ExportConfig, MergeConfig, TrainConfig, build, read_toml
+from lorafit.config import ChatConfig, EvalConfig, ExportConfig, TrainConfig, build, read_toml
 from lorafit.errors import ConfigError, DataError, LorafitError
 from lorafit.run import Start, train
-from lorafit.ship import export, merge
+from lorafit.ship import export
 from lorafit.use import chat, evaluate, print_evaluation
 from tests import tiny
 
@@ -273,7 +273,7 @@ def test_held_out_rows_of_another_label_are_refused_or_counted(places: dict[str,
     ("changed", "said"),
     [
         ({"data": "chat", "method": "head"}, "--method head trains a head of labels"),
-        ({"data": "chat", "task": "classify"}, "have no label"),
+        ({"data": "chat", "task": "classify"}, "has no label"),
         ({"data": "chat", "pooling": "mean", "model": "llama"}, "--pooling is given"),
         ({"data": "chat"}, "no causal language model"),
         ({"template": "chatml"}, "--template is for conversations"),
@@ -304,7 +304,6 @@ def test_a_run_of_labels_says_that_it_writes_no_text(trained: str, places: dict[
     console = Console(file=io.StringIO())
     for use in (
         lambda: chat(ChatConfig(target=trained), console, io.StringIO(""), io.StringIO()),
-        lambda: merge(MergeConfig(run=trained, output=str(tmp_path / "merged")), console),
         lambda: export(ExportConfig(run=trained, output=str(tmp_path / "x.gguf")), console),
     ):
         with pytest.raises(ConfigError, match=r"tells 2 labels apart \(even, odd\) and writes no text"):

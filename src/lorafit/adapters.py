@@ -178,9 +178,24 @@ def print_scales(found: dict[str, Any], out: Console) -> None:
 
 
 def _adapter(name: str) -> Path:
-    """The adapter of a run, or the directory itself."""
+    """The adapter of a run, or the directory itself. Raises ConfigError for one that is no update of LoRA alone."""
+    from lorafit.export import saved  # needs torch
+
     run = RunDir(name)
-    return run.adapter if run.exists else Path(name)
+    directory = run.adapter if run.exists else Path(name)
+    labels = saved.labels_of(directory)
+    if labels is not None:
+        raise ConfigError(
+            f"{name} {labels.told}, and a head of its own cannot be added up or brought to another rank",
+            "Give runs of --method lora that write text",
+        )
+    if (method := saved.method_of(directory)) != "lora":
+        raise ConfigError(
+            f"{name} was trained by --method {method}, and only updates by LoRA can be added up or brought to another "
+            "rank",
+            "Give runs of --method lora",
+        )
+    return directory
 
 
 def _loss(config: ShrinkConfig, target: str, console: Console) -> float:

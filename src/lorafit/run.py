@@ -112,12 +112,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             _check_same_run(earlier.identity, identity, console)
         print_config(config, source, chosen, console)
 
-        adds = trained.of(
-            inputs.spec,
-            gated.as_attached(config),
-            len(labels.names if labels else ()),
-            padded=is_encoder or pooling != "last",
-        )
+        padded = is_encoder or pooling != "last"
+        adds = trained.of(inputs.spec, gated.as_attached(config), len(labels.names) if labels else 0, padded)
         SLABS.reserve(memory.reserved_bytes(inputs.spec, adds, chosen["precision"]))
         dtype = precision.DTYPES[chosen["precision"]]
         loaded = model_load.load(
@@ -133,11 +129,11 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, predicted = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        layer = chosen.get("layer", config.layer)
-        told = Labels(**{**asdict(labels), "pooling": pooling, "layer": layer}) if labels else None
-        if told:
-            if config.probe and layer is None:
-                told = replace(told, layer=check_layer(loaded.model, None))
+        told = None
+        if labels:
+            layer = chosen.get("layer", check_layer(loaded.model, None) if config.probe else config.layer)
+            more: dict[str, Any] = {"pooling": pooling, "layer": layer, "bias": padded or config.method == "head"}
+            told = Labels(**asdict(labels), **more)
             loaded = replace(loaded, model=cast("PreTrainedModel", put_head(loaded.model, told, config.seed)))
         attached = gated.attach(loaded.model, config)
         method = table.of(loaded.model)

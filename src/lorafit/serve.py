@@ -200,6 +200,9 @@ def _base(target: Target) -> model_spec.ModelSpec:
     """The base of a target, the one it was trained on. Raises ModelError, AdapterError."""
     spec = read_base(target.text, target.found)
     check_same_model(target.text, target.found, spec)
+    labels = saved.labels_of(target.found.adapter) if target.found.adapter is not None else None
+    if labels is not None:
+        raise ConfigError(f"{target.text} {labels.told} and writes no text", "Leave it out; `lorafit eval` uses it")
     if target.found.adapter is not None and saved.method_of(target.found.adapter) == "full":
         raise AdapterError(
             f"{target.text} was trained by --method full: it is another model, and no adapter beside its base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from lorafit import shipping
 from lorafit.config import ExportConfig, MergeConfig
 from lorafit.engine import precision
 from lorafit.errors import AdapterError, ConfigError, did_you_mean, listed
-from lorafit.export import gguf_same
+from lorafit.export import classifier, gguf_same, saved
 from lorafit.export import merge as export_merge
 from lorafit.export.exporters import EXPORTERS
 from lorafit.export.request import Request
+from lorafit.methods.labels import Labels
 from lorafit.plan import machine
 from lorafit.rundir import RunDir
 from lorafit.shipping import Task
@@ -36,10 +38,34 @@ def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
     spec = read_base(config.run, found)
     if found.adapter is None:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
+    labels = saved.labels_of(found.adapter)
+    if labels is not None:
+        return _with_head(config, labels, console)
     shipping.check(config, found, spec)
     if why := shipping.why_stream(config, found, spec):
         return shipping.stream(config, found, spec, why, console)
     return _in_memory(config, console)
+
+
+def _with_head(config: MergeConfig, labels: Labels, console: Console) -> dict[str, Any]:
+    """A run with a head: body and head in transformers' class, or beside each other. See `export.classifier`."""
+    for name in ("into", "stream", "data", "rows", "force"):
+        if getattr(config, name) != MergeConfig.model_fields[name].default:
+            raise ConfigError(f"--{name} is given, and {config.run} {labels.told} and writes no text", "Leave it out")
+    opened = open_target(config.run, None, config.scale, "fp32", config.trust_remote_code, console, labelled=True)
+    written = classifier.write(
+        opened.model, opened.tokenizer, labels, Path(config.output), precision.DTYPES[config.dtype]
+    )
+    form = f"a {written.form} of transformers" if written.form else f"a body and its head apart, since {written.why}"
+    lines = [
+        f"merged {config.run} at scale {config.scale:g}: scores moved by {written.difference:.1e} of their norm "
+        f"(rounding explains {written.tolerance:.1e})",
+        f"wrote {config.output}, {form}; the code that reads it is in its README.md",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    told = {"run": config.run, "base": opened.base, "output": config.output, "scale": config.scale}
+    return told | {"dtype": config.dtype, "into": config.into, "way": "labels", "task": labels.task} | asdict(written)
 
 
 def _in_memory(config: MergeConfig, console: Console) -> dict[str, Any]:
@@ -100,6 +126,12 @@ def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     found, run = find(config.run, None), RunDir(config.run)
     if found.adapter is None:
         raise AdapterError(f"{config.run} is a model without an adapter", "Give the directory of `lorafit train -o`")
+    labels = saved.labels_of(found.adapter)
+    if labels is not None:
+        raise ConfigError(
+            f"{config.run} {labels.told} and writes no text, and --format {config.format} is for models that do",
+            f"Write it for transformers by `lorafit merge {config.run} -o DIR`",
+        )
     request = Request(
         config=config,
         output=Path(config.output),

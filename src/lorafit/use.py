@@ -114,7 +114,7 @@ def open_target(
     if labels and not labelled:
         raise ConfigError(
             f"{target} {labels.told} and writes no text",
-            f"Use it by `lorafit eval {target} DATA`",
+            f"Use it by `lorafit eval {target} DATA`; `lorafit merge {target} -o DIR` writes it for transformers",
         )
     if found.adapter is None and scale != 1:
         raise ConfigError(

@@ -102,7 +102,7 @@ def _in_use(found: Found) -> list[tuple[str, ...]]:
         times = (_latency(at.get(key), at.get(f"base_{key}")) for key in LATENCIES)
         rows.append((method["name"], "-" if lost is None else f"{lost:+.3f}", *times))
     for name, floor in found["floors"].items():
-        own, base = floor["latency_s"], found["floors"].get("untuned", floor)["latency_s"]
+        own, base = floor["latency_s"], found["floors"].get("untuned", {}).get("latency_s", {})
         if own:
             rows.append((floor_name(name, floor), "", *(_latency(own.get(key), base.get(key)) for key in LATENCIES)))
     return rows
@@ -146,8 +146,10 @@ def remark(method: Found, found: Found) -> str:
 
 
 def _latency(own_s: float | None, base_s: float | None) -> str:
-    if own_s is None or base_s is None:
+    if own_s is None:
         return "-"
+    if base_s is None:
+        return f"{1000 * own_s:.1f} ms"
     return f"{1000 * own_s:.1f} ms ({own_s / base_s:.2f}x)"
 
 

@@ -194,7 +194,7 @@ class Known(Rows):
     def __init__(self, rows: Sequence[Encoded], first: int) -> None:
         self.rows, self.first = rows, first
         self.starts = starts_of(rows)
-        self.targets = np.concatenate([row.input_ids[row.supervised] for row in rows]).astype(np.int64)
+        self.targets = targets_of(rows)
         self.tokens = lengths(rows) - np.diff(self.starts)
 
     def __len__(self) -> int:
@@ -252,6 +252,11 @@ def starts_of(rows: Sequence[Encoded]) -> NDArray[np.int64]:
     """Where each row's predicted cells begin among those of all rows, and where the last one's end: (rows + 1,)."""
     counts = rows.fact("supervised") if isinstance(rows, Tokens) else [int(row.supervised.sum()) for row in rows]
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def targets_of(rows: Sequence[Encoded]) -> NDArray[np.int64]:
+    """What all rows' predicted cells say, one after the other."""
+    return np.concatenate([row.input_ids[row.supervised] for row in rows]).astype(np.int64)
 
 
 class Writer:

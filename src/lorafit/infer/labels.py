@@ -185,7 +185,7 @@ def scores_of(
     given = led(rows, lead_of(engine.model))
     starts = starts_of(rows)
     count = int(starts[-1])
-    scores, targets = torch.empty(count, len(head.bias)), torch.empty(count, dtype=torch.int64)
+    scores, targets = torch.empty(count, len(head.weight)), torch.empty(count, dtype=torch.int64)
     for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
         places = pair_numbers(batch, starts)
         scores[places], targets[places] = head(engine.head_inputs(batch)).cpu(), batch.targets

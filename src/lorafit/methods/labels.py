@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafit.engine.batch import WIDTH_STEP, Packing
 from lorafit.engine.engine import Engine, prepare
-from lorafit.errors import AdapterError, ConfigError, MergeError, listed
+from lorafit.errors import AdapterError, ConfigError, listed
 from lorafit.methods.depth import check_layer, hidden_at
 from lorafit.methods.method import Attached, Method
 from lorafit.units import format_count
@@ -41,7 +41,7 @@ class Labels:
 
     several: whether any number of labels may hold of a row. task: classify, regress or tag. mean, deviation: of the
     training rows' numbers, by which they are standardised. layer: whose hidden states are read, see `methods.depth`;
-    None for the last.
+    None for the last. bias: whether the head has one; as a rule not in the place of an output head, which has none.
     """
 
     names: tuple[str, ...]
@@ -51,6 +51,7 @@ class Labels:
     mean: float = 0.0
     deviation: float = 1.0
     layer: int | None = None
+    bias: bool = True
 
     @property
     def kind(self) -> str:
@@ -70,15 +71,17 @@ class LabelHead(nn.Module):
     """Scores = W x + b in float32, whatever the type of x. x: (..., hidden). Returns (..., labels).
 
     weight: (labels, hidden), bias: (labels,). kind: of the loss, one of LOSSES. While features are standardised, x is
-    (x - mean) / deviation there; `fold` makes that a part of W and b.
+    (x - mean) / deviation there; `fold` makes that a part of W and b. has_bias: whether there is a b.
     """
 
-    def __init__(self, hidden: int, labels: int, seed: int, kind: str = "one") -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, hidden: int, labels: int, seed: int, kind: str = "one", has_bias: bool = True) -> None:
         super().__init__()
         self.kind = kind
         first = torch.randn(labels, hidden, generator=torch.Generator().manual_seed(seed % 2**63))
         self.weight = nn.Parameter(FIRST_DEVIATION * first)
-        self.bias = nn.Parameter(torch.zeros(labels))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(labels)) if has_bias else None)
         self.standard: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,12 +102,26 @@ class LabelHead(nn.Module):
         self.standard = mean.to(own), torch.where(varies, deviation, torch.ones_like(deviation)).to(own)
 
     @torch.no_grad()
+    def start_at_shares(self, targets: Tensor) -> None:
+        """Let a row of mean features be given each label with its share of the rows, whose standardised numbers mean 0.
+
+        Features that are centred say nothing of it, and a bias alone is slow to learn it. targets: as of `nll`.
+        """
+        if self.kind == "number" or self.bias is None:
+            return
+        some = torch.empty(len(targets), len(self.bias))
+        held = bits(targets, some) if self.kind == "several" else F.one_hot(targets, len(self.bias)).to(some)
+        share = (held.sum(0) + 0.5) / (len(targets) + 1)  # of a label that rows held out alone have: not 0
+        self.bias.copy_(share.logit() if self.kind == "several" else share.log())
+
+    @torch.no_grad()
     def fold(self) -> None:
         """The same scores of features as they are: W / deviation, and b - W mean / deviation."""
         if self.standard is None:
             return
         mean, deviation = (one.double() for one in self.standard)
         wide = self.weight.double() / deviation
+        assert self.bias is not None  # of a head alone
         self.bias.copy_(self.bias.double() - wide @ mean)
         self.weight.copy_(wide)
         self.standard = None
@@ -219,7 +236,7 @@ def pooling_of(wanted: str, is_encoder: bool, method: str, task: str = "classify
 
 def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
     """The model with a fresh head. Returns the model itself, or a `Pooled` around its body."""
-    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.kind)  # type: ignore[union-attr, operator]
+    head = LabelHead(int(model.config.get_text_config().hidden_size), len(labels.names), seed, labels.kind, labels.bias)  # type: ignore[union-attr, operator]
     head.to(next(model.parameters()).device)
     writes_text = model.get_output_embeddings() is not None  # type: ignore[operator]
     if labels.layer is not None:
@@ -228,13 +245,15 @@ def put_head(model: nn.Module, labels: Labels, seed: int) -> nn.Module:
         model.set_output_embeddings(head)  # type: ignore[operator]
         made = model
     else:
-        made = Pooled(_body(model), head, labels.pooling, writes_text, labels.layer)
+        made = Pooled(body_of(model), head, labels.pooling, writes_text, labels.layer)
     object.__setattr__(made, ATTRIBUTE, head)  # not a second place for its parameters
     return made
 
 
-def _body(model: nn.Module) -> nn.Module:
-    """What gives hidden states: the model itself, or what is inside of one that writes text."""
+def body_of(model: nn.Module) -> nn.Module:
+    """What gives hidden states: the model itself, or what is inside of one that writes text, or has a head."""
+    if isinstance(model, Pooled):
+        return model.body
     return cast(nn.Module, getattr(model, str(getattr(model, "base_model_prefix", "")), model))
 
 
@@ -279,7 +298,6 @@ def with_head(inner: Method) -> Method:
         trainable=lambda model: inner.trainable(model) | _own(model),
         state=lambda model: inner.state(model) | {n: p.detach().to("cpu", copy=True) for n, p in _own(model).items()},
         load_state=load_state,
-        merge=_no_merge,
     )
 
 
@@ -287,7 +305,7 @@ def attached_with(model: nn.Module, head: LabelHead, attached: Attached) -> Atta
     """What a method did to a model that has a head already, the head included. Lets the head train."""
     head.requires_grad_(True)
     count = sum(parameter.numel() for parameter in head.parameters())
-    outputs = "one number" if head.kind == "number" else f"{format_count(len(head.bias))} labels"
+    outputs = "one number" if head.kind == "number" else f"{format_count(len(head.weight))} labels"
     summary = f"{attached.summary}, and a head of {outputs}"
     return replace(
         attached,
@@ -313,7 +331,3 @@ def _check(own: Mapping[str, nn.Parameter], given: Mapping[str, Tensor]) -> None
             )
         if not given[name].isfinite().all():
             raise AdapterError(f"{name} holds values that are not finite", "Save the run again, or train it again")
-
-
-def _no_merge(model: nn.Module) -> None:
-    raise MergeError("a model with a head of labels is not merged", "Use the run as it is, by `lorafit eval`")

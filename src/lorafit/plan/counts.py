@@ -169,9 +169,9 @@ def bitfit_params(spec: ModelSpec) -> int:
     return sum(own) or sum(out for out, _ in matrices(spec).values())
 
 
-def head_params(spec: ModelSpec, labels: int) -> int:
-    """A row of weights and a bias for each label."""
-    return labels * (spec.hidden + 1)
+def head_params(spec: ModelSpec, labels: int, has_bias: bool = True) -> int:
+    """A row of weights and perhaps a bias for each label."""
+    return labels * (spec.hidden + has_bias)
 
 
 def body_params(spec: ModelSpec) -> int:
@@ -180,17 +180,17 @@ def body_params(spec: ModelSpec) -> int:
     return sum(map(prod, own.values()))
 
 
-def method_params(spec: ModelSpec, config: MethodConfig, labels: int = 0) -> int:
+def method_params(spec: ModelSpec, config: MethodConfig, labels: int = 0, has_bias: bool = True) -> int:
     """What a method trains with these settings, on its usual layers in the blocks of --layers.
 
-    labels: of a head beside it.
+    labels: of a head beside it. has_bias: whether that has one.
     """
     if config.layers is not None:
         own = method_params(within(spec, config.layers), config.model_copy(update={"layers": None}))
-        return own + head_params(spec, labels) if labels else own
+        return own + head_params(spec, labels, has_bias) if labels else own
     if labels:
         own = body_params(spec) if config.method == "full" else method_params(spec, config)
-        return own + head_params(spec, labels)
+        return own + head_params(spec, labels, has_bias)
     counts: dict[str, Callable[[], int]] = {
         "lora": lambda: VARIANT_PARAMS[config.variant](spec, config.r),
         "adapter": lambda: adapter_params(spec, config.bottleneck, config.variant),

@@ -64,7 +64,7 @@ def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = Fa
     )
     if not labels:
         return found
-    params = method_params(spec, config, labels)
+    params = method_params(spec, config, labels, has_bias=padded or config.method == "head")
     return replace(
         found,
         params=params,

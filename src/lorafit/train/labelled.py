@@ -23,7 +23,7 @@ from lorafit.data.labels import Names, names_of, task_of
 from lorafit.data.load import Source
 from lorafit.data.pack import micro_batches, pair_numbers
 from lorafit.data.preflight import counts_of
-from lorafit.data.store import Encoded, Known, lengths, starts_of
+from lorafit.data.store import Encoded, Known, lengths, starts_of, targets_of
 from lorafit.engine import precision
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine
@@ -132,7 +132,8 @@ def look_once(
             style="yellow",
             highlight=False,
         )
-        standardise(head, (engine.head_inputs(batch) for batch in feature_batches(engine, rows, micro_tokens)))
+        parts = (engine.head_inputs(batch) for batch in feature_batches(engine, rows, micro_tokens))
+        standardise(head, parts, torch.from_numpy(targets_of(rows)))
         return None
     directory.mkdir(parents=True, exist_ok=True)
     kept = np.memmap(directory / "features.bin", dtype=np.float32, mode="w+", shape=(count, engine.hidden))
@@ -140,7 +141,7 @@ def look_once(
     started, counted = time.perf_counter(), TALLY.flop
     tokens = _fill(engine, rows, micro_tokens, table[:own])
     spent, flop = time.perf_counter() - started, TALLY.flop - counted
-    standardise(head, torch.split(table[:own], ROWS_AT_ONCE))
+    standardise(head, torch.split(table[:own], ROWS_AT_ONCE), torch.from_numpy(targets_of(rows)))
     if held_out:
         _fill(engine, held_out, micro_tokens, table[own:])
     console.print(
@@ -169,10 +170,10 @@ def feature_batches(engine: Engine, rows: Sequence[Encoded], micro_tokens: int) 
         yield from micro_batches(rows, order[first : first + ROWS_AT_ONCE].tolist(), micro_tokens, engine.packing)
 
 
-def standardise(head: LabelHead, parts: Iterable[Tensor]) -> None:
-    """Let the head read features by their mean and deviation over the training rows. parts: (some, hidden) each.
+def standardise(head: LabelHead, parts: Iterable[Tensor], targets: Tensor) -> None:
+    """Let a fresh head read features by their mean and deviation over the training rows, and begin at labels' shares.
 
-    Sums in float64, in which squares cancel well enough.
+    parts: (some, hidden) each. Sums in float64, in which squares cancel well enough. targets: of all of them.
     """
     count, width = 0, head.weight.shape[1]
     sums = torch.zeros(2, width, dtype=torch.float64)
@@ -182,6 +183,7 @@ def standardise(head: LabelHead, parts: Iterable[Tensor]) -> None:
         sums += torch.stack([wide.sum(0), wide.square().sum(0)])
     mean, square = sums / count
     head.standardise(mean, (square - mean.square()).clamp(min=0).sqrt())
+    head.start_at_shares(targets)
 
 
 def labelled_facts(

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorafit.config import TrainConfig, parse_bytes
 from lorafit.data.batching import step_rows
 from lorafit.data.pack import pair_numbers
-from lorafit.data.store import Encoded, starts_of
+from lorafit.data.store import Encoded, starts_of, targets_of
 from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
@@ -50,8 +50,7 @@ class Side:
         starts = starts_of(rows)
         shape = (layers, int(starts[-1]), hidden)
         table = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
-        targets = np.concatenate([row.input_ids[row.supervised] for row in rows]).astype(np.int64)
-        return cls(table, torch.from_numpy(targets), starts)
+        return cls(table, torch.from_numpy(targets_of(rows)), starts)
 
 
 def probe(
@@ -160,7 +159,7 @@ def _trained(side: Side, layer: int, labels: Labels, config: TrainConfig) -> Lab
     """A head on a layer's features, trained as the run's own will be."""
     features = side.features[layer]
     head = LabelHead(features.shape[1], len(labels.names), config.seed, labels.kind)
-    standardise(head, torch.split(features, ROWS_AT_ONCE))
+    standardise(head, torch.split(features, ROWS_AT_ONCE), side.targets)
     parameters: list[Tensor] = list(head.parameters())
     optimizer = adamw(parameters, config.lr, (config.beta1, config.beta2), config.weight_decay, [1.0, 1.0])
     rows = len(side.starts) - 1
