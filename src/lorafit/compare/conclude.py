@@ -16,6 +16,10 @@ from lorafit.units import format_bytes, format_count, format_seconds
 # Costs nearer than this, as a share of the larger, are no reason to prefer one method.
 ALIKE = 0.1
 ONE_SEED = "one seed each: the intervals are those of other rows, and say nothing of other seeds, which may differ more"
+SHARED = (
+    "* times and latencies of trials that ran beside others, maybe on unlike machines: a small difference between "
+    "methods may be theirs"
+)
 FLOOR_NAMES = {"untuned": "the untuned base", "few_shot": "the base with examples in its prompt"}
 Found = dict[str, Any]
 
@@ -52,7 +56,8 @@ def conclude(study: Study) -> Found:
     }
     recommended, reason = _recommend(found, verdict, study)
     most = max((len(one.runs) for one in study.candidates), default=0)
-    notes = [*study.notes, ONE_SEED] if most == 1 else study.notes
+    notes = [*study.notes, ONE_SEED] if most == 1 else list(study.notes)
+    notes += [SHARED] if any(method["times_shared"] for method in methods) else []
     return found | {"recommended": recommended, "reason": reason, "notes": notes}
 
 
@@ -122,6 +127,7 @@ def _floor(record: Record, scores: Mapping[str, Scores], metric: str) -> Found:
         "shots": record.get("shots", 0),
         "keep_loss": _mean(kept) if kept else None,
         "latency_s": {name: record["latency_s"][name] for name in ("first_token", "per_token")},
+        "times_shared": record.get("together", False),
     }
 
 
@@ -145,7 +151,7 @@ def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scor
     }
     figures = ("quality", "trainable_params", "file_bytes", "peak_rss_bytes", "train_s", "flop", "latency_s")
     if not one.runs:
-        return found | dict.fromkeys((*figures, "keep_loss", "forgetting"))
+        return found | {"times_shared": False} | dict.fromkeys((*figures, "keep_loss", "forgetting"))
     results = [run["result"] for run in one.runs]
     kept = float(np.mean([_mean(run["measured"]["keep"]) for run in one.runs]))
     return found | {
@@ -156,6 +162,7 @@ def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scor
         "train_s": float(np.median([result["train_s"] for result in results])),
         "flop": results[0]["flop"],
         "latency_s": one.runs[0]["measured"]["latency_s"],  # another seed is as fast
+        "times_shared": any(record.get("together", False) for run in one.runs for record in (run, run["measured"])),
         "keep_loss": kept,
         "forgetting": kept - _mean(study.floors["untuned"]["keep"]),
     }

@@ -88,7 +88,7 @@ def _training(method: Found) -> tuple[str, ...]:
         format_count(method["trainable_params"]),
         format_bytes(method["file_bytes"]),
         format_bytes(method["peak_rss_bytes"]),
-        format_seconds(method["train_s"]),
+        format_seconds(method["train_s"]) + _mark(method),
         format_flop(method["flop"]),
     )
 
@@ -98,11 +98,11 @@ def _in_use(found: Found) -> list[tuple[str, ...]]:
     keys = ("first_token", "per_token")
     for method in _measured(found):
         at = method["latency_s"]
-        times = (_latency(at[key], at[f"base_{key}"]) for key in keys)
+        times = (_latency(at[key], at[f"base_{key}"]) + _mark(method) for key in keys)
         rows.append((method["name"], f"{method['forgetting']:+.3f}", *times))
     for name, floor in found["floors"].items():
         own, base = floor["latency_s"], found["floors"]["untuned"]["latency_s"]
-        rows.append((floor_name(name, floor), "", *(_latency(own[key], base[key]) for key in keys)))
+        rows.append((floor_name(name, floor), "", *(_latency(own[key], base[key]) + _mark(floor) for key in keys)))
     return rows
 
 
@@ -140,6 +140,11 @@ def remark(method: Found, found: Found) -> str:
     if method["quality"] and len(method["seeds"]) < found["seeds"]:
         parts.append(f"{len(method['seeds'])} of {found['seeds']} seeds")
     return ", ".join(parts)
+
+
+def _mark(method: Found) -> str:
+    """On times of trials that ran beside others; a note says what it means."""
+    return "*" if method.get("times_shared") else ""
 
 
 def _latency(own_s: float, base_s: float) -> str:
