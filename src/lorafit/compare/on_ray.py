@@ -123,7 +123,8 @@ def _knock(address: str) -> None:
 def _nobody(address: str, error: BaseException) -> ConfigError:
     return ConfigError(
         f"--ray {address!r}: there is no cluster to connect to: {_first_line(error)}",
-        "Start one by `ray start --head` and give its address, or `local` for this machine alone",
+        "Start one by `ray start --head` and give its address (and set RAY_AUTH_MODE=token if it wants a token), or "
+        "`local` for this machine alone",
     )
 
 
