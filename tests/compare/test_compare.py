@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -319,7 +320,7 @@ def started(config: CompareConfig, *more: str) -> subprocess.Popen[str]:
 
 def soon(what: Callable[[], list[Any]], process: subprocess.Popen[str], log: Path) -> list[Any]:
     """What there is, once there is something. log: of the process, which must not end before."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while not (found := what()):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
@@ -336,26 +337,30 @@ def workers(ray: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def test_on_a_cluster_a_comparison_that_was_killed_and_lost_a_worker_ends_as_one_left_alone(
+def test_on_a_cluster_what_is_missing_is_run_even_if_a_worker_dies_and_the_rest_stands(
     inputs: dict[str, str], cluster: tuple[str, psutil.Process], alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     address, ray = cluster
-    directory, log = tmp_path / "c", tmp_path / "c.log"
-    first = started(config(inputs, directory, ray=address))
-    soon(lambda: list(directory.glob("trials/*/lr-*.json")), first, log)
-    first.kill()
-    first.communicate()
+    directory, log = Path(shutil.copytree(alone[0], tmp_path / "c")), tmp_path / "c.log"
+    missing = [
+        "base/few_shot.json",
+        *(f"{name}/seed-0{end}" for name in ("lora", "prompt") for end in (".json", ".measured.json")),
+    ]
+    for name in missing:
+        (directory / "trials" / name).unlink()
+    for run in directory.glob("trials/*/seed-0"):
+        shutil.rmtree(run)
     before = {path: path.read_text() for path in directory.glob("trials/*/*.json")}
-    again = started(config(inputs, directory, ray=address), "--resume")
-    soon(lambda: [one.kill() for one in workers(ray)], again, log)
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, log.read_text()
+    process = started(config(inputs, directory, ray=address), "--resume")
+    killed = soon(lambda: [one.kill() or one.pid for one in workers(ray)], process, log)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and killed, log.read_text()
     found = json.loads(out)
     assert {path: path.read_text() for path in before} == before
     assert all(method["times_shared"] for method in found["methods"])
     assert any(note.startswith("*") for note in found["notes"])
-    elsewhere = {"times_shared": True, "notes": found["notes"], "model": inputs["model"], "data": inputs["data"]}
-    assert shared(without_times(found)) == shared(without_times(alone[1]) | elsewhere)
+    own = {"notes": found["notes"], "model": inputs["model"], "data": inputs["data"]}
+    assert shared(without_times(found)) == shared(without_times(alone[1]) | own)
 
 
 def shared(found: dict[str, Any]) -> dict[str, Any]:

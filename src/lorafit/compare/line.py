@@ -100,6 +100,8 @@ def _cluster(config: CompareConfig) -> Iterator[Cluster | None]:
     cluster = connect(config.ray, config.threads)
     try:
         yield cluster
+    except KeyboardInterrupt:
+        raise child.interrupted() from None
     finally:
         cluster.close()
 
