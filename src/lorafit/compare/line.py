@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def _cluster(config: CompareConfig) -> Iterator[Cluster | None]:
         return
     cluster = connect(config.ray, config.threads)
     try:
-        yield cluster
+        with redirect_stdout(sys.stderr):  # Ray tells there of workers that died, and stdout is for the result
+            yield cluster
     except KeyboardInterrupt:
         raise child.interrupted() from None
     finally:

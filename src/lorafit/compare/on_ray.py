@@ -10,8 +10,10 @@ import importlib
 import os
 import secrets
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,36 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "
 RETRIES = 1
 CHECK = ".ray"
 KNOCK_S = 5.0
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ray, connected. cpus: that a trial takes. slots: trials that run at the same time."""
+    """Ray, connected. cpus: that a trial takes. slots: trials that run at the same time.
+
+    under_way: tasks that a thread waits for. stopping: set when they are to be given up.
+    """
 
     ray: Any
     cpus: int
     slots: int
+    under_way: set[Any] = field(default_factory=set)
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def call(self, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: Path) -> dict[str, Any]:
         """As `child.call`, on some node. A worker that died is Killed: the trial may be run again."""
         task = self.ray.remote(num_cpus=self.cpus, max_retries=RETRIES)(_on_worker)
+        said = task.remote(work, arguments, str(log))
+        self.under_way.add(said)
         try:
-            kind, value = self.ray.get(task.remote(work, arguments, str(log)))
+            while not self.ray.wait([said], timeout=POLL_S)[0]:
+                if self.stopping.is_set():
+                    raise child.Killed("it was given up")
+            kind, value = self.ray.get(said)
         except self.ray.exceptions.RayError as error:
             raise child.Killed(f"its Ray worker died: {_first_line(error)}; see {log}") from None
+        finally:
+            self.under_way.discard(said)
         if kind == "done":
             found: dict[str, Any] = value
             return found
@@ -76,7 +91,10 @@ class Cluster:
             (directory / CHECK).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End what is under way on it."""
+        """End what is under way on it. Ray ends this process if a thread still asks it for something afterwards."""
+        self.stopping.set()
+        while self.under_way:
+            time.sleep(POLL_S / 4)
         self.ray.shutdown()
 
 
