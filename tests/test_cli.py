@@ -228,12 +228,14 @@ def test_the_readme_example_on_digits_runs_and_learns(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
-    assert lines["detached"].split() == lines["base"].split()
-    assert lines["loaded"].split() == lines["scale 1.0"].split()
-    base, tuned = (float(lines[name].split()[-1].rstrip("%")) for name in ("base", "loaded"))
-    assert base < 10
-    assert tuned > 70
+    for part in done.stdout.strip().split("\n\n"):
+        lines = part.splitlines()
+        rows = {line[:20].strip(): tuple(float(cell.rstrip("%")) for cell in line.split()[-2:]) for line in lines[1:-1]}
+        assert rows["LoRA, scale 0.0"] == rows["detached"] == rows["base"]
+        assert rows["LoRA, scale 1.0"] == rows["merged"] == rows["loaded"] == rows["LoRA"]
+        assert rows["base"][0] > 85 and rows["base"][1] < 15
+        assert all(rows[way][1] > 75 for way in ("head alone", "LoRA", "all weights"))
+        assert float(lines[-1].split()[-3]) < 1e-3  # merged against unmerged, in float32
 
 
 @pytest.mark.parametrize(

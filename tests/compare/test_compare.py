@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
-from lorafit.compare import child, line
+import lorafit
+from lorafit.compare import child, line, on_ray
 from lorafit.compare.line import compare
 from lorafit.config import CompareConfig, EvalConfig
-from lorafit.errors import CheckpointError, DataError, RunDirError
+from lorafit.errors import CheckpointError, ConfigError, DataError, RunDirError
 from lorafit.use import evaluate
 from tests import tiny
 
@@ -244,3 +252,140 @@ def test_a_child_says_why_it_ended(tmp_path: Path) -> None:
     with pytest.raises(child.Refused, match=r"this cannot be used. Mend it."):
         child.call(refuse, (), tmp_path / "b.log")
     assert "on the way" in (tmp_path / "b.log").read_text()
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray of two CPUs that only this machine reaches: its address, and its process. Its sockets need a short path."""
+    with socket.socket() as free, tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        flags = (
+            "--head",
+            "--node-ip-address=127.0.0.1",
+            "--block",
+            "--num-cpus=2",
+            f"--port={port}",
+            "--include-dashboard=false",
+            "--disable-usage-stats",
+        )
+        command = [str(Path(sys.executable).parent / "ray"), "start", *flags, f"--temp-dir={directory}"]
+        said = tmp_path_factory.mktemp("ray") / "said"
+        with said.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=on_cluster())
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in said.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+        own = psutil.Process(process.pid)
+        address = re.search(r"--address='([^']+)'", said.read_text())
+        assert address
+        yield address[1], own
+        process.terminate()
+        process.wait(30)
+
+
+TOKEN = secrets.token_hex(32)
+
+
+def on_cluster() -> dict[str, str]:
+    """The environment of Ray and of who talks to it: the code that is tested, and a token of this test's own."""
+    source = os.pathsep.join([str(Path(lorafit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": source, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+
+
+def started(config: CompareConfig, *more: str) -> subprocess.Popen[str]:
+    """`lorafit compare` with these settings, as a user starts it; its object goes to a pipe."""
+    given = config.model_dump(exclude={"model", "data", "methods", "rename"}, exclude_unset=True)
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [
+        sys.executable,
+        "-m",
+        "lorafit",
+        "compare",
+        config.model,
+        config.data,
+        "--methods",
+        ",".join(config.methods),
+    ]
+    log = Path(f"{config.output}.log")
+    with log.open("a") as said:
+        command += [*flags, *more, "--json"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=on_cluster())
+
+
+def soon(what: Callable[[], list[Any]], process: subprocess.Popen[str], log: Path) -> list[Any]:
+    """What there is, once there is something. log: of the process, which must not end before."""
+    deadline = time.monotonic() + 500
+    while not (found := what()):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    return found
+
+
+def workers(ray: psutil.Process) -> list[psutil.Process]:
+    """Those that run a trial: with a child of their own."""
+    found = []
+    for one in ray.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if one.name().startswith("ray::") and one.children():
+                found.append(one)
+    return found
+
+
+def test_on_a_cluster_what_is_missing_is_run_even_if_a_worker_dies_and_the_rest_stands(
+    inputs: dict[str, str], cluster: tuple[str, psutil.Process], alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    address, ray = cluster
+    directory, log = Path(shutil.copytree(alone[0], tmp_path / "c")), tmp_path / "c.log"
+    missing = [
+        "base/few_shot.json",
+        *(f"{name}/seed-0{end}" for name in ("lora", "prompt") for end in (".json", ".measured.json")),
+    ]
+    for name in missing:
+        (directory / "trials" / name).unlink()
+    for run in directory.glob("trials/*/seed-0"):
+        shutil.rmtree(run)
+    before = {path: path.read_text() for path in directory.glob("trials/*/*.json")}
+    process = started(config(inputs, directory, ray=address), "--resume")
+    killed = soon(lambda: [one.kill() or one.pid for one in workers(ray)], process, log)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and killed, log.read_text()
+    found = json.loads(out)
+    assert {path: path.read_text() for path in before} == before
+    assert all(method["times_shared"] for method in found["methods"])
+    assert any(note.startswith("*") for note in found["notes"])
+    own = {"notes": found["notes"], "model": inputs["model"], "data": inputs["data"]}
+    assert shared(without_times(found)) == shared(without_times(alone[1]) | own)
+
+
+def shared(found: dict[str, Any]) -> dict[str, Any]:
+    """Without the marks of times."""
+    return json.loads(re.sub(r'"times_shared": (true|false)', '"times_shared": null', json.dumps(found)))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"), [("127.0.0.1:1", "Connection refused"), ("nonsense", "no cluster to connect to")]
+)
+def test_a_cluster_that_is_not_there_is_said_before_anything_is_written(
+    address: str, said: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compare(config(inputs, tmp_path / "c", ray=address), False, quiet(), None)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_node_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "check").write_text("told")
+    check, here = str(tmp_path / "check"), {"lorafit": "1"}
+    assert on_ray._reached(check, "told", [check], lambda: here, here) is None
+    assert "does not see" in str(on_ray._reached(check, "of another comparison", [], lambda: here, here))
+    assert "does not see" in str(on_ray._reached(str(tmp_path / "gone"), "told", [], lambda: here, here))
+    assert "cannot reach /gone/rows" in str(on_ray._reached(check, "told", ["/gone/rows"], lambda: here, here))
+    assert "another model" in str(on_ray._reached(check, "told", [], lambda: {"lorafit": "2"}, here))
+    missing = on_ray._reached(check, "told", [], lambda: on_ray.what_is_there("/gone/model"), here)
+    assert "cannot read the model" in str(missing)

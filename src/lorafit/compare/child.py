@@ -54,12 +54,12 @@ def call(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: P
     except KeyboardInterrupt:
         process.join(SAVING_S)
         process.kill()
-        raise _interrupted() from None
+        raise interrupted() from None
     if said is None:
         raise Killed(f"its process ended with {process.exitcode} (-9: killed, mostly for want of memory); see {log}")
     kind, value = said
     if kind == "interrupted":
-        raise _interrupted()
+        raise interrupted()
     if kind == "refused":
         raise Refused(*value)
     if kind == "failed":
@@ -68,7 +68,8 @@ def call(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: P
     return found
 
 
-def _interrupted() -> Interrupted:
+def interrupted() -> Interrupted:
+    """What Ctrl-C comes to."""
     what = "the comparison was interrupted; what is finished is kept"
     return Interrupted(what, "Run the same command with --resume to go on", signal.SIGINT)
 

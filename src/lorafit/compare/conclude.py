@@ -16,6 +16,10 @@ from lorafit.units import format_bytes, format_count, format_seconds
 # Costs nearer than this, as a share of the larger, are no reason to prefer one method.
 ALIKE = 0.1
 ONE_SEED = "one seed each: the intervals are those of other rows, and say nothing of other seeds, which may differ more"
+SHARED = (
+    "* times and latencies of trials that ran beside others, maybe on unlike machines: a small difference between "
+    "methods may be theirs"
+)
 # What the loss is of, by task.
 UNITS = {
     "generate": "nats a token",
@@ -68,6 +72,7 @@ def conclude(study: Study) -> Found:
     notes = [*study.notes, ONE_SEED] if most == 1 else list(study.notes)
     if study.labels and any(one.method == "head" for one in study.candidates):
         notes.append("head: forgetting is not measured, as it leaves the model alone")
+    notes += [SHARED] if any(method["times_shared"] for method in methods) else []
     return found | {"recommended": recommended, "reason": reason, "notes": notes}
 
 
@@ -143,6 +148,7 @@ def _floor(record: Record, scores: Mapping[str, Scores], metric: str) -> Found:
         "shots": record.get("shots", 0),
         "keep_loss": _mean(kept) if kept else None,
         "latency_s": {name: s for name, s in record.get("latency_s", {}).items() if not name.startswith("base_")},
+        "times_shared": record.get("together", False),
     }
 
 
@@ -175,7 +181,7 @@ def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scor
         "latency_s",
     )
     if not one.runs:
-        return found | dict.fromkeys((*figures, "keep_loss", "forgetting"))
+        return found | {"times_shared": False} | dict.fromkeys((*figures, "keep_loss", "forgetting"))
     results = [run["result"] for run in one.runs]
     kept, forgetting = _forgetting(one, study)
     return found | {
@@ -187,6 +193,7 @@ def _method(one: Candidate, study: Study, scores: Mapping[str, Mapping[str, Scor
         "train_s": float(np.median([result["train_s"] for result in results])),
         "flop": results[0]["flop"],
         "latency_s": one.runs[0]["measured"]["latency_s"],  # another seed is as fast
+        "times_shared": any(record.get("together", False) for run in one.runs for record in (run, run["measured"])),
         "keep_loss": kept,
         "forgetting": forgetting,
     }

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lorafit import files
 from lorafit.compare import child
 from lorafit.compare.budget import Budget
 from lorafit.compare.conclude import conclude
+from lorafit.compare.on_ray import Cluster, connect, what_is_there
 from lorafit.compare.rows import Rows, split
 from lorafit.compare.show import page, print_comparison, read_curves
 from lorafit.compare.study import Study, candidates
@@ -32,7 +35,7 @@ from lorafit.rundir import LOCK
 KEEP = Path(__file__).parent / "keep.txt"
 FILE_NAMES = ("compare.json", "report.html", "setup.json", "rows", "trials")
 # What may differ when a comparison is resumed: more time, more seeds; the directory may have moved.
-FREE_TO_CHANGE = frozenset({"output", "budget", "seeds", "model", "data", "eval", "keep"})
+FREE_TO_CHANGE = frozenset({"output", "budget", "seeds", "model", "data", "eval", "keep", "ray"})
 # Replies of at most so many tokens are compared word for word; longer ones are seldom the very same.
 SHORT_REPLY_TOKENS = 64
 
@@ -43,12 +46,13 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
     log: hears of every trial. out: where the table goes, None for nowhere. Raises LorafitError for whatever the user
     can mend, Interrupted on Ctrl-C.
     """
+    config = _everywhere(config) if config.ray else config
     chosen = candidates(config.methods)
     budget = Budget(parse_seconds(config.budget, "--budget") if config.budget else math.inf)
     directory = Path(config.output)
     _check_usable(directory, resume)
     keep = config.keep or str(KEEP)
-    with _held(directory):
+    with _held(directory), _cluster(config) as cluster:
         spec = model_spec.read(config.model)
         read_examples(locate(keep).unseen().rows())  # what is wrong with it is said now
         rows = split(config, directory / "rows")
@@ -68,6 +72,8 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
             console=log,
             notes=list(rows.notes),
         )
+        if cluster:
+            _use(cluster, study, log)
         study.measure_floors()
         study.search()
         study.run_seeds()
@@ -78,6 +84,37 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
         print_comparison(found, out)
     log.print(f"wrote {directory / 'compare.json'} and {directory / 'report.html'}", highlight=False, markup=False)
     return found
+
+
+def _everywhere(config: CompareConfig) -> CompareConfig:
+    """Paths that hold in whatever directory a worker runs."""
+    given = {name: getattr(config, name) for name in ("model", "data", "eval", "keep")}
+    paths = {name: str(Path(value).absolute()) for name, value in given.items() if value and Path(value).exists()}
+    return config.model_copy(update=paths | {"output": str(Path(config.output).absolute())})
+
+
+@contextmanager
+def _cluster(config: CompareConfig) -> Iterator[Cluster | None]:
+    """The cluster that was asked for, for as long as it lasts; None where trials run here. Raises ConfigError."""
+    if config.ray is None:
+        yield None
+        return
+    cluster = connect(config.ray, config.threads)
+    try:
+        with redirect_stdout(sys.stderr):  # Ray tells there of workers that died, and stdout is for the result
+            yield cluster
+    except KeyboardInterrupt:
+        raise child.interrupted() from None
+    finally:
+        cluster.close()
+
+
+def _use(cluster: Cluster, study: Study, log: Console) -> None:
+    """Run the trials on a cluster. Raises ConfigError where a node cannot reach what they need."""
+    paths = [*map(study.rows.path, study.rows.counts), *([study.keep] if Path(study.keep).exists() else [])]
+    cluster.check(study.directory, paths, partial(what_is_there, study.config.model))
+    log.print(f"ray: {cluster.slots} trials at a time, {cluster.cpus} CPUs each", highlight=False)
+    study.call, study.slots = cluster.call, cluster.slots
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 # One step of the search in either direction, and how many steps out from the usual rate it may go.
 STEP, FURTHEST = 4.0, 3
+# So many rates are tried first whatever their losses.
+FIRST = 3
 
 
 def next_factor(tried: Mapping[float, float], most: int) -> float | None:
@@ -29,3 +31,12 @@ def next_factor(tried: Mapping[float, float], most: int) -> float | None:
         return None
     halfway = math.sqrt(best * min(neighbours, key=lambda factor: tried[factor]))
     return halfway if not any(math.isclose(halfway, factor) for factor in tried) else None
+
+
+def sure_factors(tried: Mapping[float, float], most: int) -> list[float]:
+    """What will be tried next whatever comes out of it: the first ones together, later ones one by one."""
+    known, sure = dict(tried), list[float]()
+    while (factor := next_factor(known, most)) is not None and (not sure or len(known) < FIRST):
+        sure.append(factor)
+        known[factor] = math.inf
+    return sure

@@ -90,7 +90,7 @@ def _training(method: Found) -> tuple[str, ...]:
         format_count(method["trainable_params"]),
         format_bytes(method["file_bytes"]),
         format_bytes(method["peak_rss_bytes"]),
-        format_seconds(method["train_s"]),
+        format_seconds(method["train_s"]) + _mark(method),
         format_flop(method["flop"]),
     )
 
@@ -99,12 +99,13 @@ def _in_use(found: Found) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for method in _measured(found):
         at, lost = method["latency_s"], method["forgetting"]
-        times = (_latency(at.get(key), at.get(f"base_{key}")) for key in LATENCIES)
+        times = (_latency(at.get(key), at.get(f"base_{key}"), _mark(method)) for key in LATENCIES)
         rows.append((method["name"], "-" if lost is None else f"{lost:+.3f}", *times))
     for name, floor in found["floors"].items():
         own, base = floor["latency_s"], found["floors"].get("untuned", {}).get("latency_s", {})
         if own:
-            rows.append((floor_name(name, floor), "", *(_latency(own.get(key), base.get(key)) for key in LATENCIES)))
+            times = (_latency(own.get(key), base.get(key), _mark(floor)) for key in LATENCIES)
+            rows.append((floor_name(name, floor), "", *times))
     return rows
 
 
@@ -145,12 +146,17 @@ def remark(method: Found, found: Found) -> str:
     return ", ".join(parts)
 
 
-def _latency(own_s: float | None, base_s: float | None) -> str:
+def _mark(method: Found) -> str:
+    """On times of trials that ran beside others; a note says what it means."""
+    return "*" if method.get("times_shared") else ""
+
+
+def _latency(own_s: float | None, base_s: float | None, mark: str) -> str:
     if own_s is None:
         return "-"
     if base_s is None:
-        return f"{1000 * own_s:.1f} ms"
-    return f"{1000 * own_s:.1f} ms ({own_s / base_s:.2f}x)"
+        return f"{1000 * own_s:.1f} ms{mark}"
+    return f"{1000 * own_s:.1f} ms ({own_s / base_s:.2f}x){mark}"
 
 
 def _short(value: float) -> str:

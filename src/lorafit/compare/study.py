@@ -10,8 +10,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from lorafit import files
 from lorafit.compare import child
 from lorafit.compare.budget import Budget, Costs
 from lorafit.compare.rows import Rows
-from lorafit.compare.search import next_factor
+from lorafit.compare.search import next_factor, sure_factors
 from lorafit.compare.stats import Scores, difference, pooled
+from lorafit.compare.together import together
 from lorafit.config import EPOCHS, METHOD_VARIANTS, RATES, CompareConfig
 from lorafit.errors import ConfigError, did_you_mean, listed
 from lorafit.rundir import RunDir
@@ -36,6 +38,8 @@ SHARED = (
     "template", "seq_len",
 )  # fmt: skip
 Record = dict[str, Any]
+# Makes a record; what it prints goes to the file.
+Work = Callable[[Path], Record]
 
 
 @dataclass
@@ -89,7 +93,8 @@ class Study:
     """A comparison under way. precision: what all are measured in. generate: whether answers are compared.
 
     labels: what is known of rows with labels, as `labelled.look` says; None where the model is to write text. notes:
-    what was left out and why, for the report.
+    what was left out and why, for the report. call: runs a trial, here or elsewhere. slots: how many trials run at the
+    same time.
     """
 
     config: CompareConfig
@@ -105,6 +110,8 @@ class Study:
     notes: list[str] = field(default_factory=list)
     floors: dict[str, Record] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
+    call: Callable[[Callable[..., Record], tuple[Any, ...], Path], Record] = field(default=child.call)
+    slots: int = 1
 
     @property
     def active(self) -> list[Candidate]:
@@ -130,45 +137,50 @@ class Study:
 
     def measure_floors(self) -> None:
         """The base as it is, and with examples in its prompt."""
-        if self.labels is not None:
-            return self._measure_floors_of_labels(self.labels)
-        base = self._once("base/untuned", lambda log: self._measure(self.config.model, ("test",), True, log))
-        self.floors["untuned"] = base
-        self._measure_few_shot(self.generate)
-        self.costs.measured("the base", base["wall_s"])
+        works = self._floors_of_text() if self.labels is None else self._floors_of_labels(self.labels)
+        self._ahead([partial(self._record, f"base/{name}", work) for name, work in works.items()])
+        self.floors |= {name: self._once(f"base/{name}", work) for name, work in works.items()}
+        if "kept" in works:
+            self.floors["untuned"] = {"keep": self.floors.pop("kept")["keep"]}
+        elif "untuned" in works:
+            self.costs.measured("the base", self.floors["untuned"]["wall_s"])
+        if "few_shot" in works:
+            self._tell_shots(self.floors["few_shot"])
 
-    def _measure_floors_of_labels(self, labels: Mapping[str, Any]) -> None:
+    def _floors_of_text(self) -> dict[str, Work]:
+        untuned = partial(self._measure, self.config.model, ("test",), True)
+        return {"untuned": untuned, "few_shot": partial(self._few_shot, self.generate)}
+
+    def _floors_of_labels(self, labels: Mapping[str, Any]) -> dict[str, Work]:
         """The same for every row; of a base that writes text also what it says when it is shown examples."""
         arguments = (self.config, self.rows.path("train"), self.rows.path("test"))
-        name = "mean" if labels["task"] == "regress" else "most_frequent"
-        self.floors[name] = self._once(f"base/{name}", lambda log: child.call(_measures().constant, arguments, log))
+        works: dict[str, Work] = {
+            "mean" if labels["task"] == "regress" else "most_frequent": partial(
+                self.call, _measures().constant, arguments
+            )
+        }
         self.notes.append("no untuned base: without a head, or examples, it was never told of the labels")
         if not labels["writes_text"]:
             self.notes.append("no few-shot base: an encoder writes no text; so forgetting is not measured either")
-            return
-        base = self._once("base/kept", lambda log: self._measure(self.config.model, (), False, log))
-        self.floors["untuned"] = {"keep": base["keep"]}
+            return works
+        works["kept"] = partial(self._measure, self.config.model, (), False)
         if labels["several"] or labels["task"] != "classify":
             self.notes.append("no few-shot base: it is asked for one label of a row alone")
         else:
-            self._measure_few_shot(generate=True)
+            works["few_shot"] = partial(self._few_shot, True)
+        return works
 
-    def _measure_few_shot(self, generate: bool) -> None:
-        sides = self.rows.path("train"), self.rows.path("test")
-        arguments = (self.config, self.precision, *sides, generate)
+    def _few_shot(self, generate: bool, log: Path) -> Record:
+        arguments = (self.config, self.precision, self.rows.path("train"), self.rows.path("test"), generate)
+        try:
+            return self.call(_measures().few_shot, arguments, log)
+        except child.Refused as refused:
+            return {"shots": 0} | _refusal(refused)
 
-        def with_shots(log: Path) -> Record:
-            try:
-                return child.call(_measures().few_shot, arguments, log)
-            except child.Refused as refused:
-                return {"shots": 0, "refused": str(refused)}
-
-        self.floors["few_shot"] = self._once("base/few_shot", with_shots)
-        shots = self.floors["few_shot"]["shots"]
+    def _tell_shots(self, found: Record) -> None:
+        shots = found["shots"]
         if not shots:
-            why = self.floors["few_shot"].get(
-                "refused", "the rows have no replies, or no example fits into the context"
-            )
+            why = found.get("refused", "the rows have no replies, or no example fits into the context")
             self.notes.append(f"no few-shot base: {why}")
         elif shots < self.config.shots:
             self.notes.append(f"few-shot base with {shots} examples, as no more fit")
@@ -179,6 +191,7 @@ class Study:
         """A few rates for each method, by turns, as long as there is time; the best of each is chosen."""
         waiting, missed = list(self.active), dict[str, int]()
         while waiting:
+            self._ahead_of_rates(waiting)
             for one in list(waiting):
                 factor = next_factor(one.losses(), self.config.rate_trials)
                 if factor is None:
@@ -222,17 +235,31 @@ class Study:
             if factor != best:  # its record is all that is asked for later
                 shutil.rmtree(self.directory / record["run"], ignore_errors=True)
 
-    def _try_rate(self, one: Candidate, factor: float) -> Record:
-        lr = float(f"{RATES[one.method] * factor:.4g}")
-        name = f"{one.slug}/lr-{lr:g}"
+    def _ahead_of_rates(self, waiting: list[Candidate]) -> None:
+        """What will be tried whatever the others find: the first rates of a method at once, or its next one."""
+        if math.isinf(self.budget.total_s):
+            tried = [(one, factor) for one in waiting for factor in sure_factors(one.losses(), self.config.rate_trials)]
+        elif self.budget.has(sum(map(self._of_search, waiting)) + self._of_round()):
+            firsts = ((one, next_factor(one.losses(), self.config.rate_trials)) for one in waiting)
+            tried = [(one, factor) for one, factor in firsts if factor is not None]
+        else:
+            return
+        self._ahead([partial(self._record, *self._rate_trial(one, factor)) for one, factor in tried])
+
+    def _rate_trial(self, one: Candidate, factor: float) -> tuple[str, Work]:
+        lr = _rate(one, factor)
         steps = self.search_steps * self.times(one)
         settings: dict[str, Any] = {"lr": lr, "seed": self.config.seed, "max_steps": steps}
         # Once, at the end, as a whole run ends: the best of several epochs would flatter rates that are too high.
         settings |= {"eval": self.rows.path("search"), "eval_every": steps}
-        record = self._train(one, name, settings)
+        return self._trial(one, f"{one.slug}/lr-{lr:g}", settings)
+
+    def _try_rate(self, one: Candidate, factor: float) -> Record:
+        lr, record = _rate(one, factor), self._train(one, *self._rate_trial(one, factor))
         result, refused = record["result"], record["refused"] or "the loss is not a finite number"
         record |= {"lr": lr, "factor": factor, "loss": result["eval_loss"] if result else None, "refused": refused}
         shown = f"loss {record['loss']:.4f}" if record["loss"] is not None else f"failed: {refused}"
+        steps = self.search_steps * self.times(one)
         self._say(f"{one.name}: lr {lr:g}, {steps} steps: {shown} ({format_seconds(record['wall_s'])})")
         return record
 
@@ -246,6 +273,7 @@ class Study:
                 count = f"{number} of {self.config.seeds} seeds"
                 self.notes.append(f"the time budget left room for {count}")
                 return
+            self._ahead_of_seeds(number)
             for one in sorted(self.active, key=lambda one: min(one.losses().values())):
                 if not number and not self.budget.has(self._of_run(one)) and self._has_any_run():
                     self._out(one, "dropped", "the time was used up before its first whole run; it is not known worse")
@@ -255,18 +283,37 @@ class Study:
     def _has_any_run(self) -> bool:
         return any(one.runs for one in self.candidates)
 
+    def _ahead_of_seeds(self, number: int) -> None:
+        """The round of this number, or without a budget all rounds at once."""
+        if math.isinf(self.budget.total_s):
+            numbers = list(range(self.config.seeds)) if number == 0 else []
+        else:
+            numbers = [number] if self.budget.has(self._of_round()) else []
+        self._ahead([partial(self._run_and_measure, one, n) for n in numbers for one in self.active])
+
+    def _run_and_measure(self, one: Candidate, number: int) -> None:
+        record = self._record(*self._seed_trial(one, number))
+        if record["result"] is not None:
+            self._record(*self._measuring(record, number))
+
+    def _seed_trial(self, one: Candidate, number: int) -> tuple[str, Work]:
+        seed = self.config.seed + number
+        settings = {"lr": one.lr, "seed": seed, "max_steps": self.config.max_steps}
+        return self._trial(one, f"{one.slug}/seed-{seed}", settings)
+
+    def _measuring(self, record: Record, number: int) -> tuple[str, Work]:
+        target = str(self.directory / record["run"])
+        name = f"{record['run'].removeprefix('trials/')}.measured"
+        return name, lambda log: self._measure(target, ("valid", "test"), number == 0, log)
+
     def _run(self, one: Candidate, number: int) -> None:
         seed = self.config.seed + number
-        name = f"{one.slug}/seed-{seed}"
-        record = self._train(one, name, {"lr": one.lr, "seed": seed, "max_steps": self.config.max_steps})
+        record = self._train(one, *self._seed_trial(one, number))
         if record["result"] is None:
             self._out(one, "failed", str(record["refused"]))
             return
-        target = str(self.directory / record["run"])
         try:
-            measured = self._once(
-                f"{name}.measured", lambda log: self._measure(target, ("valid", "test"), number == 0, log)
-            )
+            measured = self._once(*self._measuring(record, number))
         except child.Refused as refused:
             self._out(one, "failed", f"seed {seed} cannot be measured: {refused}")
             return
@@ -303,13 +350,13 @@ class Study:
             best = min(one.rates.values(), key=lambda record: math.inf if record["loss"] is None else record["loss"])
             arguments = (str(self.directory / best["run"]), self.config, self.precision, self.rows.path("valid"))
             name = f"{best['run'].removeprefix('trials/')}.valid"
-            sides = [self._once(name, lambda log: child.call(_measures().losses, arguments, log))]
+            sides = [self._once(name, lambda log: self.call(_measures().losses, arguments, log))]
         return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
 
     # --- one trial --------------------------------------------------------------------------------------------------
 
-    def _train(self, one: Candidate, name: str, settings: dict[str, Any]) -> Record:
-        """A record with run.json's content as `result`, or None there and what was said as `refused`."""
+    def _trial(self, one: Candidate, name: str, settings: dict[str, Any]) -> tuple[str, Work]:
+        """A name, and what makes a record of run.json's content as `result`, or None there and why as `refused`."""
         run = RunDir(self.directory / "trials" / name)
         wanted = {"method": one.method, "variant": one.variant, "output": str(run.path), **settings}
         wanted |= {name: getattr(self.config, name) for name in SHARED} | {"data": self.rows.path("train")}
@@ -317,13 +364,15 @@ class Study:
 
         def work(log: Path) -> Record:
             try:
-                result = child.call(_measures().train, (wanted,), log)
+                result = self.call(_measures().train, (wanted,), log)
             except child.Refused as refused:
-                again = {"again": True} if isinstance(refused, child.Killed) else {}
-                return {"run": f"trials/{name}", "result": None, "refused": str(refused), **again}
+                return {"run": f"trials/{name}", "result": None} | _refusal(refused)
             shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none, and they are large
             return {"run": f"trials/{name}", "result": result, "refused": None}
 
+        return name, work
+
+    def _train(self, one: Candidate, name: str, work: Work) -> Record:
         record = self._once(name, work)
         if record["result"] is not None:
             result = record["result"]
@@ -333,20 +382,31 @@ class Study:
     def _measure(self, target: str, sides: tuple[str, ...], timed: bool, log: Path) -> Record:
         paths = {side: self.rows.path(side) for side in sides}
         arguments = (target, self.config, self.precision, paths, self.keep, self.generate, timed)
-        return child.call(_measures().measure, arguments, log)
+        return self.call(_measures().measure, arguments, log)
 
-    def _once(self, name: str, work: Callable[[Path], Record]) -> Record:
-        """The record of that name, or what `work` gives, with the seconds it took. Counts it as spent."""
+    def _ahead(self, jobs: Sequence[Callable[[], object]]) -> None:
+        """Where there are slots, make these records at the same time; each is found when its turn comes."""
+        if self.slots == 1 or len(jobs) < 2:
+            return
+        self._say(f"{len(jobs)} trials, {min(self.slots, len(jobs))} at a time")
+        together(jobs, self.slots)
+
+    def _once(self, name: str, work: Work) -> Record:
+        """The record of that name, made now unless it is there. Counts it as spent."""
+        record = self._record(name, work)
+        self.budget.spent_s += record["wall_s"]
+        return record
+
+    def _record(self, name: str, work: Work) -> Record:
+        """The record of that name, or what `work` gives, with the seconds it took. together: beside others."""
         path = self.directory / "trials" / f"{name}.json"
         if path.is_file():
-            record: Record = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            started = time.monotonic()
-            record = work(path.with_suffix(".log"))
-            record["wall_s"] = time.monotonic() - started
-            if "again" not in record:  # after a resume there may be the memory
-                files.write_atomic(path, json.dumps(record))
-        self.budget.spent_s += record["wall_s"]
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        started = time.monotonic()
+        record = work(path.with_suffix(".log"))
+        record |= {"wall_s": time.monotonic() - started, "together": self.slots > 1}
+        if "again" not in record:  # after a resume there may be the memory
+            files.write_atomic(path, json.dumps(record))
         return record
 
     def _out(self, one: Candidate, status: str, why: str) -> None:
@@ -356,6 +416,15 @@ class Study:
     def _say(self, line: str, style: str | None = None) -> None:
         spent = format_seconds(self.budget.spent_s)
         self.console.print(f"[{spent}] {line}", style=style, highlight=False, markup=False)
+
+
+def _rate(one: Candidate, factor: float) -> float:
+    return float(f"{RATES[one.method] * factor:.4g}")
+
+
+def _refusal(refused: child.Refused) -> Record:
+    """As a part of a record; again: it may go better another time."""
+    return {"refused": str(refused)} | ({"again": True} if isinstance(refused, child.Killed) else {})
 
 
 def _measures() -> Any:

@@ -236,6 +236,8 @@ class CompareConfig(RowsConfig):
     """The first seed; also of the split of rows and of the examples in the prompt."""
     threads: int | None = Field(None, ge=1)
     """CPU threads. Default: one per physical core."""
+    ray: str | None = None
+    """Run trials at the same time on a Ray cluster: auto, HOST:PORT, or local for one on this machine alone."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
