@@ -9,12 +9,16 @@ import importlib.metadata
 import json
 import math
 import platform
+import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorafit import files
+
+# Of so many of the last runs the median counts: one that other work has slowed down says little of the next.
+LAST_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -62,25 +66,53 @@ def run_key(way: str, width: int) -> str:
 
 def read(threads: int) -> Rates:
     """What is known; nothing where nothing was measured, or the file is damaged."""
-    known = _file().get(_key(threads))
-    if not isinstance(known, dict):
-        return Rates()
+    known = _known(threads)
     number_s = _numbers({"number_s": known.get("number_s")}).get("number_s", 0.0)
     return Rates(_numbers(known.get("flop_per_s")), _numbers(known.get("reached")), number_s)
 
 
 def keep(threads: int, rates: Rates) -> None:
-    """Remember what was measured; what is known of other precisions stays."""
+    """Remember what was measured on purpose, in the place of earlier runs; what is known of other precisions stays."""
+    runs = {key: speeds for key, speeds in _runs(threads).items() if key not in rates.reached}
+    _write(threads, rates, runs)
+
+
+def add_run(threads: int, key: str, flop_per_s: float) -> None:
+    """Remember how fast a run was; see LAST_RUNS."""
+    runs = _runs(threads)
+    runs[key] = [*runs.get(key, []), flop_per_s][-LAST_RUNS:]
+    _write(threads, Rates(reached={key: statistics.median(runs[key])}), runs)
+
+
+def _write(threads: int, rates: Rates, runs: dict[str, list[float]]) -> None:
     before = read(threads)
     both: dict[str, Any] = {
         "flop_per_s": {**before.flop_per_s, **rates.flop_per_s},
         "reached": {**before.reached, **rates.reached},
         "number_s": rates.number_s or before.number_s,
+        "runs": runs,
     }
-    if both != asdict(before):
+    if both != _known(threads):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, {**_file(), _key(threads): both})
+
+
+def _known(threads: int) -> dict[str, Any]:
+    known = _file().get(_key(threads))
+    return known if isinstance(known, dict) else {}
+
+
+def _runs(threads: int) -> dict[str, list[float]]:
+    """The speeds of the last runs, the newest last, by `run_key`."""
+    known = _known(threads).get("runs")
+    if not isinstance(known, dict):
+        return {}
+    return {
+        key: [float(v) for v in own if isinstance(v, int | float)]
+        for key, own in known.items()
+        if isinstance(own, list)
+    }
 
 
 def _processor() -> str:

@@ -47,6 +47,7 @@ def _train(settings: dict[str, Any], die_at: int, counted: Path | None) -> None:
 
     # The machine's best rate is kept whenever it was beaten: no part of the run, and a call more in some runs only.
     rates.keep = lambda threads, found: None
+    rates.add_run = lambda threads, key, speed: None
     calls = 0
 
     def watch(name: str) -> None:

@@ -116,7 +116,7 @@ def remember_speed(result: dict[str, Any], spec: ModelSpec, config: TrainConfig)
         key = rates.run_key(rates.way(result["precision"], config.base_storage, kind), spec.hidden)
         updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]
         passes_s = max(result["train_s"] - updates_s, result["train_s"] / 2)
-        rates.keep(result["threads"], rates.Rates(reached={key: result["flop"] / passes_s}))
+        rates.add_run(result["threads"], key, result["flop"] / passes_s)
 
 
 def lasting(name: str) -> str:
