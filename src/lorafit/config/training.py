@@ -193,7 +193,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Share of all steps before adalora takes anything away."""
     rank_settle: float = Field(0.3, ge=0, lt=1)
     """Share of all steps after adalora has taken the last."""
-    gate_rate: float = Field(32.0, gt=0)
+    gate_rate: float = Field(100.0, gt=0)
     """Under adalora, what the rate of the gates is multiplied by: they alone say how far to go."""
     orthogonality: float = Field(0.1, ge=0)
     """Under adalora, the weight of what keeps directions at right angles."""
