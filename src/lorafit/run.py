@@ -45,7 +45,6 @@ from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.model.licence import licence_of
 from lorafit.plan import machine, memory, trained
-from lorafit.plan.forecast import SPEEDS
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
@@ -66,7 +65,6 @@ from lorafit.train.setup import (
 )
 from lorafit.train.signals import stop_on_signals
 from lorafit.train.told import print_attached, print_config, print_result
-from lorafit.units import format_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -314,10 +312,7 @@ def _plan(
     force: bool,
     console: Console,
 ) -> tuple[memory.MemoryEstimate, Expected | None]:
-    """The predicted peak, operations and seconds, shown; into `chosen`, how steps are split to stay below the limit.
-
-    Raises DoesNotFitError.
-    """
+    """What is predicted, shown; into `chosen`, how steps are split to stay below the limit. Raises DoesNotFitError."""
     limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
     begun = Split(chosen["micro_tokens"], chosen["recompute"]) if "micro_tokens" in chosen else None
     split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun, adds)
@@ -326,9 +321,8 @@ def _plan(
     if chosen["micro_tokens"] < config.micro_tokens:
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
     found = expected(spec, config, chosen["precision"], rows, split, chosen["threads"], adds)
-    if found and found.train_s is not None and found.speed_from:
-        how = "" if found.speed_from == "measured" else f" ({SPEEDS[found.speed_from]})"
-        console.print(f"predicted time: {format_seconds(found.train_s)}{how}", highlight=False)
+    if found and found.told:
+        console.print(found.told, highlight=False)
     return estimate, found
 
 

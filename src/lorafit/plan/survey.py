@@ -39,7 +39,6 @@ class Row:
     """A method in all of its ways. impossible: why the model cannot be trained so, and then there are none."""
 
     name: str
-    config: MethodConfig
     runs: tuple[Forecast, ...]
     impossible: str | None = None
 
@@ -63,8 +62,8 @@ def survey(around: Around, chosen: MethodConfig, work_of: Callable[[MethodConfig
 def _row(around: Around, config: MethodConfig, work: Work) -> Row:
     reason = why_not(around.spec, config)
     if reason is not None:
-        return Row(name_of(config), config, (), reason)
-    return Row(name_of(config), config, tuple(in_all_ways(around, config, work)))
+        return Row(name_of(config), (), reason)
+    return Row(name_of(config), tuple(in_all_ways(around, config, work)))
 
 
 def in_all_ways(around: Around, config: MethodConfig, work: Work) -> list[Forecast]:

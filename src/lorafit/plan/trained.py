@@ -31,8 +31,7 @@ class Trained:
     backward pass, for the features of a head alone. padded: whether rows stand side by side. evaluated: whether the
     best of several evaluations is kept. depth: how many layers keep something, those from the lowest on in which
     anything is trained. frozen: weights of the blocks' linear layers that are not trained themselves.
-    unreached: those of them that no gradient goes through, below that layer. kept: numbers as they were at the start,
-    in float32.
+    unreached: those of them that no gradient goes through, below that layer. kept: numbers in float32 beside them.
     """
 
     params: int
@@ -79,8 +78,10 @@ def of(spec: ModelSpec, config: MethodConfig, labels: int = 0, padded: bool = Fa
 def _of(spec: ModelSpec, config: MethodConfig) -> Trained:
     params = method_params(spec, config)
     if config.method == "lora":
-        packed = _packed(within(spec, config.layers), config)
-        return Trained(params, _of_low_rank(spec, config), packed, kept=params if config.init in MOVING else 0)
+        own = within(spec, config.layers)
+        return Trained(
+            params, _of_low_rank(spec, config), _packed(own, config), kept=_kept_factors(own, config, params)
+        )
     if config.method == "full":
         # Norms, activations and gated products keep what they give, as theirs is no computation that we replace.
         return Trained(params, 4 * spec.intermediate, owned=params)
@@ -96,6 +97,12 @@ def _of_low_rank(spec: ModelSpec, config: MethodConfig) -> int:
     """Seven r-wide products in each layer; DoRA keeps what o and down give, which nothing else does."""
     beside = 2 * spec.hidden if config.variant == "dora" else 0
     return 7 * config.r + beside
+
+
+def _kept_factors(spec: ModelSpec, config: MethodConfig, params: int) -> int:
+    """Numbers of factors beside those that are trained: as they were at the start, or frozen; VeRA's scaled as well."""
+    beside = {"vera": 2 * lora_params(spec, config.r), "lora-fa": lora_params(spec, config.r) - params}
+    return beside.get(config.variant, params if config.init in MOVING else 0)
 
 
 def _packed(spec: ModelSpec, config: MethodConfig) -> int:

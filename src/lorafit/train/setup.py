@@ -31,13 +31,13 @@ from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
 from lorafit.plan.flops import Flop
-from lorafit.plan.forecast import flop_of_step, speed_of
+from lorafit.plan.forecast import SPEEDS, flop_of_step, speed_of
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
 from lorafit.plan.steps import ends_early, once, step
 from lorafit.plan.trained import Trained
 from lorafit.plan.work import Pass, amount_of
 from lorafit.train.nested import shares_of
-from lorafit.units import bytes_of, format_bytes, format_count
+from lorafit.units import bytes_of, format_bytes, format_count, format_seconds
 
 # Steps that are looked at to find the largest micro-batch.
 STEPS_SAMPLED = 32
@@ -128,6 +128,14 @@ class Expected(NamedTuple):
     flop: float
     train_s: float | None
     speed_from: str | None
+
+    @property
+    def told(self) -> str | None:
+        """One line, which says so where the speed is that of another method."""
+        if self.train_s is None or self.speed_from is None:
+            return None
+        how = "" if self.speed_from == "measured" else f" ({SPEEDS[self.speed_from]})"
+        return f"predicted time: {format_seconds(self.train_s)}{how}"
 
 
 def expected(
