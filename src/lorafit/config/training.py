@@ -62,8 +62,6 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 5e-3,
 }  # fmt: skip
-# Of the first component where ranks are nested, and how A starts there.
-NESTED = {"lr": 5e-3, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
@@ -209,11 +207,11 @@ class TrainConfig(MethodConfig, RowsConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _nested_ranks_have_their_own(cls, values: Any) -> Any:
-        """Where no rate and no start is given, ranks that are nested have those that serve each of them."""
-        if not isinstance(values, dict) or values.get("rank_schedule") != "nested":
-            return values
-        return {**values, **{name: value for name, value in NESTED.items() if values.get(name) is None}}
+    def _init_follows_schedule(cls, values: Any) -> Any:
+        """Where no start is given, ranks that are nested have the one that serves each of them."""
+        if isinstance(values, dict) and values.get("rank_schedule") == "nested" and values.get("init") is None:
+            return {**values, "init": "graded"}
+        return values
 
     @property
     def order_seed(self) -> int | None:
