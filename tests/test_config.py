@@ -76,3 +76,10 @@ def test_times_are_read(text: str, seconds: float) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--budget"):
         parse_seconds(text, "--budget")
+
+
+def test_nested_ranks_start_graded_unless_another_start_is_given() -> None:
+    settings = {"model": "m", "data": "d", "output": "o", "rank_schedule": "nested"}
+    assert build(TrainConfig, settings, {})[0].init == "graded"
+    assert build(TrainConfig, settings, {"init": "kaiming"})[0].init == "kaiming"
+    assert build(TrainConfig, {**settings, "rank_schedule": "none"}, {})[0].init == "gaussian"
