@@ -78,8 +78,9 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         parse_seconds(text, "--budget")
 
 
-def test_nested_ranks_start_graded_unless_another_start_is_given() -> None:
+def test_nested_ranks_have_a_start_and_a_rate_of_their_own_unless_others_are_given() -> None:
     settings = {"model": "m", "data": "d", "output": "o", "rank_schedule": "nested"}
-    assert build(TrainConfig, settings, {})[0].init == "graded"
-    assert build(TrainConfig, settings, {"init": "kaiming"})[0].init == "kaiming"
-    assert build(TrainConfig, {**settings, "rank_schedule": "none"}, {})[0].init == "gaussian"
+    found = [build(TrainConfig, settings, given)[0] for given in ({}, {"init": "kaiming"}, {"lr": "0.01"})]
+    assert [(one.init, one.lr) for one in found] == [("graded", 1e-3), ("kaiming", 1e-3), ("graded", 1e-2)]
+    usual = build(TrainConfig, {**settings, "rank_schedule": "none"}, {})[0]
+    assert (usual.init, usual.lr) == ("gaussian", 2e-3)

@@ -62,6 +62,8 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 5e-3,
 }  # fmt: skip
+# The same of the first component where ranks are nested, and how A starts there.
+NESTED = {"lr": 1e-3, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
@@ -177,7 +179,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Largest gradient norm; a larger gradient is scaled down to it."""
     rank_schedule: Literal["none", "nested"] = "none"
     """nested: the first 1, 2, 4, ... components of the update are trained to serve without the others, all in one run,
-    and `lorafit shrink` cuts them out; --lr is the rate of the first, component k has lr / sqrt(k)."""
+    and `lorafit shrink` cuts them out; --lr, by default 0.001, is that of the first, component k has lr / sqrt(k)."""
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
@@ -207,11 +209,11 @@ class TrainConfig(MethodConfig, RowsConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _init_follows_schedule(cls, values: Any) -> Any:
-        """Where no start is given, ranks that are nested have the one that serves each of them."""
-        if isinstance(values, dict) and values.get("rank_schedule") == "nested" and values.get("init") is None:
-            return {**values, "init": "graded"}
-        return values
+    def _nested_ranks_have_their_own(cls, values: Any) -> Any:
+        """Where no rate and no start is given, ranks that are nested have those that serve each of them."""
+        if not isinstance(values, dict) or values.get("rank_schedule") != "nested":
+            return values
+        return {**values, **{name: value for name, value in NESTED.items() if values.get(name) is None}}
 
     @property
     def order_seed(self) -> int | None:
