@@ -62,8 +62,8 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 5e-3,
 }  # fmt: skip
-# Of the first component where ranks are nested, and how A starts there.
-NESTED = {"lr": 5e-3, "init": "graded"}
+# The same of the first component where ranks are nested, and how A starts there.
+NESTED = {"lr": 1e-3, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
@@ -184,9 +184,9 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Largest gradient norm; a larger gradient is scaled down to it."""
     rank_schedule: Literal["none", "nested", "adalora"] = "none"
     """nested: the first 1, 2, 4, ... components of the update are trained to serve without the others, all in one run,
-    and `lorafit shrink` cuts them out; --lr is the rate of the first, component k has lr / sqrt(k). adalora: layers
-    begin with --r-start, and the least important directions of all of them are taken away until their mean rank is --r
-    (Zhang et al. 2023)."""
+    and `lorafit shrink` cuts them out; --lr, by default 0.001, is that of the first, component k has lr / sqrt(k).
+    adalora: layers begin with --r-start, and the least important directions of all of them are taken away until their
+    mean rank is --r (Zhang et al. 2023)."""
     r_start: int | None = Field(None, ge=1)
     """Rank that adalora begins with. Default: half as much again as --r."""
     rank_hold: float = Field(0.1, ge=0, lt=1)
