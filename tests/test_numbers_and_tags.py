@@ -153,6 +153,8 @@ def test_words_are_tagged_at_their_first_token(model: str, method: str, places: 
     assert [one["label"] for one in found["entities"]] == ["KEY", "NUM"]
     assert found["rows"] == words
     assert "entity F1" in shown
+    rows = [sample["prompt"] for sample in found["samples"]]
+    assert len(rows) == len(set(rows))
 
 
 def test_a_run_of_tags_or_numbers_goes_on_where_it_was_bitwise(places: dict[str, str], tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             "base_kind": inputs.spec.kind,
             "base_path": str(inputs.spec.path.absolute()),
             "base_license": licence_of(inputs.spec),
-            "not_merged": f"it {told.told}" if told else table.why_not_merged(loaded.model),
+            "not_merged": table.why_not_merged(loaded.model),
             "not_exported": {} if told else ways.refusals(loaded.model, loaded.tokenizer, inputs.spec),
         } | labelled_facts(told, data, progress.tokens_seen - progress.tokens_supervised, quality, once)
         result |= {"probe": chosen["probe"]} if "probe" in chosen else {}

@@ -115,8 +115,8 @@ class RowsConfig(Frozen):
     """How rows are read and written out."""
 
     format: str | None = None
-    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text/label, text. Default: known by their
-    columns."""
+    """The rows' format: messages, sharegpt, prompt/completion, alpaca, text/label, text/score, tokens/tags, text.
+    Default: known by their columns."""
     rename: Names = Field(default_factory=dict)
     """Columns under other names: question=prompt,answer=completion."""
     template: str | None = None

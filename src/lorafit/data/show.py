@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.data.formats import LABELLED
+from lorafit.data.formats import LABELLED, NUMBERED, TAGGED
 from lorafit.data.preflight import SHOWN, Report, Same, needs_look
 from lorafit.page import render
 from lorafit.units import format_count, format_share
@@ -23,8 +23,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
     found = [
         ("rows", format_count(report.rows)),
         ("tokens", format_count(report.tokens)),
-        ("rows with a label", format_count(report.supervised_tokens))
-        if report.format in LABELLED
+        (
+            f"{'words with a tag' if report.format in TAGGED else 'rows with a label'}",
+            format_count(report.supervised_tokens),
+        )
+        if report.format in (*LABELLED, *NUMBERED, *TAGGED)
         else ("tokens with a loss", f"{format_count(report.supervised_tokens)} ({share})"),
         ("longest row, tokens", format_count(report.longest)),
         ("rows equal to an earlier one", format_count(report.equal.count)),

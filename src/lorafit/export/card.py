@@ -39,6 +39,10 @@ TRAINING = {
 }
 
 
+# Names of the hub, by task.
+PIPELINES = {"generate": "text-generation", "tag": "token-classification"}
+
+
 def render(result: dict[str, Any], adapter: str = "adapter") -> str:
     """The card as Markdown. result: the content of run.json; what it lacks, or has as None, is left out.
 
@@ -71,7 +75,9 @@ def _settings(result: dict[str, Any]) -> dict[str, Any]:
 
 def _title(result: dict[str, Any]) -> str:
     if result.get("labels"):
-        return f"# {format_count(len(result['labels']))} labels by {result['method']} on {result['model']}"
+        count, task = format_count(len(result["labels"])), result.get("task")
+        what = "Numbers" if task == "regress" else f"{count} {'tags' if task == 'tag' else 'labels'}"
+        return f"# {what} by {result['method']} on {result['model']}"
     return f"# {result['variant']} adapter for {result['model']}"
 
 
@@ -83,7 +89,7 @@ def _front_matter(result: dict[str, Any]) -> str:
         *([f"license: {json.dumps(licence, ensure_ascii=False)}"] if licence else []),
         f"base_model: {json.dumps(result['model'], ensure_ascii=False)}",  # a JSON string is a YAML string
         f"library_name: {'lorafit' if result.get('labels') else 'peft'}",
-        f"pipeline_tag: text-{'classification' if result.get('labels') else 'generation'}",
+        f"pipeline_tag: {PIPELINES.get(result.get('task', 'generate'), 'text-classification')}",
         "tags:",
         *[f"- {tag}" for tag in tags],
         "---",
@@ -109,6 +115,9 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
         "eval_loss": ("best held-out loss", "{:.4f}".format),
         "eval_accuracy": ("accuracy on held-out rows", "{:.4f}".format),
         "eval_macro_f1": ("macro-F1 on held-out rows", "{:.4f}".format),
+        "eval_entity_f1": ("F1 of entities on held-out rows", "{:.4f}".format),
+        "eval_mae": ("mean absolute error on held-out rows", "{:.4g}".format),
+        "eval_r2": ("R2 on held-out rows", "{:.4f}".format),
         "best_step": ("step of the best held-out loss", format_count),
         "steps": ("optimizer steps", format_count),
         "tokens_seen": ("tokens seen", format_count),
@@ -147,9 +156,12 @@ def _usage(result: dict[str, Any], adapter: str) -> str:
 def _eval(result: dict[str, Any]) -> str:
     rows = shlex.quote(result.get("eval_data") or result["data"])
     told = "" if result.get("eval_data") else ", here of the training's rows"
+    errors, labels = "errors and correlations", "loss, accuracy, F1 of each label and what is taken for what"
+    shown = errors if result.get("task") == "regress" else labels
+    merge = "" if result.get("not_merged") else "lorafit merge . -o merged  # for transformers, without lorafit\n"
     return f"""```bash
-lorafit eval . {rows}  # loss, accuracy, F1 of each label and what is taken for what{told}
-```"""
+lorafit eval . {rows}  # {shown}{told}
+{merge}```"""
 
 
 def _in_lorafit(result: dict[str, Any]) -> str:

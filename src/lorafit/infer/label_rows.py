@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
@@ -18,7 +19,7 @@ from lorafit.data.preflight import spans
 from lorafit.data.rows import Row
 from lorafit.data.store import Encoded, starts_of
 from lorafit.infer.evaluate import counter, progress_bar
-from lorafit.infer.labels import LabelsMeasured, measure
+from lorafit.infer.labels import LabelsMeasured, Wrong, measure
 from lorafit.infer.numbers import NumbersMeasured
 from lorafit.methods.labels import Labels, Pooled, engine_of
 
@@ -74,12 +75,22 @@ def _samples(
         pairs = islice(zip(found.expected, found.got, strict=True), most)
         told = [(row, f"{expected:.6g}", f"{got:.6g}", None) for row, (expected, got) in enumerate(pairs)]
     else:
-        # Where words are tagged, the number is a word's.
-        rows = np.searchsorted(starts_of(encoded), [one.row for one in found.wrong], side="right") - 1
-        told = [(int(row), one.expected, one.got, False) for row, one in zip(rows, found.wrong, strict=True)][:most]
+        told = _told_wrong(found, starts_of(encoded))[:most]
     return [
         {"prompt": _text_of(encoded[row], data, tokenizer), "expected": expected, "got": got, "right": right}
         for row, expected, got, right in told
+    ]
+
+
+def _told_wrong(found: LabelsMeasured, starts: NDArray[np.int64]) -> list[tuple[int, str, str, bool | None]]:
+    """Rows; where words are tagged, each row with all tags of it that are wrong."""
+    rows = np.searchsorted(starts, [one.row for one in found.wrong], side="right") - 1
+    wrong: dict[int, list[Wrong]] = {}
+    for row, one in zip(rows.tolist(), found.wrong, strict=True):
+        wrong.setdefault(row, []).append(one)
+    return [
+        (row, ", ".join(one.expected for one in some), ", ".join(one.got for one in some), False)
+        for row, some in wrong.items()
     ]
 
 
