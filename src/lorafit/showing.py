@@ -31,7 +31,12 @@ def report(config: ReportConfig, log: Console, out: Console | None) -> Found:
     out: where the table goes, None for nowhere. Raises LorafitError for whatever the user can mend.
     """
     directory = Path(config.directory)
-    found, text = _maker(directory)(directory, config, log, out)
+    try:
+        found, text = _maker(directory)(directory, config, log, out)
+    except KeyError as error:
+        raise RunDirError(
+            f"what {directory} holds has no {error}", "Was it made by another version, or changed? Make it again"
+        ) from error
     page = Path(config.output) if config.output else directory / PAGE
     if page.is_dir():
         raise RunDirError(f"{page} is a directory", "Give the file to write with -o")

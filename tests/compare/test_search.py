@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from lorafit.compare.budget import Budget, Costs
-from lorafit.compare.search import FURTHEST, STEP, next_factor
+from lorafit.compare.search import FURTHEST, STEP, next_factor, sure_factors
 
 
 def searched(loss: Callable[[float], float], most: int) -> dict[float, float]:
@@ -58,3 +58,20 @@ def test_a_budget_keeps_a_little_back_and_none_is_endless() -> None:
     budget = Budget(100.0, spent_s=50.0)
     assert budget.has(47.0) and not budget.has(47.1)
     assert Budget().has(1e12)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_what_is_sure_to_be_tried_is_what_a_search_one_by_one_tries_first(most: int) -> None:
+    losses: tuple[Callable[[float], float], ...] = (
+        lambda factor: factor,
+        lambda factor: -factor,
+        lambda factor: math.inf,
+    )
+    for loss in losses:
+        tried: dict[float, float] = {}
+        while sure := sure_factors(tried, most):
+            assert len(sure) == (min(3, most) if not tried else 1)
+            for factor in sure:
+                assert next_factor(tried, most) == factor
+                tried[factor] = loss(factor)
+        assert next_factor(tried, most) is None

@@ -230,6 +230,16 @@ def test_what_is_no_finished_run_is_refused_in_a_sentence(files: list[str], said
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("name", ["compare.json", "scale.json"])
+def test_a_file_that_lacks_something_is_said_to(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(RunDirError, match="holds has no '"):
+        reported(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(RunDirError, match="cannot be read"):
+        reported(tmp_path)
+
+
 def test_a_file_and_a_place_that_is_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name, said in (("file", "is a file"), ("none", "does not exist")):
