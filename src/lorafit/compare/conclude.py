@@ -58,6 +58,7 @@ def conclude(study: Study) -> Found:
         "seeds": study.config.seeds,
         "steps": study.steps,
         "search_steps": study.search_steps,
+        "more_steps": {one.name: study.times(one) for one in study.candidates if study.times(one) > 1},
         "unit": UNITS[study.labels["task"] if study.labels is not None else "generate"],
         "precision": study.precision,
         "budget_s": None if math.isinf(study.budget.total_s) else study.budget.total_s,

@@ -87,7 +87,7 @@ def _side(engine: Engine, rows: Sequence[Encoded], labels: Labels) -> Record:
     nats = np.add.reduceat(head.nll(scores.double(), targets).numpy(), starts[:-1])
     side: Record = {"nats": nats.tolist(), "tokens": np.diff(starts).tolist(), "right": None, "macro_f1": None}
     if isinstance(found, LabelsMeasured):
-        right = np.ones(len(targets))
+        right = np.ones(len(targets), dtype=np.int64)
         right[[one.row for one in found.wrong]] = 0
         right = np.add.reduceat(right, starts[:-1])
         side |= {"right": right.tolist(), "of": side["tokens"], "macro_f1": found.macro_f1}

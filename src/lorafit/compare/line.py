@@ -66,7 +66,7 @@ def compare(config: CompareConfig, resume: bool, log: Console, out: Console | No
             keep=keep,
             precision=setup["precision"],
             generate=setup["generate"],
-            labels=setup["labels"],
+            labels=setup.get("labels"),
             candidates=chosen,
             budget=budget,
             console=log,

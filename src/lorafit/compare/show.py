@@ -174,9 +174,11 @@ def explained(found: Found) -> list[str]:
     kept = f" ({untuned['keep_loss']:.3f} before)" if untuned else ""
     if found["unit"] != UNITS["generate"]:
         timed = "a row of middling length through model and head, and how much of the base's own pass that is"
-        more = "; a head alone, which is cheap, made ten times as many" if _has_head(found) else ""
     else:
-        timed, more = "one prompt, with the adapter as it was trained, and how much of the base's that is", ""
+        timed = "one prompt, with the adapter as it was trained, and how much of the base's that is"
+    more = "".join(
+        f"; {name}, which is cheap, made {times} times as many" for name, times in found["more_steps"].items()
+    )
     return [
         f"Every method learned the same {rows['train']} rows in the same order, {steps} steps, up to {found['seeds']} "
         f"seeds{more}; rates were chosen by {rows['search']} validation rows after {found['search_steps']} steps; the "
@@ -186,10 +188,6 @@ def explained(found: Found) -> list[str]:
         f"Forgetting: what the loss on the text to be kept has risen by, in nats a token{kept}. Latency: {timed}; "
         "merged LoRA costs nothing.",
     ]
-
-
-def _has_head(found: Found) -> bool:
-    return any(method["method"] == "head" for method in found["methods"])
 
 
 def print_comparison(found: Found, console: Console) -> None:

@@ -321,7 +321,8 @@ class Study:
         one.runs.append({**record, "seed": seed, "measured": measured})
         test = measured["sides"]["test"]
         loss = sum(test["nats"]) / sum(test["tokens"])
-        right = "" if test["right"] is None else f", {sum(test['right'])} of {len(test['right'])} right"
+        of = sum(test.get("of") or [1] * len(test["nats"]))
+        right = "" if test["right"] is None else f", {sum(test['right'])} of {of} right"
         took = format_seconds(record["wall_s"] + measured["wall_s"])
         self._say(f"{one.name}: seed {seed}, {record['result']['steps']} steps: test loss {loss:.4f}{right} ({took})")
 
