@@ -113,12 +113,17 @@ def measured(path: Path) -> Results:
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+class Diverged(SystemExit):
+    """A command stopped because its loss was no number."""
+
+
 def lorafit(*words: object) -> Result:
     """What a command tells by --json. Leaves with its name where it fails."""
     command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        kind = Diverged if "finite" in done.stderr[-500:] else SystemExit
+        raise kind(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trials import (
+    Diverged,
     Result,
     Results,
     arguments,
@@ -82,9 +83,17 @@ def best_rate(results: Results, way: str, train: Path, given: argparse.Namespace
     for lr in rates(way):
         key = {"stage": "rate", "way": way, "lr": lr, "seed": 0}
         if not results.holds(**key):
-            with trained(MODEL, train, [*flags(way, 1, lr, 0), "--eval", "10%"], given) as (_, told):
-                results.add(key | {"quiet": given.quiet} | told)
-    return float(max(tried(results, way), key=lambda run: (run["eval_accuracy"], -run["eval_loss"]))["lr"])
+            results.add(key | {"quiet": given.quiet} | trial(way, lr, train, given))
+    return float(max(tried(results, way), key=lambda run: (run["eval_accuracy"], -(run["eval_loss"] or 0)))["lr"])
+
+
+def trial(way: str, lr: float, train: Path, given: argparse.Namespace) -> Result:
+    """A rate at which the loss is no number any more tells nothing right."""
+    try:
+        with trained(MODEL, train, [*flags(way, 1, lr, 0), "--eval", "10%"], given) as (_, told):
+            return told
+    except Diverged:
+        return {"eval_accuracy": 0.0, "eval_loss": None, "diverged": True}
 
 
 def tried(results: Results, way: str) -> list[Result]:
