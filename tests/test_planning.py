@@ -255,7 +255,7 @@ def test_rows_with_labels_are_planned_with_a_head_and_a_head_alone_runs_the_mode
     # Nine of ten epochs are steps of the head alone.
     assert run["step_s"] * 4 < run["train_s"] < run["step_s"] * 5
     others = {row["name"]: row["runs"][0]["params"] for row in found["methods"]}
-    assert others["ia3"] == counts.ia3_params(model_spec.read(model)) + 2 * (32 + 1)
+    assert others["ia3"] == counts.ia3_params(model_spec.read(model)) + 2 * 32  # by the last token, without a bias
 
 
 def test_layers_that_are_not_there_and_a_head_without_labels_are_refused() -> None:

@@ -14,8 +14,8 @@ from lorafit.config import TrainConfig
 from lorafit.engine import precision
 from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
 from lorafit.lora.tokens import token_rows
+from lorafit.opening import open_target
 from lorafit.run import Start, train
-from lorafit.use import open_target
 from tests import tiny
 
 KEYS = {

@@ -15,6 +15,7 @@ from rich.console import Console
 from lorafit import ship, use
 from lorafit.config import ChatConfig, EvalConfig, MergeConfig, TrainConfig
 from lorafit.errors import AdapterError, ConfigError, DataError, MergeError, ModelError, RunDirError
+from lorafit.opening import Opened, open_target
 from lorafit.run import Start, train
 from tests import tiny
 from tests.infer.learned import LEARNED, llama
@@ -60,8 +61,8 @@ def evaluated(target: Path | str, data: Path, **settings: Any) -> dict[str, Any]
     return use.evaluate(EvalConfig(target=str(target), data=str(data), threads=1, **settings), quiet())
 
 
-def opened(target: Path | str, adapter: str | None = None, scale: float = 1.0, precision: str = "fp32") -> use.Opened:
-    return use.open_target(str(target), adapter, scale, precision, False, quiet())
+def opened(target: Path | str, adapter: str | None = None, scale: float = 1.0, precision: str = "fp32") -> Opened:
+    return open_target(str(target), adapter, scale, precision, False, quiet())
 
 
 def chatted(target: Path, lines: str, **settings: Any) -> str:

@@ -119,7 +119,7 @@ def _losses(config: ScaleConfig, sources: Mapping[str, str], console: Console) -
     from lorafit.engine.engine import prepare
     from lorafit.infer.evaluate import mean_loss
     from lorafit.methods import table
-    from lorafit.use import open_target
+    from lorafit.opening import open_target
 
     torch.set_num_threads(config.threads or machine.physical_cores())
     opened = open_target(config.run, None, 1.0, config.precision, config.trust_remote_code, console)

@@ -31,11 +31,11 @@ from lorafit.infer.server.work import Work
 from lorafit.lora.inject import detach
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
+from lorafit.opening import Found, check_same_model, find, load_base, read_base, tokenizer_of
 from lorafit.plan import machine
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS, trim_heap
 from lorafit.units import format_bytes
-from lorafit.use import Found, check_same_model, find, load_base, read_base, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

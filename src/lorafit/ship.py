@@ -19,11 +19,11 @@ from lorafit.export import merge as export_merge
 from lorafit.export.exporters import EXPORTERS
 from lorafit.export.request import Request
 from lorafit.methods.labels import Labels
+from lorafit.opening import find, open_target, read_base
 from lorafit.plan import machine
 from lorafit.rundir import RunDir
 from lorafit.shipping import Task
 from lorafit.units import format_bytes
-from lorafit.use import find, open_target, read_base
 
 
 def merge(config: MergeConfig, console: Console) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from lorafit.lora.inject import set_scale
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.model.safetensors_header import read_header
+from lorafit.opening import Found, Opened, check_same_model, tokenizer_of
 from lorafit.plan import machine
 from lorafit.units import format_bytes, format_count
-from lorafit.use import Found, Opened, check_same_model, tokenizer_of
 
 ROUNDED = ("nf4", "int8")
 # Weights in float32, and the originals of those that are merged, which are kept until the logits have been compared.

@@ -77,7 +77,7 @@ def _of_run(directory: Path, config: ReportConfig, log: Console, out: Console | 
     run, samples, notes = RunDir(directory), None, list[str]()
     run.read_config(), run.read_result()  # what is wrong with them is said before a model is loaded
     if config.samples:
-        from lorafit.answers import answers_of  # needs transformers
+        from lorafit.before_after import answers_of  # needs transformers
 
         torch.set_num_threads(config.threads or machine.physical_cores())
         try:

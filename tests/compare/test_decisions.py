@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lorafit.compare.candidate import candidates
 from lorafit.compare.conclude import conclude, front
 from lorafit.compare.show import page, remark
-from lorafit.compare.study import candidates
 from lorafit.errors import ConfigError
 from tests.compare.written import run, study
 

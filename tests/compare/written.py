@@ -12,8 +12,9 @@ import numpy as np
 from rich.console import Console
 
 from lorafit.compare.budget import Budget
+from lorafit.compare.candidate import candidates
 from lorafit.compare.rows import SIDES, Rows
-from lorafit.compare.study import Study, candidates
+from lorafit.compare.study import Study
 from lorafit.config import RATES, CompareConfig
 
 ROWS, TOKENS = 60, 4

@@ -41,7 +41,7 @@ def test_the_best_rate_ever_measured_is_kept_and_a_broken_cache_is_written_anew(
         monkeypatch.setattr(precision, "_measure", lambda name, rate=measured: rate)
         rates.append(precision.flop_per_s())
         (kept,) = json.loads(path.read_text()).values()
-        assert kept == {"flop_per_s": rates[-1], "reached": {}, "number_s": 0.0}
+        assert kept == {"flop_per_s": rates[-1], "reached": {}, "number_s": 0.0, "runs": {}}
     precision._best_rates.cache_clear()
     assert [rate["int8"] for rate in rates] == [2e11, 2e11, 3e11]
 

@@ -22,9 +22,9 @@ from lorafit.export.merge import tolerance
 from lorafit.infer.label_rows import encode_labelled
 from lorafit.infer.labels import scores_of
 from lorafit.methods.labels import Pooled, engine_of
+from lorafit.opening import open_target
 from lorafit.run import Start, train
 from lorafit.ship import merge
-from lorafit.use import open_target
 from tests import tiny
 
 USUAL: dict[str, Any] = {

@@ -21,7 +21,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafit import use
 from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.mask import encode_prompt
 from lorafit.errors import AdapterError, ConfigError, LorafitError
@@ -29,6 +28,7 @@ from lorafit.export import peft
 from lorafit.infer import generate
 from lorafit.lora.inject import set_scale
 from lorafit.methods import lora
+from lorafit.opening import open_target
 from lorafit.run import Start, train
 from tests import tiny
 from tests.infer.learned import LEARNED, learn
@@ -100,7 +100,7 @@ def quiet() -> Console:
 
 def ours(target: Path, questions: list[str], scale: float = 1.0, most: int = 40, **system: str) -> list[str]:
     """What `lorafit chat` says to each question."""
-    opened = use.open_target(str(target), None, 1.0, "fp32", False, quiet())
+    opened = open_target(str(target), None, 1.0, "fp32", False, quiet())
     if opened.has_adapter:
         set_scale(opened.model, scale)
     start = [{"role": "system", "content": text} for text in system.values()]

@@ -26,10 +26,10 @@ from lorafit.model import gguf_tensors
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.model.keep import ENCODERS
+from lorafit.opening import open_target
 from lorafit.quant.modules import QuantizedEmbedding, QuantizedLinear
 from lorafit.run import Start, train
 from lorafit.ship import merge
-from lorafit.use import open_target
 from tests import tiny
 
 TIED, APART = "qwen3", "llama"

@@ -131,7 +131,7 @@ def test_labels_have_updates_and_a_head_beside_them(inputs: Path, tmp_path: Path
     own = next(one for one in found["trained"]["modules"] if one["name"] == "model.layers.1.mlp.up_proj")
     A, B = (tensors[f"model.layers.1.mlp.up_proj.lora_{side}"].double() for side in "AB")
     assert own["norm"] == pytest.approx(float((11 / 3 * B @ A).norm()), rel=1e-9)
-    assert found["trained"]["others"] == ["label_head.bias", "label_head.weight"]
+    assert found["trained"]["others"] == ["label_head.weight"]
     assert len(found["samples"]["rows"]) == 2
     assert all(row[who] in tiny.LABELS for row in found["samples"]["rows"] for who in ("expected", "base", "tuned"))
 

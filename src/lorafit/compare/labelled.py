@@ -29,8 +29,8 @@ from lorafit.methods.labels import ATTRIBUTE, Labels, Pooled, engine_of, label_h
 from lorafit.methods.virtual import lead_of
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
+from lorafit.opening import Opened, find, load_base
 from lorafit.train.labelled import find_labels, precision_of
-from lorafit.use import Opened, find, load_base
 
 TIMED_REPEATS = 9
 # Rows of text that ask the base for a label, as one who has no head would.

@@ -20,11 +20,12 @@ from rich.console import Console
 from lorafit import files
 from lorafit.compare import child
 from lorafit.compare.budget import Budget
+from lorafit.compare.candidate import candidates
 from lorafit.compare.conclude import conclude
 from lorafit.compare.on_ray import Cluster, connect, what_is_there
 from lorafit.compare.rows import Rows, split
 from lorafit.compare.show import page, print_comparison, read_curves
-from lorafit.compare.study import Study, candidates
+from lorafit.compare.study import Study
 from lorafit.config import CompareConfig, parse_seconds
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate

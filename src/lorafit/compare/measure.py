@@ -23,10 +23,10 @@ from lorafit.engine.engine import Engine, prepare
 from lorafit.infer.evaluate import answers, is_right, row_losses
 from lorafit.infer.generate import context_tokens, unended
 from lorafit.methods import table
+from lorafit.opening import Opened, open_target
 from lorafit.plan import machine
 from lorafit.run import Start
 from lorafit.run import train as train_run
-from lorafit.use import Opened, open_target
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,12 +22,12 @@ from rich.console import Console
 from lorafit import files
 from lorafit.compare import child
 from lorafit.compare.budget import Budget, Costs
+from lorafit.compare.candidate import Candidate, Record
 from lorafit.compare.rows import Rows
 from lorafit.compare.search import next_factor, sure_factors
 from lorafit.compare.stats import Scores, difference, pooled
 from lorafit.compare.together import together
-from lorafit.config import EPOCHS, METHOD_VARIANTS, RATES, CompareConfig
-from lorafit.errors import ConfigError, did_you_mean, listed
+from lorafit.config import EPOCHS, RATES, CompareConfig
 from lorafit.rundir import RunDir
 from lorafit.units import format_seconds
 
@@ -37,55 +37,8 @@ SHARED = (
     "model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
     "template", "seq_len",
 )  # fmt: skip
-Record = dict[str, Any]
 # Makes a record; what it prints goes to the file.
 Work = Callable[[Path], Record]
-
-
-@dataclass
-class Candidate:
-    """A method and what became of it so far.
-
-    rates: records of the search by factor of the usual rate. lr: the rate that was chosen. runs: records of seeds.
-    out: why it was dropped or failed; status then says which.
-    """
-
-    name: str
-    method: str
-    variant: str
-    rates: dict[float, Record] = field(default_factory=dict)
-    lr: float | None = None
-    runs: list[Record] = field(default_factory=list)
-    status: str = "finished"
-    out: str | None = None
-
-    @property
-    def slug(self) -> str:
-        """Its directory."""
-        return self.name.replace(":", "-")
-
-    def losses(self) -> dict[float, float]:
-        """Factor -> loss on the search rows, infinite where training failed."""
-        return {factor: math.inf if record["loss"] is None else record["loss"] for factor, record in self.rates.items()}
-
-
-def candidates(names: list[str]) -> list[Candidate]:
-    """`lora:dora` -> a candidate. Raises ConfigError for a name that is unknown or stands twice."""
-    found: list[Candidate] = []
-    for name in (text.strip() for text in names):
-        method, _, variant = name.partition(":")
-        known = METHOD_VARIANTS.get(method)
-        if known is None:
-            hint = did_you_mean(method, METHOD_VARIANTS) or f"Known: {listed(METHOD_VARIANTS, 20)}"
-            raise ConfigError(f"--methods names {method!r}, which is no method", hint)
-        if variant and variant not in known:
-            hint = did_you_mean(variant, known) or f"There are {listed(known)}"
-            raise ConfigError(f"--methods names {name!r}, and {method} has no variant {variant!r}", hint)
-        one = Candidate(method if (variant or known[0]) == known[0] else name, method, variant or known[0])
-        if any(other.name == one.name for other in found):
-            raise ConfigError(f"--methods names {one.name!r} twice", "Name each once")
-        found.append(one)
-    return found
 
 
 @dataclass

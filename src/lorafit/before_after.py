@@ -22,8 +22,8 @@ from lorafit.infer.label_rows import MICRO_TOKENS, encode_labelled
 from lorafit.infer.labels import measure
 from lorafit.methods import table
 from lorafit.methods.labels import Labels, Pooled, engine_of
+from lorafit.opening import Opened, open_target
 from lorafit.rundir import RunDir
-from lorafit.use import Opened, open_target
 
 # Rows to choose from, evenly: the first ones of a file are often alike.
 LOOKED_AT = 1000
