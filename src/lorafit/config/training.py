@@ -60,7 +60,7 @@ METHOD_VARIANTS = {
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
-    "lora:vera": 2e-2, "head": 5e-3,
+    "lora:vera": 2e-2, "head": 1.5e-3,
 }  # fmt: skip
 # The same of the first component where ranks are nested, and how A starts there.
 NESTED = {"lr": 1e-3, "init": "graded"}
