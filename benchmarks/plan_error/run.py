@@ -8,8 +8,8 @@ Every cell is `lorafit train` in a fresh process, on rows of random text of one 
 with a loss. The peak is VmHWM, the median of the repeats. Time is that of the steps after the first.
 `--methods` measures other methods than LoRA in the place of it, over fewer shapes.
 `predict` asks `lorafit plan`, calibrated on this machine in a cache of its own, for every cell of results, and puts
-what it says beside what was measured: predictions are those of the code at hand. Calibrating measures LoRA; of every other
-method one run of PRACTICE is made before, as a user has it who has trained so once.
+what it says beside what was measured: predictions are those of the code at hand. Calibrating measures LoRA; of every
+other method one run of PRACTICE is made before, as a user has it who has trained so once.
 """
 
 from __future__ import annotations
@@ -63,10 +63,7 @@ def cells(given: argparse.Namespace) -> Iterator[Result]:
         for (precision, storage), shape in itertools.product(WAYS[given.model], shapes)
     ]
     if given.methods:
-        shapes = itertools.product(# Of another shape than any cell; a run of ten steps is one that the machine's speed is known by.
-PRACTICE: dict[str, Any] = {"storage": "auto", "batch": 8, "length": 256, "r": 16}
-PRACTICE_STEPS = 10
-METHOD_BATCHES, METHOD_LENGTHS, (METHOD_RANK,))
+        shapes = itertools.product(METHOD_BATCHES, METHOD_LENGTHS, (METHOD_RANK,))
         ways = [(name, METHODS[name][1], "auto", *shape) for name, shape in itertools.product(METHODS, shapes)]
     for repeat, (method, precision, storage, batch, length, r) in itertools.product(range(given.repeats), ways):
         cell = {"model": given.model, "method": method, "precision": precision, "storage": storage, "batch": batch}
