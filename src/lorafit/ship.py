@@ -43,8 +43,18 @@ def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
         return _with_head(config, labels, console)
     shipping.check(config, found, spec)
     if why := shipping.why_stream(config, found, spec):
-        return shipping.stream(config, found, spec, why, console)
+        loss = partial(_loss_of, config, shipping.loss_precision(spec) or "bf16", console) if config.data else None
+        return shipping.stream(config, found, spec, why, loss, console)
     return _in_memory(config, console)
+
+
+def _loss_of(config: MergeConfig, precision_name: str, console: Console, target: str) -> float:
+    """On the rows of --data, of a model or of the run at its scale, which is loaded for it and let go again."""
+    scale = config.scale if target == config.run else 1.0
+    opened = open_target(target, None, scale, precision_name, config.trust_remote_code, console)
+    task = Task.of(config, opened.tokenizer, console)
+    assert task is not None, "asked for with rows alone"
+    return task.loss(opened.model)
 
 
 def _with_head(config: MergeConfig, labels: Labels, console: Console) -> dict[str, Any]:

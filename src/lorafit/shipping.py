@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -96,12 +96,19 @@ def why_stream(config: MergeConfig, found: Found, spec: model_spec.ModelSpec) ->
     why = "as --stream says"
     if not config.stream:
         why = f"since merging it in memory would take {format_bytes(needed)}, and {format_bytes(free)} are free"
-    if config.data is not None:
+    if config.data is not None and loss_precision(spec) is None:
         raise ConfigError(
-            f"--data is given, and the model is merged tensor by tensor, {why}: no loss can be measured so",
-            f"Leave it out, and compare `lorafit eval {config.run}` with `lorafit eval {config.output}`",
+            f"--data is given, and measuring a loss would take {format_bytes(2 * spec.parameters)}, with "
+            f"{format_bytes(free)} free",
+            "Leave it out: merging tensor by tensor needs little memory",
         )
     return why
+
+
+def loss_precision(spec: model_spec.ModelSpec) -> str | None:
+    """What a loss can be measured in: fp32 where the whole model fits so, else bf16; None where it fits in neither."""
+    free = machine.available_bytes()
+    return next((name for name, size in (("fp32", 4), ("bf16", 2)) if size * spec.parameters <= free), None)
 
 
 # --- the loss on rows -----------------------------------------------------------------------------------------------
@@ -189,14 +196,24 @@ def _template_of_training(opened: Opened) -> str | None:
 # --- tensor by tensor -----------------------------------------------------------------------------------------------
 
 
-def stream(config: MergeConfig, found: Found, spec: model_spec.ModelSpec, why: str, console: Console) -> dict[str, Any]:
+def stream(
+    config: MergeConfig,
+    found: Found,
+    spec: model_spec.ModelSpec,
+    why: str,
+    loss: Callable[[str], float] | None,
+    console: Console,
+) -> dict[str, Any]:
     """Merge without loading the model. Returns what was written and how exactly.
+
+    loss: of a run or a model by its name, on the rows of --data, which loads it; None without such rows.
 
     difference, tolerance: of the output of the adapted layer that is furthest off, merged against unmerged, and what
     rounding explains of it. weights_cast_difference: how far the cast changed the weights, relative to their norm.
     """
     assert found.adapter is not None
     check_same_model(config.run, found, spec)
+    losses = {"trained": loss(config.run)} if loss else {}
     _say(f"merging {config.run} tensor by tensor, {why}", console)
     skeleton = model_load.load_skeleton(spec, config.trust_remote_code)
     if _has_ends(skeleton.model, found.adapter):
@@ -213,7 +230,9 @@ def stream(config: MergeConfig, found: Found, spec: model_spec.ModelSpec, why: s
         done = export_stream.merge(
             job, tokenizer, spec.path, Path(config.output), lambda now, of: bar.update(line, completed=now, total=of)
         )
-    return _tell_streamed(config, spec, why, done, console)
+    if loss:
+        losses["merged"] = loss(config.output)
+    return _tell_streamed(config, spec, why, done, losses, console)
 
 
 def _has_ends(model: Any, adapter: Path) -> bool:
@@ -237,7 +256,12 @@ def _identity(config: MergeConfig, found: Found, spec: model_spec.ModelSpec, sto
 
 
 def _tell_streamed(
-    config: MergeConfig, spec: model_spec.ModelSpec, why: str, done: export_stream.Merged, console: Console
+    config: MergeConfig,
+    spec: model_spec.ModelSpec,
+    why: str,
+    done: export_stream.Merged,
+    losses: dict[str, float],
+    console: Console,
 ) -> dict[str, Any]:
     seen = done.found
     if done.resumed:
@@ -257,14 +281,16 @@ def _tell_streamed(
     )
     if seen.difference > seen.tolerance:
         _say(FORCED, console)
+    about = {"into": config.into, "data": config.data, "losses": losses or None}
+    if losses:
+        _say(_of_losses(about), console)
     _say_next(config.output, console)
-    return {
+    return about | {
         "run": config.run,
         "base": spec.name,
         "output": config.output,
         "scale": config.scale,
         "dtype": config.dtype,
-        "into": config.into,
         "way": "stream",
         "why": why,
         "tensors": seen.tensors,

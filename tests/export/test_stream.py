@@ -309,10 +309,10 @@ def test_a_layer_that_merging_changes_is_refused_unless_told(tmp_path: Path, mon
 def test_what_cannot_be_streamed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, run = made(tmp_path, "llama", shard="1GB")
     rows = tiny.write_chat(tmp_path / "rows.jsonl", 2)
-    with pytest.raises(
-        ConfigError, match="--data is given, and the model is merged tensor by tensor, as --stream says"
-    ):
-        merged(run, tmp_path / "out", stream=True, data=str(rows))
+    with monkeypatch.context() as small:
+        small.setattr("lorafit.shipping.machine.available_bytes", lambda: 10_000)
+        with pytest.raises(ConfigError, match=r"--data is given, and measuring a loss would take .* free"):
+            merged(run, tmp_path / "out", stream=True, data=str(rows))
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(RunDirError, match=r"still to be written to .* where .* are free. Free some space"):
         merged(run, tmp_path / "out", stream=True)
@@ -328,6 +328,17 @@ def test_what_cannot_be_streamed_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ModelError, match=r"files lack 1 of its parameters: model\.layers\.0\.mlp\.up_proj"):
         merged(run, tmp_path / "out", stream=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_is_measured_before_and_after_where_the_model_fits(tmp_path: Path) -> None:
+    _, run = made(tmp_path, "llama")
+    rows = str(tiny.write_chat(tmp_path / "rows.jsonl", 6))
+    whole, _ = merged(run, tmp_path / "memory", data=rows)
+    result, printed = merged(run, tmp_path / "stream", stream=True, data=rows)
+    assert result["losses"]["trained"] == whole["losses"]["trained"]
+    # What is written is bitwise the same, so only how it was loaded differs: not at all.
+    assert result["losses"]["merged"] == pytest.approx(whole["losses"]["merged"], rel=1e-6)
+    assert f"loss on {rows}: {result['losses']['trained']:.4f} as trained" in printed
 
 
 def test_too_little_memory_is_a_reason_to_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

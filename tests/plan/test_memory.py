@@ -96,7 +96,8 @@ def test_a_part_of_the_layers_keeps_and_trains_that_part_alone(tmp_path: Path) -
     # The layer below is packed once: no gradient goes through it.
     parts = memory.estimate(spec, some, "fp32", 999, 1, False).parts
     assert parts["weights"] == 4 * spec.parameters
-    assert parts["adapter"] == 4 * 4 * attached.trainable_params
+    # The values before the first step are fewer than the activations that are gone by then.
+    assert parts["adapter"] == 3 * 4 * attached.trainable_params
 
 
 def test_starts_that_take_a_product_out_of_the_weights_keep_its_factors(tmp_path: Path) -> None:

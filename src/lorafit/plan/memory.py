@@ -18,10 +18,9 @@ from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
 RUNTIME_BYTES = 450 * MIB
-# In float32: value, gradient, two moments and, at the first step, the values before it. A checkpoint holds as many
-# bytes of what it writes. In 16 bits the activations' memory is kept for the next step beside all of them; in fp32 it
-# lies on the heap and is given to gradients: measured.
-ADAPTER_COPIES = {"fp32": 3.5, "bf16": 5.0}
+# In float32: value, gradient and two moments. In fp32 the activations' memory lies on the heap and is given to gradients
+# too: measured.
+ADAPTER_COPIES = {"fp32": 3.5, "bf16": 4.0}
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
 LOGIT_ROWS = 256
@@ -29,8 +28,8 @@ LOGIT_ROWS = 256
 DECODED_TOKENS = 8192
 # Of the rows on which int8 is measured, before the first step.
 CALIBRATION_TOKENS = 128
-# In float32, of own weights that are trained: gradient, two moments, and the value before the first step.
-OWNED_COPIES = 4
+# In float32, of own weights that are trained: gradient and two moments.
+OWNED_COPIES = 3
 # Of a head that is trained or adapted: logits, what softmax makes of them, and their gradient.
 TRAINED_LOGITS = 3
 # Of each row, beside what is in its arrays, while those are in memory: what reading it leaves on the heap; and of rows
@@ -113,7 +112,9 @@ def estimate(
         weights -= bytes_of(trained.unreached, dtype)
     if storage != "auto":
         weights = _stored_bytes(spec, storage, dtype)
-    adapter = _adapter_bytes(trained, dtype)
+    # In 16 bits the activations' memory is kept for the next step, and only workspace is free by then.
+    free = round(((1 if dtype == "fp32" else 0) + WORK[dtype]) * activations) + KERNEL_BYTES
+    adapter = _adapter_bytes(trained, dtype, free)
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
         few = activation_bytes(spec, trained.per_token, dtype, min(tokens, CALIBRATION_TOKENS), False, trained.depth)
@@ -136,12 +137,17 @@ def estimate(
     )
 
 
-def _adapter_bytes(trained: Trained, dtype: str) -> int:
-    """Its numbers with all that belongs to them while it is trained."""
+def _adapter_bytes(trained: Trained, dtype: str, free: int) -> int:
+    """Its numbers with all that belongs to them while it is trained.
+
+    free: what the backward pass has left when the first step keeps the values before it.
+    """
     if trained.owned:
-        return OWNED_COPIES * bytes_of(trained.owned, "fp32")
-    copies = round(ADAPTER_COPIES[dtype] * bytes_of(trained.params, "fp32")) + bytes_of(trained.kept, "fp32")
-    return copies if dtype == "fp32" else copies + trained.packed_bytes
+        copy = bytes_of(trained.owned, "fp32")
+        return OWNED_COPIES * copy + max(0, copy - free)
+    copy = bytes_of(trained.params, "fp32")
+    copies = round(ADAPTER_COPIES[dtype] * copy) + bytes_of(trained.kept, "fp32")
+    return copies if dtype == "fp32" else copies + max(0, copy - free) + trained.packed_bytes
 
 
 def _evaluation_bytes(spec: ModelSpec, trained: Trained, supervised: int, dtype: str) -> int:
