@@ -18,8 +18,8 @@ from lorafit.units import MIB, bytes_of, format_bytes
 
 # Python, torch, transformers and their libraries, mapped, with a tokenizer: measured with VmHWM.
 RUNTIME_BYTES = 450 * MIB
-# In float32: value, gradient and two moments. In fp32 the activations' memory lies on the heap and is given to gradients
-# too: measured.
+# In float32: value, gradient and two moments. In fp32 the activations' memory lies on the heap and is given to
+# gradients too: measured.
 ADAPTER_COPIES = {"fp32": 3.5, "bf16": 4.0}
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
 BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
