@@ -168,3 +168,15 @@ def test_scratch_is_kept_until_more_is_asked_for() -> None:
     thread.start()
     thread.join()
     assert elsewhere != [first]
+
+
+def test_what_a_rate_was_measured_on_does_not_make_later_blocks_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_largest", 0)
+    monkeypatch.setattr(workspace, "_pool", workspace._Pool())
+    like = torch.empty(0)
+    large = workspace.rows(like, 4096, 64)
+    del large
+    workspace.forget()
+    small = workspace.rows(like, 512, 64)
+    assert small.untyped_storage().nbytes() == 512 * 64 * 4
+    assert list(workspace._pool.made) == [512 * 64 * 4]

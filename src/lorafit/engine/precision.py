@@ -60,7 +60,7 @@ def _best_rates(threads: int) -> dict[str, float]:
     before = rates.read(threads).flop_per_s
     found = {name: max(_measure(name), before.get(name, 0.0)) for name in ("fp32", "bf16", "int8")}
     rates.keep(threads, rates.Rates(flop_per_s=found))
-    workspace.release()  # or what was measured on would stay beside what is loaded next
+    workspace.forget()  # or blocks of the first batches would be as large as what was measured on
     return found
 
 

@@ -116,3 +116,10 @@ def release() -> None:
     _scratch.found.clear()
     slabs.trim_heap()
     SLABS.release()
+
+
+def forget() -> None:
+    """As `release`, and the batches so far say nothing of those to come: blocks are no longer as large as theirs."""
+    global _largest
+    _largest = 0
+    release()
