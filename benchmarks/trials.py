@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,16 @@ def arguments(text: str | None, seeds: int) -> argparse.Namespace:
     # As an exception it ends the child too, and scratch files go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return given
+
+
+def main(
+    text: str | None, seeds: int, measure: Callable[[argparse.Namespace], None], table: Callable[[], str], begin: str
+) -> None:
+    """Measure where that is asked for, and put the table into the document behind `begin`."""
+    given = arguments(text, seeds)
+    if given.work == "measure":
+        measure(given)
+    put(table(), begin)
 
 
 def wanted(given: argparse.Namespace, names: Sequence[str]) -> list[str]:

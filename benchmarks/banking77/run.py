@@ -16,20 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trials import (
-    Diverged,
-    Result,
-    Results,
-    arguments,
-    estimates,
-    evaluated,
-    measured,
-    percent,
-    put,
-    trained,
-    wanted,
-    wrong,
-)
+from trials import Diverged, Result, Results, estimates, evaluated, main, measured, percent, trained, wanted, wrong
 
 from lorafit.config.training import RATES
 
@@ -120,12 +107,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    given = arguments(__doc__, seeds=3)
-    if given.work == "measure":
-        measure(given)
-    put(table(), BEGIN)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, 3, measure, table, BEGIN)

@@ -21,7 +21,7 @@ from pathlib import Path
 from sacrebleu.metrics import BLEU, CHRF
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trials import Result, Results, arguments, evaluated, measured, put, trained, wanted
+from trials import Result, Results, evaluated, main, measured, trained, wanted
 
 MODEL = "smollm2-135m"
 BASE = "base"
@@ -96,12 +96,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    given = arguments(__doc__, seeds=2)
-    if given.work == "measure":
-        measure(given)
-    put(table(), BEGIN)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, 2, measure, table, BEGIN)

@@ -19,19 +19,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trials import (
-    Result,
-    Results,
-    arguments,
-    estimates,
-    evaluated,
-    measured,
-    percent,
-    put,
-    trained,
-    wanted,
-    wrong,
-)
+from trials import Result, Results, estimates, evaluated, main, measured, percent, trained, wanted, wrong
 
 MODELS = ("all-minilm-l6-v2", "smollm2-135m")
 BALANCE_SEED = 123
@@ -108,12 +96,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    given = arguments(__doc__, seeds=5)
-    if given.work == "measure":
-        measure(given)
-    put(table(), BEGIN)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, 5, measure, table, BEGIN)

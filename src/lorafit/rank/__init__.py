@@ -1,1 +1,1 @@
-"""`lorafit rank`: the rank and the learning rate for one's own data, with evidence."""
+"""What a rank is chosen by: how far rows are from what a model knows, and how many directions their gradients need."""

@@ -24,6 +24,7 @@ from lorafit.lora.inject import attached_layers
 from lorafit.lora.layer import LoRALayer
 from lorafit.lora.targets import ALL_LINEAR, select
 from lorafit.methods import lora
+from lorafit.report.updates import effective_rank
 
 # Columns of a sketch that only serve to estimate what its basis misses, and those beyond the largest rank that is asked
 # for, which make the leading directions exact (Halko et al. 2011, section 4.2).
@@ -55,13 +56,8 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """Exp of the entropy of the energies' shares, what lies beyond counted as one more direction.
-
-        Source: Roy and Vetterli 2007, definition 2, of energies in the place of singular values.
-        """
-        shares = torch.cat([self.energies, torch.tensor([self.rest])]) / max(self.total, 1e-300)
-        shares = shares[shares > 0]
-        return float(torch.exp(-(shares * shares.log()).sum()))
+        """Of the energies' shares, what lies beyond counted as one more direction; see `updates.effective_rank`."""
+        return effective_rank(torch.cat([self.energies, torch.tensor([self.rest])])) or 0.0
 
 
 def attach(model: nn.Module, most: int) -> list[LoRALayer]:
@@ -173,7 +169,7 @@ def held(spectra: Mapping[str, Spectrum], r: int) -> float:
     return sum(one.held(r) * one.total for one in spectra.values()) / total if total else 1.0
 
 
-def effective_rank(spectra: Mapping[str, Spectrum]) -> float:
+def mean_effective_rank(spectra: Mapping[str, Spectrum]) -> float:
     """The mean over weights, weighed by their energy."""
     total = sum(one.total for one in spectra.values())
     return sum(one.effective_rank * one.total for one in spectra.values()) / total if total else 0.0
