@@ -232,6 +232,18 @@ def test_times_are_of_the_method_where_it_was_timed_else_of_lora_and_said_to_be(
     assert "not known" in printed
 
 
+def test_full_fine_tuning_of_some_layers_has_a_speed_of_its_own(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    both = {"fp32/64": 4e11, "fp32, full/64": 1e11}
+    rates.keep(2, rates.Rates({"fp32": 4e11}, both))
+    asked: dict[str, Any] = {"threads": 2, "method": "full", "layers": "last:1"}
+    before = planned(model, **asked)[0]["runs"][0]
+    assert before["step_s"] == pytest.approx(before["flop"] / 4e11) and before["speed_from"] == "lora"
+    rates.keep(2, rates.Rates({"fp32": 4e11}, both | {"fp32, full:layers/64": 2e11}))
+    after = planned(model, **asked)[0]["runs"][0]
+    assert after["step_s"] == pytest.approx(after["flop"] / 2e11) and after["speed_from"] == "measured"
+
+
 def test_a_grid_of_rows_and_tokens_holds_what_was_asked_for() -> None:
     found, printed = planned("smollm2-135m", batch_size=3, seq_len=700, memory="64GiB")
     shapes = found["shapes"]

@@ -31,22 +31,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_speed"))
 from engines import revision
 from run import machine
 
-STEPS = 5
+# Of a step's time the median of those after the first; long steps spread less.
+STEPS, STEPS_OF_MANY_ROWS = 5, 3
 BATCHES, LENGTHS, RANKS = (4, 16), (128, 512), (8, 64)
 WAYS = {
     "smollm2-135m": (("fp32", "auto"), ("bf16", "auto"), ("int8", "auto"), ("bf16", "keep")),
     "llama-0.4b": (("fp32", "auto"), ("bf16", "auto"), ("int8", "auto"), ("bf16", "nf4"), ("bf16", "int8")),
 }
-# Other methods than LoRA, by what their rows are called: what train and plan are told, and the precision.
-METHODS: dict[str, tuple[list[str], str]] = {
-    "adapter:pfeiffer": (["--method", "adapter"], "bf16"),
-    "adapter:houlsby": (["--method", "adapter", "--variant", "houlsby"], "bf16"),
-    "prefix:p-tuning-v2": (["--method", "prefix"], "bf16"),
-    "ia3": (["--method", "ia3"], "bf16"),
-    "bitfit": (["--method", "bitfit"], "bf16"),
-    "lora:dora": (["--variant", "dora"], "bf16"),
-    "full": (["--method", "full"], "fp32"),
-    "full, --layers last:2": (["--method", "full", "--layers", "last:2"], "fp32"),
+# Other methods than LoRA, by what their rows are called: what train and plan are told, and in which precisions.
+METHODS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "adapter:pfeiffer": (["--method", "adapter"], ("bf16", "int8")),
+    "adapter:houlsby": (["--method", "adapter", "--variant", "houlsby"], ("bf16",)),
+    "prefix:p-tuning-v2": (["--method", "prefix"], ("bf16", "int8")),
+    "ia3": (["--method", "ia3"], ("bf16",)),
+    "bitfit": (["--method", "bitfit"], ("bf16",)),
+    "lora:dora": (["--variant", "dora"], ("bf16", "int8")),
+    "full": (["--method", "full"], ("fp32",)),
+    "full, --layers last:2": (["--method", "full", "--layers", "last:2"], ("fp32",)),
 }
 # Of another shape than any cell; a run of ten steps is one that the machine's speed is known by.
 PRACTICE: dict[str, Any] = {"storage": "auto", "batch": 8, "length": 256, "r": 16}
@@ -64,7 +65,8 @@ def cells(given: argparse.Namespace) -> Iterator[Result]:
     ]
     if given.methods:
         shapes = itertools.product(METHOD_BATCHES, METHOD_LENGTHS, (METHOD_RANK,))
-        ways = [(name, METHODS[name][1], "auto", *shape) for name, shape in itertools.product(METHODS, shapes)]
+        kinds = [(name, precision, "auto") for name, (_, precisions) in METHODS.items() for precision in precisions]
+        ways = [(*kind, *shape) for kind, shape in itertools.product(kinds, shapes)]
     for repeat, (method, precision, storage, batch, length, r) in itertools.product(range(given.repeats), ways):
         cell = {"model": given.model, "method": method, "precision": precision, "storage": storage, "batch": batch}
         yield cell | {"length": length, "r": r, "repeat": repeat}
@@ -114,8 +116,9 @@ def predict(given: argparse.Namespace) -> None:
             os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
             model = name if name == "smollm2-135m" else str(write_llama(scratch / name))
             planned(model, "--calibrate")
-            for method in sorted({method_of(run) for run in found["runs"]} - {"lora"}):
-                one(model, PRACTICE | {"method": method, "precision": METHODS[method][1]}, scratch, PRACTICE_STEPS)
+            for method, precision in sorted({(method_of(run), run["precision"]) for run in found["runs"]}):
+                if method in METHODS:
+                    one(model, PRACTICE | {"method": method, "precision": precision}, scratch, PRACTICE_STEPS)
             said: dict[tuple[Any, ...], Result] = {}
             for run in found["runs"]:
                 cell = tuple(run.get(key, "lora") for key in KEYS)
@@ -143,8 +146,9 @@ def planned(model: str, *more: str) -> Result:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def one(model: str, cell: Result, scratch: Path, steps: int = STEPS) -> Result:
+def one(model: str, cell: Result, scratch: Path, steps: int | None = None) -> Result:
     data, run = scratch / "text.jsonl", scratch / "run"
+    steps = steps or (STEPS if cell["batch"] < max(BATCHES) else STEPS_OF_MANY_ROWS)
     write_rows(cell, data)
     command = [sys.executable, "-m", "lorafit", "train", model, str(data), "-o", str(run), "--json", "--no-shuffle"]
     command += ["--precision", cell["precision"], "--base-storage", cell["storage"], "--r", str(cell["r"])]

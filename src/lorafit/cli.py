@@ -368,8 +368,9 @@ def main() -> None:
     # else they take the cores from those they wait for, and a step takes 4 times as long (docs/log.md). To be set
     # before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # oneDNN keeps code and buffers for each of the last 1,024 shapes of a product, about 0.6 MB each.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
+    # oneDNN keeps code and buffers for each of the last 1,024 shapes of a product, about 0.6 MB each. A layer has a
+    # dozen, and all layers the same; what rows of other lengths had is not worth its memory (docs/log.md).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     # Importing torch and transformers makes a million objects, none of them garbage. At Python's own thresholds they
     # are searched through again and again, for a tenth of the time that loading takes.
     gc.set_threshold(100_000, 20, 20)

@@ -52,8 +52,13 @@ def way(precision: str, storage: str, kind: str = "") -> str:
     return ", ".join(part for part in (precision, storage if storage != "auto" else "", kind) if part)
 
 
-def kind_of(method: str, variant: str) -> str:
-    """Methods that are computed alike have one speed: LoRA's plain form, "", its others, and each other method."""
+def kind_of(method: str, variant: str, layers: str | None) -> str:
+    """Methods that are computed alike have one speed: LoRA's plain form, "", its others, and each other method.
+
+    Full fine-tuning of some layers alone is a kind of its own: most of its products are of frozen weights.
+    """
+    if method == "full" and layers is not None:
+        return "full:layers"
     if method != "lora":
         return method
     return "" if variant == "lora" else f"lora:{variant}"

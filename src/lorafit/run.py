@@ -123,7 +123,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             use_template(loaded.tokenizer, config.template)
         added = _add_tokens(config, loaded, console)
         data, encoded, held_out = _encode(config, inputs, loaded.tokenizer, labels, is_encoder, console)
-        adds = replace(adds, evaluated=held_out is not None)
+        followed = gated.followed_numbers(config, adds.params)
+        adds = replace(adds, evaluated=held_out is not None, kept=adds.kept + followed)
         lead = range(inputs.spec.vocab, inputs.spec.vocab + config.lead_tokens)
         estimate, predicted = _plan(config, inputs.spec, chosen, led(encoded.encoded, lead), adds, start.force, console)
         loaded.model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated

@@ -209,6 +209,17 @@ def run(settings: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any],
     return made, heard.getvalue()
 
 
+def test_the_importance_of_every_number_is_part_of_the_prediction(inputs: dict[str, Any], tmp_path: Path) -> None:
+    results = [
+        run({**inputs, **settings, "max_steps": 2, "output": str(tmp_path / name)})[0]
+        for name, settings in (("gated", SETTINGS), ("plain", {"r": 5, "alpha": 7.0}))
+    ]
+    gated_peak, plain_peak = (result["predicted_peak_bytes"] for result in results)
+    own = schedule(inject.owners(attached()), 3, 10, 0.1, 0.3, 0.7)
+    followed = [t for key, t in own.state().items() if not key.startswith("kept.") and not key.endswith(".gate")]
+    assert gated_peak - plain_peak == sum(t.nbytes for t in followed)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_run_ends_with_the_budget_and_says_the_rank_of_every_layer(inputs: dict[str, Any], tmp_path: Path) -> None:
     result, printed = run({**inputs, **SETTINGS, "output": str(tmp_path / "run"), "eval": "25%"})

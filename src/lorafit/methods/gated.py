@@ -55,6 +55,11 @@ def as_attached(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"r": r, "alpha": more * config.alpha, "alpha_pattern": alphas})
 
 
+def followed_numbers(config: TrainConfig, params: int) -> int:
+    """Numbers that are kept beside so many trained ones: the importance of each, and how uncertain that is."""
+    return 2 * params if config.rank_schedule == "adalora" else 0
+
+
 def attach(model: nn.Module, config: TrainConfig) -> Attached:
     """As `table.attach`, with gates where ranks have a schedule. Raises what that does."""
     attached = table.attach(model, as_attached(config))

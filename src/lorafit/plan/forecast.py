@@ -76,7 +76,7 @@ def ways(spec: ModelSpec, method: str = "lora") -> list[tuple[str, str]]:
 
 def on_gpu(spec: ModelSpec, config: MethodConfig, work: Work, gpu: Gpu, labels: int = 0) -> list[Forecast]:
     """The same runs on a GPU, by its datasheet alone. Memory is that of this engine, which is no measurement either."""
-    kind = kind_of(config.method, config.variant)
+    kind = kind_of(config.method, config.variant, config.layers)
     reached = {
         run_key(way(name, "auto", kind), spec.hidden): gpus.ASSUMED_MFU * rate for name, rate in gpu.flop_per_s.items()
     }
@@ -151,7 +151,7 @@ SPEEDS = {
 
 def speed_of(spec: ModelSpec, config: MethodConfig, precision: str, storage: str, rates: Rates) -> Speed | None:
     """What runs of this method reached here, else LoRA's in the same precision, else what is assumed; None: unknown."""
-    kind = kind_of(config.method, config.variant)
+    kind = kind_of(config.method, config.variant, config.layers)
     own = measured_speed(spec, precision, storage, rates, kind)
     if own:
         return Speed(own, "measured")

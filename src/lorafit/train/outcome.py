@@ -93,7 +93,7 @@ def flop_of(config: TrainConfig, progress: Progress, predicted: float | None, st
 
     predicted: of all `steps` of the run. None where neither is known.
     """
-    if rates.kind_of(config.method, config.variant) == "":
+    if rates.kind_of(config.method, config.variant, config.layers) == "":
         return progress.flop
     return None if predicted is None else predicted * progress.step / steps
 
@@ -107,12 +107,12 @@ def _mfu(flop: float | None, train_s: float, precision_name: str) -> float | Non
 def remember_speed(result: dict[str, Any], spec: ModelSpec, config: TrainConfig) -> None:
     """For plans to come: how many operations a second this run reached, by its method.
 
-    Of a few steps, or of a part of the layers, it would say little.
+    Of a few steps, or of LoRA in a part of the layers, it would say little.
     """
-    is_whole = config.layers is None and config.targets == "all-linear" and result["flop"]
+    is_whole = (config.layers is None or config.method == "full") and config.targets == "all-linear"
     is_whole = is_whole and config.rank_schedule == "none"
-    if is_whole and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
-        kind = rates.kind_of(config.method, config.variant)
+    if is_whole and result["flop"] and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
+        kind = rates.kind_of(config.method, config.variant, config.layers)
         key = rates.run_key(rates.way(result["precision"], config.base_storage, kind), spec.hidden)
         updates_s = rates.read(result["threads"]).number_s * result["trainable_params"] * result["steps"]
         passes_s = max(result["train_s"] - updates_s, result["train_s"] / 2)
