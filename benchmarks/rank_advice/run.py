@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafit.compare import child, measure
+from lorafit.compare import measure
 from lorafit.config import CompareConfig
+from lorafit.trials import child, measuring
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_speed"))
 from engines import revision
@@ -80,7 +81,7 @@ def trained(settings: Result, valid: Path, scratch: Path) -> Result:
     run, log = scratch / "run", scratch / "log.txt"
     shutil.rmtree(run, ignore_errors=True)
     try:
-        told = child.call(measure.train, (settings | {"output": str(run)},), log)
+        told = child.call(measuring.train, (settings | {"output": str(run)},), log)
         config = CompareConfig(model=MODEL, data=settings["data"], output=str(scratch))
         rows = child.call(measure.losses, (str(run), config, told["precision"], str(valid)), log)
     except child.Refused as error:

@@ -24,6 +24,7 @@ from lorafit.config import (
     ExportConfig,
     MergeConfig,
     PlanConfig,
+    RankConfig,
     ReportConfig,
     ScaleConfig,
     ServeConfig,
@@ -141,6 +142,30 @@ def compare(
 
 
 @app.command(rich_help_panel="Find, prove, train")
+@options_of(RankConfig, ("model", "data"))
+def rank(
+    given: dict[str, Any],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Which rank for DATA: how far the rows are from what MODEL knows, and one run that serves at every rank.
+
+    lorafit rank smollm2-135m messages.jsonl -o ranked
+
+    lorafit rank smollm2-135m messages.jsonl -o ranked --max-r 32 --eval valid.jsonl
+
+    lorafit rank smollm2-135m messages.jsonl -o ranked --verify        (trains what is advised, and its neighbours)
+    """
+    resolved, _ = build(RankConfig, {}, given)
+
+    from lorafit.rank.line import rank
+
+    result = rank(resolved, resume, _log(), None if as_json else Console())
+    if as_json:
+        _print_json(result)
+
+
+@app.command(rich_help_panel="Find, prove, train")
 @options_of(ReportConfig, ("directory",))
 def report(given: dict[str, Any], as_json: JSON = False) -> None:
     """One page on a run: curves, what was trained layer by layer, predicted and measured, answers before and after.
@@ -149,7 +174,7 @@ def report(given: dict[str, Any], as_json: JSON = False) -> None:
 
     lorafit report runs/first -o first.html --samples 0        (needs no model)
 
-    lorafit report compared        (the page of a comparison, or of a look at the scale, made again)
+    lorafit report compared        (the page of a comparison, of a search of the rank, of a look at the scale)
     """
     resolved, _ = build(ReportConfig, {}, given)
 

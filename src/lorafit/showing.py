@@ -15,11 +15,11 @@ from lorafit.errors import LorafitError, RunDirError
 from lorafit.rundir import RunDir
 
 Found = dict[str, Any]
-COMPARED, SCALED = "compare.json", "scale.json"
+COMPARED, SCALED, RANKED = "compare.json", "scale.json", "rank.json"
 PAGE = "report.html"
 # What may stand in a directory that is not finished, and how it is.
 UNFINISHED = {
-    "setup.json": ("an unfinished comparison", "Finish it by `lorafit compare --resume`"),
+    "setup.json": ("an unfinished comparison, or search of the rank", "Finish it by the same command with --resume"),
     "metrics.jsonl": ("a run that has not finished", "Finish it by `lorafit train --resume`"),
     "checkpoints": ("a run that has not finished", "Finish it by `lorafit train --resume`"),
 }
@@ -53,7 +53,7 @@ def _maker(directory: Path) -> Maker:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise RunDirError(f"{directory} {what}", "Give the directory of `lorafit train -o` or `lorafit compare -o`")
-    for name, maker in ((COMPARED, _of_comparison), (SCALED, _of_scale)):
+    for name, maker in ((COMPARED, _of_comparison), (RANKED, _of_rank), (SCALED, _of_scale)):
         if (directory / name).is_file():
             return maker
     if RunDir(directory).exists:
@@ -62,8 +62,8 @@ def _maker(directory: Path) -> Maker:
         if (directory / name).exists():
             raise RunDirError(f"{directory} holds {what}", do)
     raise RunDirError(
-        f"{directory} holds no run: it has no run.toml, {COMPARED} or {SCALED}",
-        "Give the directory of `lorafit train -o`, `lorafit compare -o` or `lorafit scale -o`",
+        f"{directory} holds no run: it has no run.toml, {COMPARED}, {RANKED} or {SCALED}",
+        "Give the directory of `lorafit train`, `compare`, `rank` or `scale`",
     )
 
 
@@ -99,6 +99,15 @@ def _of_comparison(directory: Path, config: ReportConfig, log: Console, out: Con
     if out is not None:
         print_comparison(found, out)
     return {"kind": "comparison", "directory": str(directory)} | found, text
+
+
+def _of_rank(directory: Path, config: ReportConfig, log: Console, out: Console | None) -> tuple[Found, str]:
+    from lorafit.rank.show import page, print_rank
+
+    found = _read(directory / RANKED)
+    if out is not None:
+        print_rank(found, out)
+    return {"kind": "rank", "directory": str(directory)} | found, page(found)
 
 
 def _of_scale(directory: Path, config: ReportConfig, log: Console, out: Console | None) -> tuple[Found, str]:

@@ -25,10 +25,11 @@ import pytest
 from rich.console import Console
 
 import lorafit
-from lorafit.compare import child, line, on_ray
+from lorafit.compare import line, on_ray
 from lorafit.compare.line import compare
 from lorafit.config import CompareConfig, EvalConfig
 from lorafit.errors import CheckpointError, ConfigError, DataError, RunDirError
+from lorafit.trials import child
 from lorafit.use import evaluate
 from tests import tiny
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from lorafit.compare.line import compare
-from lorafit.compare.rows import split
 from lorafit.config import CompareConfig, EvalConfig
 from lorafit.errors import LorafitError
+from lorafit.trials.rows import split_in_three
 from lorafit.use import evaluate
 from tests import tiny
 
@@ -98,6 +98,6 @@ def test_a_label_that_no_training_row_has_is_refused_or_learned(rows: dict[str, 
         compared(tmp_path / "c", model=model, data=rows["data"], eval=rows["new"], methods=["head"])
     once = [{"text": f"{n} is one", "label": f"{n}"} for n in range(10)]
     data = str(tiny.write_rows(tmp_path / "once.jsonl", once * 1 + [{"text": "so is 0", "label": "0"}] * 20))
-    found = split(CompareConfig(model=model, data=data, output="unused", eval="20%"), tmp_path / "rows")
+    found = split_in_three(CompareConfig(model=model, data=data, output="unused", eval="20%"), tmp_path / "rows")
     train = Path(found.path("train")).read_text()
     assert all(f'"label": "{n}"' in train for n in range(10))

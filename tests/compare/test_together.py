@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lorafit.compare import child
 from lorafit.compare.together import together
+from lorafit.trials import child
 
 
 def test_jobs_meet_where_there_are_slots_for_all() -> None:

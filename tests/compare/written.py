@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lorafit.compare.budget import Budget
 from lorafit.compare.candidate import candidates
-from lorafit.compare.rows import SIDES, Rows
 from lorafit.compare.study import Study
 from lorafit.config import RATES, CompareConfig
+from lorafit.trials.rows import Rows
 
 ROWS, TOKENS = 60, 4
 LATENCY = {"first_token": 0.02, "per_token": 0.01, "base_first_token": 0.01, "base_per_token": 0.01}
@@ -77,7 +77,7 @@ def study(
     write(directory, "base/untuned", measured(base[0], None if right is None else base[1], 991, wall_s))
     shots = {"shots": 4, **side(base[0], None if right is None else base[1], 992), "latency_s": LATENCY}
     write(directory, "base/few_shot", {**shots, "wall_s": wall_s})
-    rows = Rows(directory / "rows", dict.fromkeys(SIDES, ROWS), [])
+    rows = Rows(directory / "rows", dict.fromkeys(("train", "search", "valid", "test"), ROWS), [])
     return Study(
         config=config,
         directory=directory,

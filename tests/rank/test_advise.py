@@ -55,3 +55,9 @@ def test_the_standard_error_of_a_ratio_is_that_of_drawn_rows() -> None:
     bootstrap = (sums[drawn].sum(1) / weights[drawn].sum(1)).std()
     # A standard deviation of 4,000 draws is off by 1 / sqrt(8000), and the expansion by O(1 / rows).
     assert standard_error(sums, weights) == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_the_smallest_rank_may_be_the_best_alone() -> None:
+    nats = {r: rows(1.0 + 0.1 * k, 0.001, r) for k, r in enumerate((1, 2, 4))}
+    found = advise(nats, TOKENS)
+    assert found.r == 1 and "smallest that was tried" in found.reason

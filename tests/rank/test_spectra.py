@@ -11,6 +11,7 @@ from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, prepare
 from lorafit.rank import spectra
+from lorafit.rank.energies import Spectrum
 from tests import tiny
 
 STEPS, ROWS = 3, 4
@@ -24,7 +25,7 @@ def rows() -> list[Encoded]:
     ]
 
 
-def measured(most: int) -> tuple[dict[str, spectra.Spectrum], Engine]:
+def measured(most: int) -> tuple[dict[str, Spectrum], Engine]:
     model = tiny.llama().requires_grad_(False)
     layers = spectra.attach(model, most)
     engine = prepare(model, share_prefix=True)
@@ -65,8 +66,8 @@ def test_a_sketch_as_wide_as_the_weight_gives_its_gradients_own_energies() -> No
         count = min(len(own.energies), len(expected))
         # Both are sums of squares in float32: each off by eps times the largest, times the root of what is summed up.
         close = torch.finfo(torch.float32).eps * 64 * float(expected[0])
-        torch.testing.assert_close(own.energies[:count].double(), expected[:count], rtol=0, atol=close)
-        torch.testing.assert_close(own.mean[:count].double(), mean[:count], rtol=0, atol=close**0.5)
+        torch.testing.assert_close(torch.tensor(own.energies[:count]), expected[:count], rtol=0, atol=close)
+        torch.testing.assert_close(torch.tensor(own.mean[:count]), mean[:count], rtol=0, atol=close**0.5)
         assert own.rest == 0 and own.total == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
@@ -76,7 +77,7 @@ def test_a_narrow_sketch_never_finds_more_than_there_is_and_misses_no_more_than_
     for name, gradients in whole().items():
         G = torch.stack(gradients).double()
         expected = torch.linalg.eigvalsh((G @ G.mT).mean(0)).flip(0)
-        own = found[name].energies.double()
+        own = torch.tensor(found[name].energies)
         # In a subspace no energy is larger than in the whole: Cauchy's interlacing.
         assert (own[:9] <= expected[:9] * (1 + 1e-5)).all(), name
         missed += float(expected.sum() - own.sum())
@@ -105,24 +106,3 @@ def test_the_model_is_the_base_again_afterwards() -> None:
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(engine.model(ids).logits, tiny.llama()(ids).logits, rtol=0, atol=0)
-
-
-def spectrum(shape: tuple[int, int], energies: list[float], rest: float = 0.0) -> spectra.Spectrum:
-    return spectra.Spectrum(shape, torch.tensor(energies), rest, torch.tensor(energies).sqrt())
-
-
-def test_shares_and_effective_ranks_of_known_spectra() -> None:
-    even, steep = spectrum((9, 7), [1.0, 1.0, 1.0, 1.0]), spectrum((9, 7), [4.0, 0.0], rest=4.0)
-    assert even.held(1) == 0.25 and even.held(4) == 1 and steep.held(2) == 0.5
-    assert even.effective_rank == pytest.approx(4) and steep.effective_rank == pytest.approx(2)
-    assert spectra.held({"a": even, "b": steep}, 1) == pytest.approx((1 + 4) / 12)
-    assert spectra.mean_effective_rank({"a": even, "b": steep}) == pytest.approx((4 * 4 + 8 * 2) / 12)
-    nothing = spectrum((9, 7), [0.0, 0.0])
-    assert nothing.held(1) == 1 and spectra.mean_effective_rank({"a": nothing}) == 0
-
-
-def test_ranks_go_where_the_energy_is_and_cost_no_more_than_the_same_everywhere() -> None:
-    found = {"a": spectrum((8, 8), [9.0, 8.0, 7.0, 1.0]), "b": spectrum((8, 8), [0.5, 0.4, 0.3, 0.2])}
-    assert spectra.allocate(found, 2) == {"a": 4, "b": 0}
-    wide = {"a": spectrum((8, 8), [2.0, 1.0]), "b": spectrum((8, 72), [9.0, 8.0])}
-    assert spectra.allocate(wide, 1) == {"a": 1, "b": 1}  # b's directions cost five times as much

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from lorafit.config import EvalConfig, ReportConfig, TrainConfig
 from lorafit.errors import AdapterError, RunDirError
+from lorafit.report.directions import effective_rank, stable_rank
+from lorafit.report.places import place
 from lorafit.report.show import by_kind, data_facts
-from lorafit.report.updates import TENSORS, effective_rank, place, spectrum, stable_rank, trained
+from lorafit.report.updates import TENSORS, spectrum, trained
 from lorafit.run import Start, train
 from lorafit.showing import report
 from lorafit.use import evaluate

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from lorafit.config import METHOD_VARIANTS
 from lorafit.errors import ConfigError, did_you_mean, listed
-
-Record = dict[str, Any]
+from lorafit.trials.records import Record
 
 
 @dataclass

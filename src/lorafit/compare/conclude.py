@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.compare.candidate import Candidate, Record
+from lorafit.compare.candidate import Candidate
 from lorafit.compare.stats import LEVEL, Estimate, Scores, difference, estimate, pooled
 from lorafit.compare.study import Study
+from lorafit.trials.records import Record
 from lorafit.units import format_bytes, format_count, format_seconds
 
 # Costs nearer than this, as a share of the larger, are no reason to prefer one method.

@@ -1,4 +1,4 @@
-"""What a child process does: train one run, or measure one run, or the base, row by row."""
+"""What a child process does for a comparison: measure one run, or the base, row by row."""
 
 from __future__ import annotations
 
@@ -6,46 +6,26 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from lorafit.compare import labelled
 from lorafit.compare.shots import with_examples
-from lorafit.config import CompareConfig, EvalConfig, TrainConfig
+from lorafit.config import CompareConfig, EvalConfig
 from lorafit.data.example import Example
-from lorafit.data.formats import read_examples
-from lorafit.data.load import locate
-from lorafit.data.mask import EncodedSet, encode_all, expected_reply, prompt_ids
-from lorafit.data.template import use_template
+from lorafit.data.mask import encode_all, expected_reply, prompt_ids
 from lorafit.engine.engine import Engine, prepare
 from lorafit.infer.evaluate import answers, is_right, row_losses
 from lorafit.infer.generate import context_tokens, unended
 from lorafit.methods import table
-from lorafit.opening import Opened, open_target
-from lorafit.plan import machine
-from lorafit.run import Start
-from lorafit.run import train as train_run
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from lorafit.opening import Opened
+from lorafit.trials.measuring import KEEP_TOKENS, examples_of, losses_of, nothing, open_model, text_to_keep
 
 # Tokens and repeats by which a speed is measured, after one that is not counted.
 TIMED_TOKENS, TIMED_REPEATS = 12, 5
-# Text to be kept is cut into pieces of so many tokens, so that a long one is not read at once.
-KEEP_TOKENS = 512
 ANSWERED_TOGETHER = int(EvalConfig.model_fields["batch_size"].default)
-
-
-def nothing(rows: int = 0) -> None:
-    """Nobody watches the progress of a child."""
-
-
-def train(settings: dict[str, Any], console: Console) -> dict[str, Any]:
-    """One run, or the rest of it. Returns run.json's content. Raises LorafitError."""
-    return train_run(TrainConfig(**settings), {}, Start(True, False, time.time()), console)
 
 
 def look(config: CompareConfig, train: str, test: str, console: Console) -> dict[str, Any]:
@@ -56,8 +36,8 @@ def look(config: CompareConfig, train: str, test: str, console: Console) -> dict
     names = labelled.labels_of(config, train)
     if names is not None:
         return labelled.look(config, names, test)
-    opened = _open(config.model, config, config.precision, console)
-    replies = [reply for example in _examples(test, config) if (reply := expected_reply(example)) is not None]
+    opened = open_model(config.model, config, config.precision, console)
+    replies = [reply for example in examples_of(test, config) if (reply := expected_reply(example)) is not None]
     if not replies:
         return {"longest_reply": None, "precision": opened.precision}
     ids = opened.tokenizer(replies, add_special_tokens=False)["input_ids"]
@@ -66,11 +46,11 @@ def look(config: CompareConfig, train: str, test: str, console: Console) -> dict
 
 def losses(target: str, config: CompareConfig, precision: str, data: str, console: Console) -> dict[str, Any]:
     """The loss of each row of `data` alone. Raises LorafitError."""
-    opened = _open(target, config, precision, console)
+    opened = open_model(target, config, precision, console)
     if opened.labels is not None:
         side: dict[str, Any] = labelled.measured(opened, config, {"valid": data}, timed=False)["sides"]["valid"]
         return side
-    return _row_losses(prepare(opened.model, share_prefix=True), opened, _examples(data, config), config)
+    return losses_of(prepare(opened.model, share_prefix=True), opened, examples_of(data, config), config)
 
 
 def measure(
@@ -88,7 +68,7 @@ def measure(
     Returns sides: of each the rows' nats, tokens and, of the test rows where `generate`, whether they were answered
     right; keep: the same of the text to be kept, None where no text is written; latency_s, None unless `timed`.
     """
-    opened = _open(target, config, precision, console)
+    opened = open_model(target, config, precision, console)
     if opened.labels is not None:
         found = labelled.measured(opened, config, sides, timed)
         text = labelled.text_model(opened, target, config, precision)
@@ -96,8 +76,8 @@ def measure(
     engine = prepare(opened.model, share_prefix=True)
     found = {"sides": {}, "keep": _keep(engine, opened, keep)}
     for name, path in sides.items():
-        examples = _examples(path, config)
-        found["sides"][name] = _row_losses(engine, opened, examples, config)
+        examples = examples_of(path, config)
+        found["sides"][name] = losses_of(engine, opened, examples, config)
         if name == "test":
             found["sides"][name]["right"] = _right(opened, examples) if generate else None
             found["latency_s"] = _latency(opened, examples) if timed else None
@@ -119,8 +99,8 @@ def few_shot(
     Where rows have labels it is asked for them as text; its loss is then that of a row's label, as a head's is. Raises
     LorafitError.
     """
-    opened = _open(config.model, config, precision, console)
-    given, drawn = _examples(test, config), [labelled.as_text(one) for one in _examples(train, config)]
+    opened = open_model(config.model, config, precision, console)
+    given, drawn = examples_of(test, config), [labelled.as_text(one) for one in examples_of(train, config)]
     examples = [labelled.as_text(one) for one in given]
     room = min(config.seq_len, context_tokens(opened.model) or config.seq_len)
     # Under `all` what the examples say would have a loss too.
@@ -131,42 +111,12 @@ def few_shot(
         encoded = encode_all(longer, opened.tokenizer, config.seq_len, config.loss_on)
         if encoded.longest < room and not encoded.cut_rows:
             engine = prepare(opened.model, share_prefix=True)
-            found = _row_losses(engine, opened, longer, config)
+            found = losses_of(engine, opened, longer, config)
             if examples != given:
                 found["tokens"] = [1] * len(examples)
             right = _right(opened, longer) if generate else None
             return {"shots": shots, **found, "right": right, "latency_s": _latency(opened, longer)}
     return {"shots": 0}
-
-
-def _open(target: str, config: CompareConfig, precision: str, console: Console) -> Opened:
-    torch.set_num_threads(config.threads or machine.physical_cores())
-    opened = open_target(target, None, 1.0, precision, config.trust_remote_code, console, labelled=True)
-    if config.template:
-        use_template(opened.tokenizer, config.template)
-    return opened
-
-
-def _examples(path: str, config: CompareConfig) -> list[Example]:
-    return read_examples(locate(path).train().rows(), config.format, config.rename)
-
-
-def _row_losses(engine: Engine, opened: Opened, examples: Sequence[Example], config: CompareConfig) -> dict[str, Any]:
-    engine.model.eval()
-    encoded = encode_all(examples, opened.tokenizer, config.seq_len, config.loss_on)
-    return _by_row(*row_losses(engine, encoded.encoded, config.seq_len, nothing), encoded)
-
-
-def _by_row(nats: NDArray[np.float64], tokens: NDArray[np.int64], encoded: EncodedSet) -> dict[str, Any]:
-    """Pieces of one row belong together; those of a single long text stand for themselves."""
-    origins: list[Any] = [piece.origin for piece in encoded.encoded[:]]
-    if len(set(origins)) == 1:
-        origins = list(range(len(origins)))
-    added = {origin: [0.0, 0] for origin in origins}
-    for origin, own, count in zip(origins, nats.tolist(), tokens.tolist(), strict=True):
-        added[origin][0] += own
-        added[origin][1] += count
-    return {"nats": [own for own, _ in added.values()], "tokens": [count for _, count in added.values()]}
 
 
 def _right(opened: Opened, examples: Sequence[Example]) -> list[bool] | None:
@@ -179,11 +129,9 @@ def _right(opened: Opened, examples: Sequence[Example]) -> list[bool] | None:
 
 
 def _keep(engine: Engine, opened: Opened, keep: str) -> dict[str, Any]:
-    """Loss on what was known before. A long text is read in pieces."""
-    examples = read_examples(locate(keep).unseen().rows())
+    """Loss on what was known before."""
     engine.model.eval()
-    encoded = encode_all(examples, opened.tokenizer, KEEP_TOKENS)
-    nats, tokens = row_losses(engine, encoded.encoded, KEEP_TOKENS, nothing)
+    nats, tokens = row_losses(engine, text_to_keep(keep, opened.tokenizer).encoded, KEEP_TOKENS, nothing)
     return {"nats": nats.tolist(), "tokens": tokens.tolist()}
 
 

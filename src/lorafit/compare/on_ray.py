@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit import __version__, files
-from lorafit.compare import child
 from lorafit.errors import ConfigError, LorafitError
+from lorafit.trials import child
 
 # Ray would otherwise tell its makers of every start.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}

@@ -6,10 +6,8 @@ through the same decisions up to where it was.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,16 +17,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorafit import files
-from lorafit.compare import child
 from lorafit.compare.budget import Budget, Costs
-from lorafit.compare.candidate import Candidate, Record
-from lorafit.compare.rows import Rows
+from lorafit.compare.candidate import Candidate
 from lorafit.compare.search import next_factor, sure_factors
 from lorafit.compare.stats import Scores, difference, pooled
 from lorafit.compare.together import together
 from lorafit.config import EPOCHS, RATES, CompareConfig
 from lorafit.rundir import RunDir
+from lorafit.trials import child, records
+from lorafit.trials.records import Record, Work
+from lorafit.trials.rows import Rows
 from lorafit.units import format_seconds
 
 LEAST_SEARCH_STEPS = 20
@@ -37,8 +35,6 @@ SHARED = (
     "model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
     "template", "seq_len",
 )  # fmt: skip
-# Makes a record; what it prints goes to the file.
-Work = Callable[[Path], Record]
 
 
 @dataclass
@@ -318,7 +314,7 @@ class Study:
 
         def work(log: Path) -> Record:
             try:
-                result = self.call(_measures().train, (wanted,), log)
+                result = self.call(_train(), (wanted,), log)
             except child.Refused as refused:
                 return {"run": f"trials/{name}", "result": None} | _refusal(refused)
             shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none, and they are large
@@ -353,15 +349,7 @@ class Study:
 
     def _record(self, name: str, work: Work) -> Record:
         """The record of that name, or what `work` gives, with the seconds it took. together: beside others."""
-        path = self.directory / "trials" / f"{name}.json"
-        if path.is_file():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        started = time.monotonic()
-        record = work(path.with_suffix(".log"))
-        record |= {"wall_s": time.monotonic() - started, "together": self.slots > 1}
-        if "again" not in record:  # after a resume there may be the memory
-            files.write_atomic(path, json.dumps(record))
-        return record
+        return records.record(self.directory / "trials", name, work, together=self.slots > 1)
 
     def _out(self, one: Candidate, status: str, why: str) -> None:
         one.status, one.out = status, why
@@ -382,7 +370,13 @@ def _refusal(refused: child.Refused) -> Record:
 
 
 def _measures() -> Any:
-    """The module that the children run: only here, as it needs torch."""
+    """What the children run: only here, as it needs torch."""
     from lorafit.compare import measure
 
     return measure
+
+
+def _train() -> Any:
+    from lorafit.trials.measuring import train
+
+    return train

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from lorafit.compare import child
+from lorafit.trials import child
 
 
 def together(jobs: Sequence[Callable[[], object]], slots: int) -> None:

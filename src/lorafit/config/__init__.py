@@ -13,8 +13,10 @@ from lorafit.config.using import (
     DataConfig,
     EvalConfig,
     PlanConfig,
+    RankConfig,
     ReportConfig,
     ServeConfig,
+    TrialsConfig,
 )
 
 __all__ = [
@@ -32,12 +34,14 @@ __all__ = [
     "MergeConfig",
     "MethodConfig",
     "PlanConfig",
+    "RankConfig",
     "ReportConfig",
     "RowsConfig",
     "ScaleConfig",
     "ServeConfig",
     "ShrinkConfig",
     "TrainConfig",
+    "TrialsConfig",
     "build",
     "parse_bytes",
     "parse_seconds",

@@ -63,7 +63,8 @@ RATES = {
     "lora:vera": 2e-2, "head": 1.5e-3,
 }  # fmt: skip
 # The same of the first component where ranks are nested, and how A starts there.
-NESTED = {"lr": 1e-3, "init": "graded"}
+NESTED_RATE = 1e-3
+NESTED = {"lr": NESTED_RATE, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lorafit.config.base import Frozen, Names, Texts
-from lorafit.config.training import EPOCHS, RowsConfig
+from lorafit.config.training import EPOCHS, NESTED_RATE, RowsConfig
 
 
 class EvalConfig(RowsConfig):
@@ -193,13 +193,38 @@ class ServeConfig(Frozen):
     """Run Python code that comes with the model."""
 
 
-class CompareConfig(RowsConfig):
-    """One comparison of methods."""
+class TrialsConfig(RowsConfig):
+    """What commands that make many runs have in common."""
 
     model: str
     """A model, as for train."""
     data: str
     """Rows, as for train. Its own valid and test files are used where it has such."""
+    output: str
+    """The directory to write."""
+    eval: str | None = None
+    """Rows that are not trained on."""
+    epochs: int = Field(1, ge=1)
+    """How often each row is seen."""
+    max_steps: int | None = Field(None, ge=1)
+    """Steps of a run, whatever --epochs says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step."""
+    loss_on: Literal["replies", "last", "all"] = "replies"
+    """Which tokens have a loss, as for train."""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Type of the products with frozen weights, as for train."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """The first seed; also of the split of rows and of whatever is drawn."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: one per physical core."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class CompareConfig(TrialsConfig):
+    """One comparison of methods."""
+
     output: str
     """The directory to write: compare.json, report.html, and the runs."""
     methods: Texts = Field(default_factory=lambda: ["lora", "adapter", "prefix", "ia3"], min_length=1)
@@ -222,31 +247,34 @@ class CompareConfig(RowsConfig):
     """Steps of a trial of a learning rate. Default: half of a run's, but at least 20, or all where there are fewer."""
     r: int = Field(16, ge=1)
     """Rank of low-rank updates."""
-    epochs: int = Field(1, ge=1)
-    """How often each row is seen."""
-    max_steps: int | None = Field(None, ge=1)
-    """Steps of a run, whatever --epochs says."""
-    batch_size: int = Field(16, ge=1)
-    """Rows per optimizer step."""
-    loss_on: Literal["replies", "last", "all"] = "replies"
-    """Which tokens have a loss, as for train."""
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """Type of the products with frozen weights, as for train."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """The first seed; also of the split of rows and of the examples in the prompt."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
     ray: str | None = None
     """Run trials at the same time on a Ray cluster: auto, HOST:PORT, or local for one on this machine alone."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+
+
+class RankConfig(TrialsConfig):
+    """One search of the rank."""
+
+    output: str
+    """The directory to write: rank.json, report.html, and the runs."""
+    max_r: int = Field(64, ge=2)
+    """The largest rank that is tried; less where the narrowest layer holds less."""
+    eval: str | None = None
+    """Rows the ranks are judged by: as DATA, or a share of it such as 20%. Default: DATA's own valid file, else 20%,
+    but no more than 200 rows."""
+    epochs: int = Field(3, ge=1)
+    """How often each row is seen, at most: training stops when the held-out loss has risen for an epoch."""
+    lr: float = Field(NESTED_RATE, gt=0)
+    """Rate of the update's first component; component k has lr / sqrt(k)."""
+    verify: bool = False
+    """Train the recommended rank and its neighbours by themselves too, each at the best of a few rates, and ranks
+    that differ by layer: says what the advice has cost. Takes about a dozen runs."""
 
 
 class ReportConfig(Frozen):
     """One report."""
 
     directory: str
-    """A run directory, or that of a comparison or of a look at the scale."""
+    """A run directory, or that of a comparison, a search of the rank or a look at the scale."""
     output: str | None = None
     """The page to write. Default: report.html in the directory."""
     samples: int = Field(3, ge=0)

@@ -103,6 +103,14 @@ class Engine:
             return compute(self.model, batch)
 
     @torch.no_grad()
+    def nll_and_likeliest(self, batch: Batch) -> Tensor:
+        """Of each target of a model that writes text its nats, and 1 where no token is likelier: (pairs, 2) float32."""
+        compute = loss.chunked_reading if self.chunked else loss.whole_reading
+        batch = self._moved(batch)
+        with self._in_force(batch.layout, batch.predicting):
+            return compute(self.model, batch, loss.nll_and_likeliest)
+
+    @torch.no_grad()
     def head_inputs(self, batch: Batch) -> Tensor:
         """What the output head is given where `batch` predicts something: (pairs, hidden), in their order."""
         batch = self._moved(batch)

@@ -48,6 +48,26 @@ def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def whole_nll(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of each of the batch's targets in nats: (pairs,) float32. For every model, as `whole_loss`."""
+    return whole_reading(model, batch, _nll(head_of(model)))
+
+
+# What is wanted of some rows' logits, float32: (rows, vocabulary), (rows,) targets -> (rows, ...).
+Reading = Callable[[Tensor, Tensor], Tensor]
+
+
+def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether each target is the likeliest token, so that a greedy answer has it too: (rows,) bool."""
+    return logits.argmax(-1) == targets
+
+
+def nll_and_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, and whether it is the likeliest token, as 0 or 1: (rows, 2)."""
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    return torch.stack([nll, likeliest(logits, targets).float()], -1)
+
+
+def whole_reading(model: nn.Module, batch: Batch, read: Reading) -> Tensor:
+    """What `read` says of the logits of all targets: (pairs, ...)."""
     head = head_of(model)
 
     def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -56,7 +76,7 @@ def whole_nll(model: nn.Module, batch: Batch) -> Tensor:
 
     with _hook(head.register_forward_pre_hook(select)):
         logits = run(model, batch).logits
-    return _nll(head)(logits.float(), batch.targets)
+    return read(logits.float(), batch.targets)
 
 
 def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -71,9 +91,14 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def chunked_nll(model: nn.Module, batch: Batch) -> Tensor:
     """The same as `whole_nll` for such a model."""
+    return chunked_reading(model, batch, _nll(head_of(model)))
+
+
+def chunked_reading(model: nn.Module, batch: Batch, read: Reading) -> Tensor:
+    """The same as `whole_reading` for such a model."""
     head, hidden = head_of(model), head_inputs(model, batch)
     parts = zip(torch.split(hidden, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
-    return torch.cat([_nll(head)(head(rows).float(), targets) for rows, targets in parts])
+    return torch.cat([read(head(rows).float(), targets) for rows, targets in parts])
 
 
 def head_inputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -98,9 +123,9 @@ def run(model: nn.Module, batch: Batch) -> Any:
     )
 
 
-def _nll(head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def _nll(head: nn.Module) -> Reading:
     """(logits, targets) -> nats of each row: the head's own where it has one, else of one target among all."""
-    own: Callable[[Tensor, Tensor], Tensor] | None = getattr(head, "nll", None)
+    own: Reading | None = getattr(head, "nll", None)
     return own if own is not None else partial(F.cross_entropy, reduction="none")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ from lorafit.data.example import Chat, Completion, Example
 from lorafit.data.mask import encode_all, expected_reply, prompt_ids
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, led
+from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import NumericsError
 from lorafit.infer.generate import Answer, answer
 from lorafit.methods.virtual import lead_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_BEYOND_EXPECTED = 16  # room for an answer that goes on where it should have ended
@@ -152,17 +154,43 @@ def row_losses(
     Their sums divided are `mean_loss`. What rows have in common is computed once; each has its own part of the loss.
     Nothing is refused here: a loss that is not finite stands as such.
     """
-    given = led(rows, lead_of(engine.model))
     nats, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    for number, told in _of_rows(engine, rows, micro_tokens, engine.nll, on_rows):
+        nats[number], counts[number] = sum(told), len(told)
+    return nats, counts
+
+
+def row_scores(
+    engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """As `row_losses`, and of each row how many of its supervised tokens are the likeliest ones: (rows,).
+
+    Where all of them are, the model's greedy answer is the row's reply, token for token.
+    """
+    nats, counts, likeliest = np.zeros(len(rows)), *np.zeros((2, len(rows)), dtype=np.int64)
+    for number, told in _of_rows(engine, rows, micro_tokens, engine.nll_and_likeliest, on_rows):
+        nats[number], likeliest[number] = np.sum(told, 0)
+        counts[number] = len(told)
+    return nats, counts, likeliest
+
+
+def _of_rows(
+    engine: Engine,
+    rows: Sequence[Encoded],
+    micro_tokens: int,
+    compute: Callable[[Batch], Tensor],
+    on_rows: Callable[[int], None],
+) -> Iterator[tuple[int, list[Any]]]:
+    """(number of a row, what is told of each of its supervised tokens). compute: of a batch's pairs, in their order."""
+    given = led(rows, lead_of(engine.model))
     for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
         pairs = zip(batch.predicts.tolist(), batch.targets.tolist(), strict=True)
         # Rows that go on from the same place with the same token have the same pair, and the same loss.
-        found = dict(zip(pairs, engine.nll(batch).tolist(), strict=True))
+        found = dict(zip(pairs, compute(batch).tolist(), strict=True))
         for number, places in batch.row_places():
             ids, at = given[number].input_ids.tolist(), np.flatnonzero(given[number].supervised).tolist()
-            nats[number], counts[number] = sum(found[int(places[t - 1]), ids[t]] for t in at), len(at)
+            yield number, [found[int(places[t - 1]), ids[t]] for t in at]
         on_rows(batch.rows)
-    return nats, counts
 
 
 def perplexity(loss: float) -> float:

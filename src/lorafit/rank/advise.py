@@ -83,6 +83,8 @@ def _reason(curve: Sequence[AtRank], chosen: AtRank, best: int) -> str:
         return (
             f"the loss still falls at r = {best}, the highest that was tried: these rows may need more, or more of them"
         )
+    if chosen.r == lowest.r:
+        return "it has the lowest loss, and is the smallest that was tried"
     below = next(one for one in reversed(curve) if one.r < chosen.r)
     errors = f" ({below.gap / below.se:.1f} standard errors)" if below.se else ""
     more = f"r = {below.r} loses {below.gap:.3g} nats a token{errors}"

@@ -11,7 +11,6 @@ larger rank than they have.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,40 +23,11 @@ from lorafit.lora.inject import attached_layers
 from lorafit.lora.layer import LoRALayer
 from lorafit.lora.targets import ALL_LINEAR, select
 from lorafit.methods import lora
-from lorafit.report.updates import effective_rank
+from lorafit.rank.energies import Spectrum
 
 # Columns of a sketch that only serve to estimate what its basis misses, and those beyond the largest rank that is asked
 # for, which make the leading directions exact (Halko et al. 2011, section 4.2).
 PROBES, BEYOND = 8, 8
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Of the gradients of one weight, step by step.
-
-    shape: (out, in) of the weight. energies: (k,) of its leading directions, descending: the mean over steps of the
-    squared norm of the gradient's part along each. rest: energy beyond them, estimated. mean: (k,) singular values of
-    the mean gradient, in the same basis.
-    """
-
-    shape: tuple[int, int]
-    energies: Tensor
-    rest: float
-    mean: Tensor
-
-    @property
-    def total(self) -> float:
-        """Mean over steps of the squared Frobenius norm of the gradient."""
-        return float(self.energies.sum()) + self.rest
-
-    def held(self, r: int) -> float:
-        """Share of the energy along the first r directions: 0 to 1. 1 for a weight that gets no gradient."""
-        return float(self.energies[:r].sum()) / self.total if self.total else 1.0
-
-    @property
-    def effective_rank(self) -> float:
-        """Of the energies' shares, what lies beyond counted as one more direction; see `updates.effective_rank`."""
-        return effective_rank(torch.cat([self.energies, torch.tensor([self.rest])])) or 0.0
 
 
 def attach(model: nn.Module, most: int) -> list[LoRALayer]:
@@ -121,8 +91,8 @@ def _in_bases(
     for layer in layers:
         energies = torch.linalg.eigvalsh(grams[layer.name]).flip(0).clamp_min(0)
         shape = (layer.out_features, layer.in_features)
-        mean = torch.linalg.svdvals(means[layer.name])
-        found[layer.name] = Spectrum(shape, energies.float(), rests[layer.name], mean)
+        mean = torch.linalg.svdvals(means[layer.name].double())
+        found[layer.name] = Spectrum(shape, energies.numpy(), rests[layer.name], mean.numpy())
         with torch.no_grad():
             layer.lora_B.zero_()
     return found
@@ -161,35 +131,3 @@ def _set_basis(layer: LoRALayer, sketch: Tensor) -> float:
     left = sketch[:, layer.r - probes :]
     left = left - basis @ (basis.T @ left)
     return float(left.square().sum()) / probes
-
-
-def held(spectra: Mapping[str, Spectrum], r: int) -> float:
-    """Share of the energy of all weights' gradients along the first r directions of each."""
-    total = sum(one.total for one in spectra.values())
-    return sum(one.held(r) * one.total for one in spectra.values()) / total if total else 1.0
-
-
-def mean_effective_rank(spectra: Mapping[str, Spectrum]) -> float:
-    """The mean over weights, weighed by their energy."""
-    total = sum(one.total for one in spectra.values())
-    return sum(one.effective_rank * one.total for one in spectra.values()) / total if total else 0.0
-
-
-def allocate(spectra: Mapping[str, Spectrum], r: int) -> dict[str, int]:
-    """A rank for each weight, 0 among them, by energy: as many parameters together as rank r everywhere has, at most.
-
-    Direction after direction, the one that holds most energy for the in + out parameters it costs.
-    """
-    budget = r * sum(sum(one.shape) for one in spectra.values())
-    offers = [
-        (float(energy) / sum(one.shape), name)
-        for name, one in spectra.items()
-        for energy in one.energies[: min(one.shape)]
-    ]
-    ranks = dict.fromkeys(spectra, 0)
-    for _, name in sorted(offers, key=lambda offer: -offer[0]):
-        cost = sum(spectra[name].shape)
-        if cost <= budget:
-            budget -= cost
-            ranks[name] += 1
-    return ranks

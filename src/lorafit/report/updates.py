@@ -19,6 +19,8 @@ from lorafit.export.peft_names import pattern_value as peft_value
 from lorafit.export.peft_tensors import PREFIX
 from lorafit.lora.targets import pattern_value
 from lorafit.lora.update import scaling
+from lorafit.report.directions import effective_rank, stable_rank
+from lorafit.report.places import place
 
 # Names of A and B in the files: PEFT's of a layer and of an embedding, and our own.
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B"))
@@ -94,21 +96,6 @@ def spectrum(A: Tensor, B: Tensor, factor: float) -> Tensor:
     return abs(factor) * values
 
 
-def effective_rank(values: Tensor) -> float | None:
-    """exp(-sum p ln p), p the singular values over their sum; None where all are 0. Source: Roy & Vetterli 2007."""
-    total = float(values.sum())
-    if not total:
-        return None
-    shares = values[values > 0] / total
-    return math.exp(-float((shares * shares.log()).sum()))
-
-
-def stable_rank(values: Tensor) -> float | None:
-    """Sum of the squared singular values over the largest squared; None where all are 0."""
-    largest = float(values.max())
-    return float((values**2).sum()) / largest**2 if largest else None
-
-
 def _of_pairs(adapter: Path, config: MethodConfig | None) -> Iterator[Trained]:
     """Updates of the layers, then whatever else the file holds."""
     factor_of = _factors(adapter, config)
@@ -144,18 +131,6 @@ def _norms(file: Any, keys: Iterable[str], begins_at: float) -> Iterator[Trained
         tensor = _finite(file, key)
         start = begins_at if name.endswith(".factor") else 0.0
         yield Trained(name, layer, kind, float((tensor - start).norm()))
-
-
-def place(name: str) -> tuple[int | None, str]:
-    """`model.layers.3.mlp.up_proj` -> 3, `mlp.up_proj`: the first number, and what stands behind it.
-
-    Where nothing does, as in `features.0`, the kind is what stands before it; without a number, the whole name.
-    """
-    parts = name.split(".")
-    at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return None, name
-    return int(parts[at]), ".".join(parts[at + 1 :] or parts[:at]) or "layer"
 
 
 def _factors(adapter: Path, config: MethodConfig | None) -> Callable[[str, int], float]:

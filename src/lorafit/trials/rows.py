@@ -1,7 +1,7 @@
-"""The rows of a comparison, split once and for all methods alike, into files of its directory.
+"""The rows of many runs, split once and for all of them alike, into files of one directory.
 
-train: what every method learns, in one order. search: the part of the validation rows that learning rates are chosen
-by. valid: all validation rows, by which a method may be dropped. test: rows that nothing is chosen by.
+train: what every run learns, in one order. valid: rows that something is chosen by. search: the part of them that
+learning rates are chosen by. test: rows that nothing is chosen by.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from pathlib import Path
 import numpy as np
 
 from lorafit import files
-from lorafit.config import CompareConfig
+from lorafit.config import TrialsConfig
 from lorafit.data.example import Example, Labelled
 from lorafit.data.formats import FormatReader
-from lorafit.data.load import Source, locate
+from lorafit.data.load import Located, Source, locate
 from lorafit.data.rows import Row
 from lorafit.data.split import DIGEST, digest, held_out, label_of
 from lorafit.errors import ConfigError, DataError
 
+# What should not be forgotten, where nothing else is given.
+KEEP = Path(__file__).parent / "keep.txt"
 TEST_SHARE, VALID_SHARE = 0.2, 0.2
 # More validation rows than these tell little more, and cost time in every trial.
 MOST_VALID = 200
-# Fewer test rows than these leave wide intervals.
-FEW_TEST_ROWS = 50
+# Fewer unseen rows than these leave wide intervals.
+FEW_ROWS = 50
 # Of fewer texts than these, each is cut into parts of about so many characters.
 FEW_TEXTS, PART_CHARS = 20, 1000
-SIDES = ("train", "search", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Rows:
         return str(self.directory / f"{side}.jsonl")
 
 
-def split(config: CompareConfig, directory: Path) -> Rows:
-    """Read every row, and write each side to `directory`. Raises DataError, ConfigError."""
+def split_in_three(config: TrialsConfig, directory: Path) -> Rows:
+    """Train, valid and test, which --eval says. Writes each side to `directory`. Raises DataError, ConfigError."""
     located = locate(config.data)
     train = _read(located.train(), config)
     share = _share(config.eval)
@@ -57,19 +58,42 @@ def split(config: CompareConfig, directory: Path) -> Rows:
         test = _read(located.sides["test"], config)
     else:
         train, test = _divide(train, share or TEST_SHARE, config)
-    own = located.held_out()
-    if own is not None:
-        valid = _read(own, config)
-        valid = valid[:: math.ceil(len(valid) / MOST_VALID)]
+    train, valid = _held_out(train, located, config)
+    return _written({"train": train, "search": valid[::2], "valid": valid, "test": test}, "test", directory)
+
+
+def split_in_two(config: TrialsConfig, directory: Path) -> Rows:
+    """Train and valid, which --eval says. Writes each side to `directory`. Raises DataError, ConfigError."""
+    located = locate(config.data)
+    train = _read(located.train(), config)
+    share = _share(config.eval)
+    if share is not None:
+        train, valid = _divide(train, share, config)
+    elif config.eval:
+        valid = _read(locate(config.eval).unseen(), config)
     else:
-        train, valid = _divide(train, min(VALID_SHARE, MOST_VALID / len(train)), config)
-    sides = {"train": train, "search": valid[::2], "valid": valid, "test": test}
+        train, valid = _held_out(train, located, config)
+    return _written({"train": train, "valid": valid}, "valid", directory)
+
+
+def _held_out(train: list[Row], located: Located, config: TrialsConfig) -> tuple[list[Row], list[Row]]:
+    """What stays, and what is chosen by: DATA's own valid file, else some of the training rows."""
+    own = located.held_out()
+    if own is None:
+        return _divide(train, min(VALID_SHARE, MOST_VALID / len(train)), config)
+    valid = _read(own, config)
+    return train, valid[:: math.ceil(len(valid) / MOST_VALID)]
+
+
+def _written(sides: dict[str, list[Row]], told_by: str, directory: Path) -> Rows:
+    """told_by: the side that the result rests on."""
     for name, rows in sides.items():
         _write(directory / f"{name}.jsonl", rows)
-    return Rows(directory, {name: len(rows) for name, rows in sides.items()}, _notes(train, test))
+    counts = {name: len(rows) for name, rows in sides.items()}
+    return Rows(directory, counts, _notes(sides["train"], sides[told_by], told_by))
 
 
-def _read(source: Source, config: CompareConfig) -> list[Row]:
+def _read(source: Source, config: TrialsConfig) -> list[Row]:
     """All rows; each is looked at here, where its file and line are known. Raises DataError."""
     rows, reader = list(source.rows()), FormatReader(config.format, config.rename)
     for row in rows:
@@ -104,7 +128,7 @@ def _share(text: str | None) -> float | None:
     return share
 
 
-def _divide(rows: list[Row], share: float, config: CompareConfig) -> tuple[list[Row], list[Row]]:
+def _divide(rows: list[Row], share: float, config: TrialsConfig) -> tuple[list[Row], list[Row]]:
     """What stays, and what is held out; equal rows on one side, labels in proportion, each among those that stay."""
     numbers, reader = dict[str, int](), FormatReader(config.format, config.rename)
     told = [_labels(reader.read(row), row) for row in rows]
@@ -127,13 +151,13 @@ def _digests(rows: Sequence[Row]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     return np.frombuffer(b"".join(digest(row.record) for row in rows), DIGEST)
 
 
-def _notes(train: list[Row], test: list[Row]) -> list[str]:
+def _notes(train: list[Row], unseen: list[Row], side: str) -> list[str]:
     notes = []
-    if len(test) < FEW_TEST_ROWS:
-        notes.append(f"there are {len(test)} test rows: only large differences can be seen")
-    again = int(np.isin(_digests(test), _digests(train)).sum())
+    if len(unseen) < FEW_ROWS:
+        notes.append(f"there are {len(unseen)} {side} rows: only large differences can be seen")
+    again = int(np.isin(_digests(unseen), _digests(train)).sum())
     if again:
-        notes.append(f"{again} of {len(test)} test rows are among the training rows too: every method is flattered")
+        notes.append(f"{again} of {len(unseen)} {side} rows are among the training rows too: every run is flattered")
     return notes
 
 

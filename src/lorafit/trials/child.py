@@ -22,7 +22,7 @@ from lorafit.errors import Interrupted, LorafitError
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # What transformers imports late is imported by every child otherwise.
-PRELOADED = ["lorafit.run", "lorafit.compare.measure", "transformers.modeling_utils", "transformers.modeling_layers"]
+PRELOADED = ["lorafit.run", "lorafit.trials.measuring", "transformers.modeling_utils", "transformers.modeling_layers"]
 # How long a run may take to save what it has when it is interrupted.
 SAVING_S = 60
 
@@ -70,7 +70,7 @@ def call(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: P
 
 def interrupted() -> Interrupted:
     """What Ctrl-C comes to."""
-    what = "the comparison was interrupted; what is finished is kept"
+    what = "interrupted; what is finished is kept"
     return Interrupted(what, "Run the same command with --resume to go on", signal.SIGINT)
 
 
@@ -105,7 +105,7 @@ def _child(connection: Connection, work: Callable[..., dict[str, Any]], argument
 
 
 def _die_with_parent() -> None:
-    """Whoever started the comparison may be killed: a trial that goes on alone would be in the way of the next try."""
+    """Whoever started it may be killed: a trial that goes on alone would be in the way of the next try."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -1,0 +1,112 @@
+"""What a search of the rank found: how far the rows are, the curve, where ranks belong, and what to type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lorafit.config import RankConfig
+from lorafit.model.spec import ModelSpec
+from lorafit.plan.counts import lora_params
+from lorafit.rank.advise import Advice, advise
+from lorafit.rank.energies import Spectrum, allocate, held, mean_effective_rank
+from lorafit.rank.rate import rate_of
+from lorafit.trials.rows import Rows
+
+Found = dict[str, Any]
+# Of a gradient's energy, what a rank is asked to hold to be called enough by the spectra alone.
+HELD = 0.9
+
+
+def conclude(
+    config: RankConfig, spec: ModelSpec, rows: Rows, look: Mapping[str, Any], nested: Found, curve: Found
+) -> Found:
+    """The content of rank.json."""
+    nats = {int(r): own["nats"] for r, own in curve["ranks"].items()}
+    advice = advise(nats, curve["tokens"])
+    r = advice.r
+    result = nested["result"]
+    found: Found = {
+        "model": config.model,
+        "data": config.data,
+        "rows": rows.counts,
+        "notes": rows.notes,
+        "recommended_r": r,
+        "recommended_alpha": 2 * r,
+        "recommended_lr": rate_of(r),
+        "targets": "all-linear",
+        "reason": advice.reason,
+        "curve": _curve(advice, curve, spec, look["is_text"]),
+        "distance": look["distance"],
+        "capacity": _capacity(spec, r, look["supervised_tokens"], config.epochs),
+        "gradients": _gradients(look, list(nats), r),
+        "nested": {
+            "lr": config.lr, "steps": result["steps"], "train_s": result["train_s"], "wall_s": nested["wall_s"],
+            "epochs": config.epochs, "stopped_early": result.get("stopped_early"), "precision": result["precision"],
+        },
+        "seconds": {"look": look["seconds"], "train": nested["wall_s"], "curve": curve["wall_s"]},
+        "verified": None,
+    }  # fmt: skip
+    return found | {"command": command(config, found)}
+
+
+def _curve(advice: Advice, curve: Found, spec: ModelSpec, is_text: bool) -> list[Found]:
+    """A line for each rank. right: share of rows whose reply is the greedy answer; None of running text."""
+    tokens = np.array(curve["tokens"])
+    return [
+        {
+            "r": one.r,
+            "loss": one.loss if math.isfinite(one.loss) else None,
+            "standard_error": one.loss_se,
+            "gap": one.gap if math.isfinite(one.gap) else None,
+            "gap_standard_error": one.se,
+            "as_good": one.is_as_good,
+            "right": None if is_text else float(np.mean(np.array(curve["ranks"][str(one.r)]["likeliest"]) == tokens)),
+            "params": lora_params(spec, one.r),
+        }
+        for one in advice.curve
+    ]
+
+
+def _capacity(spec: ModelSpec, r: int, supervised: int, epochs: int) -> Found:
+    """How many numbers there are for each token that they learn from."""
+    params = lora_params(spec, r)
+    return {"params": params, "supervised_tokens": supervised, "params_per_token": params / max(1, supervised)}
+
+
+def _gradients(look: Mapping[str, Any], ranks: Sequence[int], r: int) -> Found:
+    """What the spectra say, of all weights and of each; rank_pattern: where as many parameters as of r belong."""
+    spectra = {
+        name: Spectrum(tuple(one["shape"]), np.array(one["energies"]), one["rest"], np.array(one["mean"]))
+        for name, one in look["spectra"].items()
+    }
+    total = sum(one.total for one in spectra.values()) or 1.0
+    shared = {str(rank): held(spectra, rank) for rank in ranks}
+    kinds: dict[str, float] = {}
+    for name, spectrum in spectra.items():
+        kind = name.rpartition(".")[2]
+        kinds[kind] = kinds.get(kind, 0.0) + spectrum.total / total
+    return {
+        "held": shared,
+        "enough_r": next((rank for rank in ranks if shared[str(rank)] >= HELD), None),
+        "effective_rank": mean_effective_rank(spectra),
+        "by_kind": dict(sorted(kinds.items(), key=lambda one: -one[1])),
+        "by_weight": {
+            name: {"share": one.total / total, "effective_rank": one.effective_rank} for name, one in spectra.items()
+        },
+        "rank_pattern": allocate(spectra, r, least=1),
+    }
+
+
+def command(config: RankConfig, found: Found) -> str:
+    """What to type. Settings that are the default are left out."""
+    r, lr, alpha = found["recommended_r"], found["recommended_lr"], found["recommended_alpha"]
+    given = [f"--{name} {value}" for name in ("format", "template") if (value := getattr(config, name))]
+    given += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
+    return " ".join(
+        ["lorafit train", config.model, config.data, f"-o runs/r{r} --r {r} --alpha {alpha:g} --lr {lr:g}",
+         f"--epochs {config.epochs} --patience 1 --eval {config.eval or '20%'}", *given]
+    )  # fmt: skip

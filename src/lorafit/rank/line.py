@@ -1,0 +1,149 @@
+"""`lorafit rank` as one straight line.
+
+rows split once -> a look at base and rows -> one run of all ranks -> its curve -> the advice, verified -> page, table.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorafit import files
+from lorafit.config import RankConfig, TrainConfig
+from lorafit.data.labels import task_of
+from lorafit.data.load import locate
+from lorafit.errors import ConfigError
+from lorafit.model import spec as model_spec
+from lorafit.model.spec import ModelSpec
+from lorafit.plan.counts import block_weights
+from lorafit.rank.conclude import conclude
+from lorafit.rank.show import page, print_rank
+from lorafit.rank.verify import verify
+from lorafit.trials import child
+from lorafit.trials.directory import SETUP, check_usable, held, settle
+from lorafit.trials.records import Record, Work, record
+from lorafit.trials.rows import KEEP, Rows, split_in_two
+from lorafit.units import format_seconds
+
+FILE_NAMES = ("rank.json", "report.html", SETUP, "rows", "trials")
+# What may differ when a search is resumed.
+FREE_TO_CHANGE = frozenset({"output", "model", "data", "eval", "verify"})
+# The nested run, in the directory of trials.
+NESTED = "nested"
+# What all runs of a search have in common.
+SHARED = (
+    "model", "batch_size", "max_steps", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
+    "template", "seq_len", "seed", "epochs",
+)  # fmt: skip
+
+
+def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) -> dict[str, Any]:
+    """Find the rank, and write rank.json and report.html. Returns the former.
+
+    log: hears of every step. out: where the answer goes, None for nowhere. Raises LorafitError for whatever the user
+    can mend, Interrupted on Ctrl-C.
+    """
+    directory = Path(config.output)
+    check_usable(directory, resume, FILE_NAMES, "a search of the rank")
+    with held(directory):
+        spec = model_spec.read(config.model)
+        most = _most(spec, config, log)
+        _check_rows(config)
+        rows = split_in_two(config, directory / "rows")
+        log.print(f"rows: {rows.counts['train']} train, {rows.counts['valid']} valid", highlight=False)
+        for note in rows.notes:
+            log.print(note, style="yellow", highlight=False)
+        look = partial(_look, config, most, directory, rows)
+        inputs = {"model": model_spec.sha256(spec)}
+        setup = settle(config, directory, FREE_TO_CHANGE, inputs, rows, look, "search of the rank")
+        log.print(f"looked at base and rows in {format_seconds(setup['look']['seconds'])}", highlight=False)
+        trials = Trials(config, directory, rows, setup["look"]["precision"], log)
+        nested = trials.train(NESTED, {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "nested"})
+        if nested["result"] is None:
+            raise ConfigError(f"the run of all ranks failed: {nested['refused']}", "Lower --lr")
+        curve = trials.curve(NESTED, [one["r"] for one in nested["result"]["nested"]])
+        found = conclude(config, spec, rows, setup["look"], nested, curve)
+        if config.verify:
+            found["verified"] = verify(trials, found)
+        files.write_json(directory / "rank.json", found)
+        files.write_atomic(directory / "report.html", page(found))
+    if out is not None:
+        print_rank(found, out)
+    log.print(f"wrote {directory / 'rank.json'} and {directory / 'report.html'}", highlight=False, markup=False)
+    return found
+
+
+def _most(spec: ModelSpec, config: RankConfig, log: Console) -> int:
+    """The largest rank that all layers hold. Raises ConfigError where that is 1."""
+    narrowest = min((min(shape) for shape in block_weights(spec).values()), default=0)
+    if narrowest < 2:
+        raise ConfigError(f"{spec.name} has no layers that hold a rank of 2", "There is nothing to choose: use --r 1")
+    if narrowest < config.max_r:
+        log.print(f"ranks up to {narrowest}, which is what the narrowest layer holds", highlight=False)
+    return min(narrowest, config.max_r)
+
+
+def _check_rows(config: RankConfig) -> None:
+    """Raises ConfigError for rows with labels, DataError for rows that cannot be read."""
+    if task_of(locate(config.data).train(), config.format, config.rename) != "generate":
+        raise ConfigError(
+            f"{config.data} has rows with labels, and ranks are searched for models that write text",
+            "Let the model write the label: --rename text=prompt,label=completion",
+        )
+
+
+def _look(config: RankConfig, most: int, directory: Path, rows: Rows) -> dict[str, Any]:
+    from lorafit.rank import looking  # needs torch
+
+    arguments = (config, most, rows.path("train"), str(KEEP))
+    return {"look": child.call(looking.look, arguments, directory / "trials" / "look.log")}
+
+
+class Trials:
+    """Runs of a search, each made once."""
+
+    def __init__(self, config: RankConfig, directory: Path, rows: Rows, precision: str, log: Console) -> None:
+        """precision: what all are measured in."""
+        self.config, self.directory, self.rows, self.precision, self.log = config, directory, rows, precision, log
+
+    def train(self, name: str, settings: dict[str, Any]) -> Record:
+        """result: run.json's content, or None, and why as refused. Stops once the held-out loss has risen."""
+        run = self.directory / "trials" / name
+        wanted = {key: getattr(self.config, key) for key in SHARED} | {"patience": 1} | settings
+        wanted |= {"data": self.rows.path("train"), "eval": self.rows.path("valid"), "output": str(run)}
+
+        def work(path: Path) -> Record:
+            from lorafit.trials.measuring import train  # needs torch
+
+            try:
+                result = child.call(train, (TrainConfig(**wanted).model_dump(),), path)
+            except child.Killed as killed:
+                return {"result": None, "refused": str(killed), "again": True}
+            except child.Refused as refused:
+                return {"result": None, "refused": str(refused)}
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a finished run needs none, and they are large
+            return {"result": result, "refused": None}
+
+        made = self._once(name, work)
+        result = made["result"]
+        told = f"loss {result['eval_loss']:.4f}" if result else f"failed: {made['refused']}"
+        self.log.print(f"{name}: {told} ({format_seconds(made['wall_s'])})", highlight=False, markup=False)
+        return made
+
+    def curve(self, name: str, ranks: list[int]) -> Record:
+        """What each rank of a run, or the whole of it by its own rank, loses on each row."""
+
+        def work(path: Path) -> Record:
+            from lorafit.rank import looking  # needs torch
+
+            run = str(self.directory / "trials" / name)
+            return child.call(looking.curve, (run, self.config, self.precision, ranks, self.rows.path("valid")), path)
+
+        return self._once(f"{name}.curve", work)
+
+    def _once(self, name: str, work: Work) -> Record:
+        return record(self.directory / "trials", name, work)

@@ -1,0 +1,107 @@
+"""What a child process does for `lorafit rank`: a look at base and rows without training, and a nested run's curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from lorafit.config import RankConfig, TrainConfig
+from lorafit.data.batching import step_rows
+from lorafit.data.example import Plain
+from lorafit.data.mask import encode_all
+from lorafit.data.pack import micro_batches
+from lorafit.engine.engine import Engine, prepare
+from lorafit.infer.evaluate import row_scores
+from lorafit.lora.inject import cut_to
+from lorafit.rank import distance, spectra
+from lorafit.rank.energies import Spectrum
+from lorafit.trials.measuring import by_row, examples_of, nothing, open_model, text_to_keep
+
+if TYPE_CHECKING:
+    from lorafit.data.store import Encoded
+
+# Rows whose loss before training is looked at, evenly chosen, and steps whose gradients are.
+LOOKED_AT, STEPS = 256, 12
+# Rows that are shown as the furthest, and the most characters of each.
+FURTHEST, SHOWN_CHARS = 5, 160
+MICRO_TOKENS = int(TrainConfig.model_fields["micro_tokens"].default)
+
+
+def look(config: RankConfig, most: int, train: str, keep: str, console: Console) -> dict[str, Any]:
+    """How far the rows are from what the base knows, and the spectra of their gradients. Raises LorafitError.
+
+    most: the largest rank that is asked for. Returns `precision`, `supervised_tokens` of all rows, `distance`,
+    `spectra` by weight.
+    """
+    started = time.perf_counter()
+    opened = open_model(config.model, config, config.precision, console)
+    examples = examples_of(train, config)
+    encoded = encode_all(examples, opened.tokenizer, config.seq_len, config.loss_on)
+    every = encoded.encoded
+    chosen = [every[int(n)] for n in np.linspace(0, len(every) - 1, min(len(every), LOOKED_AT))]
+    reference = text_to_keep(keep, opened.tokenizer).encoded
+    layers = spectra.attach(opened.model, most)
+    engine = prepare(opened.model, share_prefix=True)
+    engine.model.eval()
+    far = distance.measure(
+        engine, opened.model, opened.tokenizer, chosen, reference, config.seq_len, config.seed, nothing
+    )
+    told = [_told(opened.tokenizer, chosen[n], far, n) for n in far.furthest(FURTHEST)]
+    found = spectra.measure(engine, layers, _steps(config, engine, every), config.seed, nothing)
+    return {
+        "precision": opened.precision,
+        "rows": len(examples),
+        "is_text": isinstance(examples[0], Plain),
+        "supervised_tokens": encoded.supervised_tokens,
+        "distance": {
+            "data": far.data, "own": far.own, "reference": far.reference, "surprise": far.surprise,
+            "rows": len(chosen), "furthest": told,
+        },
+        "spectra": {name: _as_json(one) for name, one in found.items()},
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def _steps(config: RankConfig, engine: Engine, rows: Sequence[Encoded]) -> list[Any]:
+    """Steps of the first epoch that lie evenly in it."""
+    count = -(-len(rows) // config.batch_size)
+    numbers = sorted({int(n) for n in np.linspace(0, count - 1, min(count, STEPS))})
+    steps = [step_rows(len(rows), config.batch_size, config.seed, 0, number) for number in numbers]
+    return [list(micro_batches(rows, own, MICRO_TOKENS, engine.packing)) for own in steps]
+
+
+def _told(tokenizer: Any, row: Encoded, far: distance.Distance, number: int) -> dict[str, Any]:
+    """A row as it can be found again: where it stands, and how it ends."""
+    text = tokenizer.decode(row.input_ids[row.supervised], skip_special_tokens=True).strip()
+    shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+    return {"origin": str(row.origin), "loss": float(far.by_row[number]), "tokens": int(far.tokens[number]),
+            "text": shown}  # fmt: skip
+
+
+def _as_json(one: Spectrum) -> dict[str, Any]:
+    return {"shape": one.shape, "energies": one.energies.tolist(), "rest": one.rest, "mean": one.mean.tolist()}
+
+
+def curve(
+    run: str, config: RankConfig, precision: str, ranks: Sequence[int], valid: str, console: Console
+) -> dict[str, Any]:
+    """A run's first r components, for each r of `ranks`, on the rows of `valid`. Raises LorafitError.
+
+    Returns tokens, and for each rank nats and likeliest: (rows,) all, see `row_scores`.
+    """
+    opened = open_model(run, config, precision, console)
+    encoded = encode_all(examples_of(valid, config), opened.tokenizer, config.seq_len, config.loss_on)
+    engine = prepare(opened.model, share_prefix=True)
+    engine.model.eval()
+    found: dict[str, Any] = {"ranks": {}}
+    for r in ranks:
+        with cut_to(opened.model, r):
+            nats, tokens, likeliest = row_scores(engine, encoded.encoded, config.seq_len, nothing)
+        added = by_row({"nats": nats, "tokens": tokens, "likeliest": likeliest}, encoded)
+        found["tokens"] = added.pop("tokens")
+        found["ranks"][str(r)] = added
+    return found

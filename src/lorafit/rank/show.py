@@ -1,0 +1,203 @@
+"""A search of the rank for people: a table in the terminal, and one page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorafit.chart import Point, heat, scatter
+from lorafit.page import inside, render
+from lorafit.report.places import place
+from lorafit.units import format_count, format_seconds
+
+PAGE = Path(__file__).parent / "page.html.jinja"
+COLUMNS = ("rank", "parameters", "loss", "more than the best", "right", "")
+Found = dict[str, Any]
+
+
+# --- what is told ---------------------------------------------------------------------------------------------------
+
+
+def curve_rows(found: Found) -> list[tuple[str, ...]]:
+    """A line for each rank: cells as text."""
+    return [
+        (
+            str(one["r"]),
+            format_count(one["params"]),
+            "not finite" if one["loss"] is None else f"{one['loss']:.4f} ± {one['standard_error']:.4f}",
+            _gap(one),
+            "-" if one["right"] is None else f"{one['right']:.1%}",
+            _remark(one, found["recommended_r"]),
+        )
+        for one in found["curve"]
+    ]
+
+
+def _gap(one: Found) -> str:
+    if one["gap"] is None:
+        return "-"
+    return f"{one['gap']:.4f} ± {one['gap_standard_error']:.4f}" if one["gap"] else "the best"
+
+
+def _remark(one: Found, recommended: int) -> str:
+    if one["r"] == recommended:
+        return "recommended"
+    return "as good" if one["as_good"] else ""
+
+
+def distance_told(found: Found) -> list[str]:
+    """What was seen without training, a number and its meaning in a sentence each."""
+    far, gradients, capacity = found["distance"], found["gradients"], found["capacity"]
+    near = "closer to it than" if far["data"] < far["reference"] else "further from it than"
+    held = ", ".join(f"r = {r}: {share:.0%}" for r, share in gradients["held"].items())
+    enough = gradients["enough_r"]
+    return [
+        f"The base loses {far['data']:.3f} nats a token on {far['rows']} of the rows, {far['own']:.3f} on what it "
+        f"writes in their place itself: they surprise it by {far['surprise']:.3f}. On plain text it loses "
+        f"{far['reference']:.3f}; the rows are {near} that.",
+        f"The gradients of all weights use {gradients['effective_rank']:.1f} directions in the mean. Of their energy "
+        f"the first directions hold {held}"
+        + (f"; r = {enough} is the first that holds 90%." if enough else "; no rank that was tried holds 90%."),
+        f"Rank {found['recommended_r']} has {format_count(capacity['params'])} numbers, "
+        f"{capacity['params_per_token']:.3g} for each of the {format_count(capacity['supervised_tokens'])} tokens with "
+        "a loss: below one they cannot hold every row by heart.",
+    ]
+
+
+def verified_told(found: Found) -> list[str]:
+    """What training ranks by themselves gave."""
+    verified = found["verified"]
+    if verified is None:
+        return []
+    if verified["regret"] is None:
+        return ["Verified: no run of the recommended rank by itself ended with a finite loss."]
+    lines = [
+        f"Trained by itself at its best rate, rank {found['recommended_r']} loses {verified['regret']:.2%} more than "
+        f"rank {verified['best_r']}, the best of it and its neighbours ({verified['gap']:.4f} ± "
+        f"{verified['gap_standard_error']:.4f} nats a token)."
+    ]
+    pattern, own = verified["trials"].get("by layer"), verified["trials"][str(found["recommended_r"])]
+    if pattern and pattern["loss"] is not None:
+        lines.append(
+            f"Ranks by layer from the gradients, with as many parameters: {pattern['loss']:.4f}, where the same rank "
+            f"everywhere has {own['loss']:.4f}."
+        )
+    return lines
+
+
+def verified_rows(found: Found) -> list[tuple[str, ...]]:
+    """A line for each rank that was trained by itself: its rates with their losses."""
+    if found["verified"] is None:
+        return []
+    return [
+        (
+            name if name == "by layer" else f"r = {name}",
+            _loss(one["loss"]),
+            f"{one['lr']:g}",
+            ", ".join(f"{tried['lr']:g}: {_loss(tried['loss'])}" for tried in one["tried"]),
+        )
+        for name, one in found["verified"]["trials"].items()
+    ]
+
+
+def _loss(loss: float | None) -> str:
+    return "failed" if loss is None else f"{loss:.4f}"
+
+
+def costs_told(found: Found) -> str:
+    """What the answer took."""
+    parts = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in found["seconds"].items())
+    return f"Took {format_seconds(sum(found['seconds'].values()))}: {parts}."
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def print_rank(found: Found, console: Console) -> None:
+    """What is told, the curve, the advice and the command."""
+    for line in distance_told(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    title = f"Held-out loss by rank, of one run ({found['rows']['valid']} rows)"
+    _print_table(title, COLUMNS, curve_rows(found), console)
+    if found["verified"]:
+        columns = ("trained by itself", "loss", "rate", "rates that were tried")
+        _print_table("Verified", columns, verified_rows(found), console)
+    for line in [*verified_told(found), *found["notes"], costs_told(found)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    answer = f"Take r = {found['recommended_r']}: {found['reason']}."
+    console.print(answer, style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Next:\n  {found['command']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name and name != columns[-1] else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.width = max(console.width, table.__rich_measure__(console, console.options.update(width=1000)).maximum)
+    console.print(table)
+    console.print()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(found: Found) -> list[str]:
+    """The curve with intervals, and where the gradients need directions: SVG to stand inside a page."""
+    known = [one for one in found["curve"] if one["loss"] is not None]
+    points = [
+        Point(
+            name=f"r = {one['r']}",
+            x=one["r"],
+            y=one["loss"],
+            low=one["loss"] - one["standard_error"],
+            high=one["loss"] + one["standard_error"],
+            in_front=True,
+        )
+        for one in known
+    ]
+    title = "Held-out loss by rank, nats a token, with one standard error: less is better"
+    drawn = [scatter(title, points, "rank", lambda value: f"{value:g}")]
+    for key, title in (
+        ("effective_rank", "Directions that each weight's gradients use (effective rank)"),
+        ("share", "Share of the gradients' energy"),
+    ):
+        values = _map(found, key)
+        if values:
+            kinds = list(dict.fromkeys(kind for kind, _ in values))
+            drawn.append(heat(title, kinds, sorted({layer for _, layer in values}), values, "layer"))
+    return [inside(one) for one in drawn]
+
+
+def _map(found: Found, key: str) -> dict[tuple[str, int], float]:
+    """By kind of module and layer; weights outside of layers are left out."""
+    values = {}
+    for name, one in found["gradients"]["by_weight"].items():
+        layer, kind = place(name)
+        if layer is not None:
+            values[kind, layer] = one[key]
+    return values
+
+
+def page(found: Found) -> str:
+    """The search as one HTML page that needs nothing else."""
+    kinds = [(name, f"{share:.1%}") for name, share in found["gradients"]["by_kind"].items()]
+    return render(
+        PAGE,
+        found=found,
+        columns=COLUMNS,
+        curve=curve_rows(found),
+        told=distance_told(found),
+        pictures=pictures(found),
+        verified=verified_rows(found),
+        verified_told=verified_told(found),
+        kinds=kinds,
+        costs=costs_told(found),
+    )

@@ -1,0 +1,74 @@
+"""What the advice has cost: the recommended rank, its neighbours, and ranks by layer, each trained by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorafit.rank.advise import advise
+from lorafit.rank.rate import rate_of
+
+if TYPE_CHECKING:
+    from lorafit.rank.line import Trials
+
+Found = dict[str, Any]
+# Rates that are tried for each, as multiples of `rate_of` its rank; further out where the best is at the edge.
+FACTORS = (1.0, 0.5, 2.0)
+FURTHEST = 4.0
+PATTERN = "by layer"
+
+
+def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
+    """Of each of these the best of a few rates, and the regret of the advice: its loss over that of the best."""
+    ranks = [one["r"] for one in found["curve"]]
+    at = ranks.index(found["recommended_r"])
+    names: dict[str, tuple[int, dict[str, int]]] = {str(r): (r, {}) for r in ranks[max(0, at - 1) : at + 2]}
+    pattern = found["gradients"]["rank_pattern"]
+    if pattern:
+        names[PATTERN] = (found["recommended_r"], pattern)
+    made = {name: _best(trials, name, *what) for name, what in names.items()}
+    known = {name: one for name, one in made.items() if one["loss"] is not None}
+    own = made[str(found["recommended_r"])]
+    uniform = {int(name): one for name, one in known.items() if name != PATTERN}
+    if own["loss"] is None:
+        return {"trials": made, "regret": None, "best_r": None}
+    rows = {r: trials.curve(one["run"], [r])["ranks"][str(r)]["nats"] for r, one in uniform.items()}
+    tokens = trials.curve(own["run"], [found["recommended_r"]])["tokens"]
+    judged = advise(rows, tokens)
+    best = min(uniform, key=lambda r: uniform[r]["loss"])
+    return {
+        "trials": made,
+        "best_r": best,
+        "regret": own["loss"] / uniform[best]["loss"] - 1,
+        "lr": own["lr"],
+        "gap": next(one.gap for one in judged.curve if one.r == found["recommended_r"]),
+        "gap_standard_error": next(one.se for one in judged.curve if one.r == found["recommended_r"]),
+    }
+
+
+def _best(trials: Trials, name: str, r: int, pattern: Mapping[str, int]) -> Found:
+    """The run of the best rate. pattern: ranks of single layers, with the alpha that goes with each."""
+    tried: dict[float, Found] = {}
+    while (factor := _next({key: one["loss"] for key, one in tried.items()})) is not None:
+        lr = float(f"{rate_of(r) * factor:.2g}")
+        run = f"{'pattern' if pattern else 'r'}-{r}/lr-{lr:g}"
+        settings: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "lr": lr, "rank_pattern": dict(pattern)}
+        settings["alpha_pattern"] = {layer: 2.0 * rank for layer, rank in pattern.items()}
+        made = trials.train(run, settings)["result"]
+        tried[factor] = {"run": run, "lr": lr, "loss": made["eval_loss"] if made else None}
+    known = [one for one in tried.values() if one["loss"] is not None]
+    best = min(known, key=lambda one: one["loss"], default=tried[1.0])
+    return best | {"tried": [{"lr": one["lr"], "loss": one["loss"]} for one in tried.values()]}
+
+
+def _next(losses: Mapping[float, float | None]) -> float | None:
+    """Which multiple of the rate to try next; None when the search is over."""
+    for factor in FACTORS:
+        if factor not in losses:
+            return factor
+    known = {factor: loss for factor, loss in losses.items() if loss is not None}
+    if not known:
+        return None
+    best = min(known, key=lambda factor: known[factor])
+    outer = best * 2 if best == max(losses) else best / 2 if best == min(losses) else best
+    return outer if outer not in losses and 1 / FURTHEST <= outer <= FURTHEST else None

@@ -1,0 +1,184 @@
+"""Whole searches of the rank with tiny models: real runs in processes of their own."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorafit.config import EvalConfig, RankConfig, ReportConfig, TrainConfig
+from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
+from lorafit.rank import line
+from lorafit.rank.conclude import command
+from lorafit.rank.rate import rate_of
+from lorafit.rank.verify import _next
+from lorafit.showing import report
+from lorafit.trials import child
+from lorafit.use import evaluate
+from tests import tiny
+
+SETTINGS: dict[str, Any] = {
+    "max_r": 6, "epochs": 2, "batch_size": 4, "threads": 1, "precision": "fp32", "lr": 2e-3, "verify": True,
+}  # fmt: skip
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("inputs")
+    rows = [tiny.chat_row(f"Is {n} odd?", "yes" if n % 2 else "no") for n in range(40)]
+    return {
+        "model": str(tiny.write_model(directory / "model")),
+        "data": str(tiny.write_rows(directory / "rows.jsonl", rows[:24])),
+        "eval": str(tiny.write_rows(directory / "valid.jsonl", rows[24:])),
+    }
+
+
+def config(inputs: dict[str, str], output: Path, **more: Any) -> RankConfig:
+    return RankConfig(**{**SETTINGS, **inputs, "output": str(output), **more})
+
+
+@pytest.fixture(scope="module")
+def searched(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    directory, heard = tmp_path_factory.mktemp("searched") / "s", io.StringIO()
+    found = line.rank(config(inputs, directory), False, quiet(), Console(file=heard, width=100))
+    return directory, found, heard.getvalue()
+
+
+def test_the_json_has_what_others_rely_on(searched: tuple[Path, dict[str, Any], str]) -> None:
+    directory, found, _ = searched
+    assert json.loads((directory / "rank.json").read_text()) == found
+    assert [one["r"] for one in found["curve"]] == [1, 2, 4, 6]
+    chosen = next(one for one in found["curve"] if one["r"] == found["recommended_r"])
+    assert chosen["as_good"] and all(not one["as_good"] for one in found["curve"] if one["r"] < found["recommended_r"])
+    assert found["recommended_lr"] == rate_of(found["recommended_r"])
+    assert found["reason"] and 0 <= chosen["right"] <= 1
+    assert {"loss", "standard_error"} < set(chosen)
+    assert len(found["gradients"]["by_weight"]) == 14
+    assert min(found["gradients"]["rank_pattern"].values()) >= 1
+
+
+def test_the_curve_is_what_eval_gives_at_each_rank(
+    searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str]
+) -> None:
+    directory, found, _ = searched
+    for one in found["curve"]:
+        settings = {"target": str(directory / "trials" / "nested"), "data": inputs["eval"], "r": one["r"]}
+        own = evaluate(EvalConfig(**settings, threads=1), quiet())
+        assert one["loss"] == pytest.approx(own["loss"], rel=1e-5)
+        assert one["right"] == own["exact_match"]  # a greedy answer is the reply where each of its tokens is likeliest
+
+
+def test_the_command_that_is_advised_trains(searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str]) -> None:
+    found = searched[1]
+    words = found["command"].split()
+    assert words[:4] == ["lorafit", "train", inputs["model"], inputs["data"]]
+    given = dict(zip(words[6::2], words[7::2], strict=True))
+    settings = {name.removeprefix("--").replace("-", "_"): value for name, value in given.items()}
+    TrainConfig(model=words[2], data=words[3], output="out", **settings)
+    assert settings["r"] == str(found["recommended_r"]) and settings["alpha"] == str(2 * found["recommended_r"])
+
+
+def test_verifying_trains_neighbours_and_ranks_by_layer_each_at_the_best_of_some_rates(
+    searched: tuple[Path, dict[str, Any], str],
+) -> None:
+    directory, found, printed = searched
+    verified = found["verified"]
+    ranks = [one["r"] for one in found["curve"]]
+    at = ranks.index(found["recommended_r"])
+    assert set(verified["trials"]) == {*(str(r) for r in ranks[max(0, at - 1) : at + 2]), "by layer"}
+    for one in verified["trials"].values():
+        assert len(one["tried"]) >= 3 and one["loss"] == min(t["loss"] for t in one["tried"])
+        result = json.loads((directory / "trials" / one["run"] / "run.json").read_text())
+        assert result["eval_loss"] == one["loss"]
+    losses = {r: verified["trials"][str(r)]["loss"] for r in ranks if str(r) in verified["trials"]}
+    own = losses[found["recommended_r"]]
+    assert verified["regret"] == pytest.approx(own / min(losses.values()) - 1) and verified["regret"] >= 0
+    assert f"rank {found['recommended_r']} loses {verified['regret']:.2%} more" in " ".join(printed.split())
+
+
+def test_what_is_printed_says_what_to_take_and_why(searched: tuple[Path, dict[str, Any], str]) -> None:
+    _, found, printed = searched
+    flat = " ".join(printed.split())
+    assert f"Take r = {found['recommended_r']}: {found['reason']}." in flat and found["command"] in printed
+    assert "they surprise it by" in flat and "directions in the mean" in flat
+    assert printed.count("recommended") == 1
+
+
+def test_the_page_is_made_again_by_report_and_needs_nothing_else(searched: tuple[Path, dict[str, Any], str]) -> None:
+    directory, found, _ = searched
+    text = (directory / "report.html").read_text()
+    assert found["reason"] in text and text.count("<svg") == 3 and "http" not in text.replace("http-equiv", "")
+    (directory / "report.html").unlink()
+    again = report(ReportConfig(directory=str(directory)), quiet(), None)
+    assert again["kind"] == "rank" and (directory / "report.html").read_text() == text
+
+
+def test_a_search_goes_on_where_it_was_and_refuses_other_settings(
+    searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, found, _ = searched
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    (copy / "rank.json").unlink()
+    with pytest.raises(RunDirError, match="already holds a search of the rank"):
+        line.rank(config(inputs, copy), False, quiet(), None)
+    with pytest.raises(CheckpointError, match="batch_size"):
+        line.rank(config(inputs, copy, batch_size=5), True, quiet(), None)
+    monkeypatch.setattr(child, "call", None)  # whatever was computed is not computed again
+    assert line.rank(config(inputs, copy), True, quiet(), None) == found
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "told"),
+    [
+        ({"model": "gone"}, LorafitError, "gone"),
+        ({"eval": "150%"}, ConfigError, "no share|not a share"),
+        ({"lr": 1e4}, ConfigError, "Lower --lr"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    more: dict[str, Any], error: type[Exception], told: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=told):
+        line.rank(config(inputs, tmp_path / "out", **more), False, quiet(), None)
+
+
+def test_rows_with_labels_are_refused_with_what_to_do(inputs: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}", "label": "odd" if n % 2 else "even"} for n in range(30)]
+    data = str(tiny.write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ConfigError, match="--rename text=prompt,label=completion"):
+        line.rank(config(inputs | {"data": data}, tmp_path / "out"), False, quiet(), None)
+    renamed = {"data": data, "eval": "30%", "rename": {"text": "prompt", "label": "completion"}}
+    found = line.rank(config(inputs, tmp_path / "out", verify=False, **renamed), False, quiet(), None)
+    assert found["verified"] is None and "--rename text=prompt,label=completion" in found["command"]
+
+
+def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:
+    assert [_next(dict.fromkeys((1.0, 0.5, 2.0)[:n], 1.0)) for n in range(3)] == [1.0, 0.5, 2.0]
+    assert _next({1.0: 2.0, 0.5: 3.0, 2.0: 1.0}) == 4.0
+    assert _next({1.0: 2.0, 0.5: 1.0, 2.0: 3.0}) == 0.25
+    assert _next({1.0: 1.0, 0.5: 2.0, 2.0: 3.0}) is None
+    assert _next({1.0: 3.0, 0.5: 2.0, 2.0: None, 0.25: 1.0}) is None
+    assert _next({1.0: None, 0.5: None, 2.0: None}) is None
+
+
+def test_a_rate_falls_with_the_root_of_the_rank() -> None:
+    usual = TrainConfig(model="m", data="d", output="o")
+    assert rate_of(usual.r) == usual.lr
+    assert all(math.isclose(rate_of(r) / rate_of(4 * r), 2, rel_tol=0.05) for r in (1, 2, 4, 16))
+
+
+def test_a_command_names_what_rows_need(inputs: dict[str, str], tmp_path: Path) -> None:
+    own = config({"model": "m", "data": "d"}, tmp_path, template="t.jinja", rename={"a": "prompt"}, verify=False)
+    advised = command(own, {"recommended_r": 4, "recommended_lr": 4e-3, "recommended_alpha": 8})
+    assert "--template t.jinja" in advised and "--rename a=prompt" in advised and "--eval 20%" in advised
