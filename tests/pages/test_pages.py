@@ -15,15 +15,17 @@ from rich.console import Console
 from lorafit.compare.conclude import conclude
 from lorafit.config import DataConfig, PlanConfig, ReportConfig, TrainConfig
 from lorafit.look import look
+from lorafit.model.spec import read
 from lorafit.planning import plan
 from lorafit.run import Start, train
 from lorafit.showing import report
 from tests import tiny
 from tests.compare import written
 from tests.pages.browser import CHROMIUM, SCHEMES, WIDTHS, found_in
+from tests.rank import written as written_ranks
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
-NAMES = ("data", "plan", "run", "comparison", "scale")
+NAMES = ("data", "plan", "run", "comparison", "rank", "scale")
 LONG = "a/path/that/is/much/longer/than/any/phone/is/wide/and/has/no/place/at/which/a/line/could/be/broken"
 # Everything that must not be: it shows that what is looked for would be found.
 BAD = """<!doctype html><html><head><style>body{color:#aaa;background:#bbb}</style></head>
@@ -57,6 +59,23 @@ def comparison_page(directory: Path) -> str:
     return (directory / "report.html").read_text()
 
 
+def rank_page(directory: Path, model: str) -> str:
+    found = written_ranks.found(read(model), {1: 0.5, 2: 0.31, 4: 0.3, 8: 0.299}, LONG)
+    own = {"run": "r-4/lr-0.004", "lr": 0.004, "loss": 0.3, "tried": [{"lr": lr, "loss": 0.3} for lr in (0.002, 0.004)]}
+    trials = {str(found["recommended_r"]): own, "by layer": own}
+    found["verified"] = {
+        "trials": trials,
+        "regret": 0.01,
+        "best_r": 8,
+        "gap": 0.1,
+        "gap_standard_error": 0.1,
+    }
+    directory.mkdir()
+    (directory / "rank.json").write_text(json.dumps(found))
+    report(ReportConfig(directory=str(directory)), quiet(), None)
+    return (directory / "report.html").read_text()
+
+
 def scale_page(directory: Path) -> str:
     points = [{"scale": n / 4, "task": 1 / (1 + n), "keep": 2 + n / 10} for n in range(5)]
     found = {"run": LONG, "task": "t.jsonl", "keep": "k.txt", "forgetting": 1.0, "points": points, "best": 0.5}
@@ -79,6 +98,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "plan": planned.read_text(),
         "run": run,
         "comparison": comparison_page(directory / "compared"),
+        "rank": rank_page(directory / "ranked", model),
         "scale": scale_page(directory / "scaled"),
     }
 
@@ -100,9 +120,8 @@ def test_a_page_is_as_wide_as_its_screen_readable_whole_and_needs_nothing_else(
     assert own["overflow"] == 0
     assert own["texts"] > 20 and own["faint"] == []
     assert (own["requests"], own["errors"]) == ([], [])
-    assert (
-        own["empty"] == 0 and own["pictures"] == {"data": 0, "plan": 0, "run": 5, "comparison": 3, "scale": 1}[case[0]]
-    )
+    pictures = {"data": 0, "plan": 0, "run": 5, "comparison": 3, "rank": 3, "scale": 1}
+    assert own["empty"] == 0 and own["pictures"] == pictures[case[0]]
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|<script", pages[case[0]])
 
 

@@ -57,7 +57,7 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         log.print(f"rows: {rows.counts['train']} train, {rows.counts['valid']} valid", highlight=False)
         for note in rows.notes:
             log.print(note, style="yellow", highlight=False)
-        look = partial(_look, config, most, directory, rows)
+        look = partial(_look, config, most, directory, rows, log)
         inputs = {"model": model_spec.sha256(spec)}
         setup = settle(config, directory, FREE_TO_CHANGE, inputs, rows, look, "search of the rank")
         log.print(f"looked at base and rows in {format_seconds(setup['look']['seconds'])}", highlight=False)
@@ -96,11 +96,12 @@ def _check_rows(config: RankConfig) -> None:
         )
 
 
-def _look(config: RankConfig, most: int, directory: Path, rows: Rows) -> dict[str, Any]:
+def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Console) -> dict[str, Any]:
     from lorafit.rank import looking  # needs torch
 
     arguments = (config, most, rows.path("train"), str(KEEP))
-    return {"look": child.call(looking.look, arguments, directory / "trials" / "look.log")}
+    with log.status("looking at base and rows, without training"):
+        return {"look": child.call(looking.look, arguments, directory / "trials" / "look.log")}
 
 
 class Trials:
@@ -146,4 +147,5 @@ class Trials:
         return self._once(f"{name}.curve", work)
 
     def _once(self, name: str, work: Work) -> Record:
-        return record(self.directory / "trials", name, work)
+        with self.log.status(name):
+            return record(self.directory / "trials", name, work)

@@ -40,7 +40,6 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
         "trials": made,
         "best_r": best,
         "regret": own["loss"] / uniform[best]["loss"] - 1,
-        "lr": own["lr"],
         "gap": next(one.gap for one in judged.curve if one.r == found["recommended_r"]),
         "gap_standard_error": next(one.se for one in judged.curve if one.r == found["recommended_r"]),
     }

@@ -1,0 +1,41 @@
+"""What a search of the rank leaves, with figures of our choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafit.config import RankConfig
+from lorafit.model.spec import ModelSpec
+from lorafit.rank.conclude import conclude
+from lorafit.trials.rows import Rows
+
+ROWS, TOKENS = 60, 4
+
+
+def found(spec: ModelSpec, losses: dict[int, float], text: str, spread: float = 0.02) -> dict[str, Any]:
+    """The content of rank.json. losses: of each rank, about. text: of the furthest row. spread: between rows."""
+    chance = np.random.default_rng(0)
+    weights = {name: shape for name, shape in spec.tensors.items() if name.endswith("proj.weight")}
+    energies = {name: sorted(chance.exponential(size=6).tolist(), reverse=True) for name in weights}
+    look = {
+        "precision": "fp32", "is_text": False, "seconds": 1.0, "supervised_tokens": 1000,
+        "distance": {
+            "data": 3.0, "own": 1.0, "reference": 2.5, "surprise": 2.0, "rows": ROWS,
+            "furthest": [{"origin": f"{text}:7", "loss": 9.0, "tokens": 4, "text": text}],
+        },
+        "spectra": {
+            name.removesuffix(".weight"): {"shape": shape, "energies": energies[name], "rest": 0.1, "mean": [1.0]}
+            for name, shape in weights.items()
+        },
+    }  # fmt: skip
+    curve: dict[str, Any] = {"tokens": [TOKENS] * ROWS, "wall_s": 1.0, "ranks": {}}
+    for r, loss in losses.items():
+        nats = TOKENS * (loss + spread * chance.standard_normal(ROWS))
+        curve["ranks"][str(r)] = {"nats": nats.tolist(), "likeliest": chance.integers(3, 5, ROWS).tolist()}
+    result = {"steps": 9, "train_s": 5.0, "precision": "fp32"}
+    config = RankConfig(model="m", data="d.jsonl", output="out")
+    rows = Rows(Path("rows"), {"train": 200, "valid": ROWS}, ["there is something to know"])
+    return conclude(config, spec, rows, look, {"result": result, "wall_s": 6.0}, curve)
