@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorafit.config import ChatConfig, EvalConfig, ExportConfig, TrainConfig, build, read_toml
+from lorafit.config import ChatConfig, EvalConfig, ExportConfig, PlanConfig, TrainConfig, build, read_toml
 from lorafit.errors import ConfigError, DataError, LorafitError
+from lorafit.planning import plan
 from lorafit.run import Start, train
 from lorafit.ship import export
 from lorafit.use import chat, evaluate, print_evaluation
@@ -175,6 +176,19 @@ def test_a_run_that_recomputes_layers_to_save_memory_ends_the_same(
     weights = [load_file(tmp_path / name / "adapter" / "method.safetensors") for name in ("whole", "less")]
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
+def test_what_an_encoder_takes_is_planned_as_train_predicts_it(
+    method: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {"model": places["bert"], "data": places["rows"], "batch_size": 24, "method": method}
+    planned = plan(PlanConfig(**settings, r=3, threads=1), Console(file=io.StringIO()), None)
+    own = next(run for run in planned["runs"] if run["precision"] == "fp32")
+    result, _ = run({**settings, "output": str(tmp_path / "run"), "max_steps": 1, "precision": "fp32"})
+    assert (own["params"], own["flop"]) == (result["trainable_params"], result["flop"])
+    # Alike but for what of the rows is looked at, and a head that is on one side counted with its evaluation.
+    assert own["peak_bytes"] == pytest.approx(result["predicted_peak_bytes"], rel=0.001)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

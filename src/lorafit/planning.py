@@ -124,7 +124,7 @@ def _rows(config: PlanConfig, spec: ModelSpec) -> Rows:
     if config.data is not None:
         return _rows_of_data(config, config.data, spec)
     seq_len, share = config.seq_len or SEQ_LEN, config.loss_share or 1.0
-    shape = Shape(config.batch_size, seq_len, share)
+    shape = Shape(config.batch_size, seq_len, share, sees_all=not spec.writes_text)
     return Rows(lambda lead: replace(shape, lead=lead), config.rows, seq_len, share, None)
 
 
@@ -140,7 +140,7 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
     @cache
     def works(lead: int) -> Steps:
         led = led_by(data.set.encoded, range(spec.vocab, spec.vocab + lead))
-        return Steps(read_tokens, _passes(led, config.batch_size))
+        return Steps(read_tokens, _passes(led, config.batch_size, side_by_side=not spec.writes_text))
 
     steps = works(0).by_micro[MICRO_TOKENS]
     loss_share = data.set.supervised_tokens / tokens
@@ -187,9 +187,13 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
     return some, encode_rows(some.rows, tokenizer, reading)
 
 
-def _passes(encoded: Sequence[Encoded], batch_size: int) -> dict[int, list[list[Pass]]]:
-    """By the most tokens of a pass: those of some whole steps, in orders that a run could have."""
-    from lorafit.data.batching import counted, step_rows
+def _passes(encoded: Sequence[Encoded], batch_size: int, side_by_side: bool) -> dict[int, list[list[Pass]]]:
+    """By the most tokens of a pass: those of some whole steps, in orders that a run could have.
+
+    side_by_side: whether rows are padded, as an encoder's are.
+    """
+    from lorafit.data.batching import counted, counted_side_by_side, step_rows
+    from lorafit.engine.packing import SIDE_BY_SIDE
 
     rows = len(encoded)
     steps = [
@@ -199,7 +203,12 @@ def _passes(encoded: Sequence[Encoded], batch_size: int) -> dict[int, list[list[
         if len(step := step_rows(rows, batch_size, 0, epoch, number)) == min(rows, batch_size)
     ][:STEPS]
     sizes = {split.micro_tokens for split in splits(MICRO_TOKENS)}
-    return {size: [[Pass(*one) for one in counted(encoded, step, size)] for step in steps] for size in sizes}
+
+    def passes(step: list[int], size: int) -> list[Pass]:
+        one = counted_side_by_side(encoded, step, size, SIDE_BY_SIDE) if side_by_side else counted(encoded, step, size)
+        return [Pass(*own) for own in one]
+
+    return {size: [passes(step, size) for step in steps] for size in sizes}
 
 
 def _as_json(
@@ -267,7 +276,7 @@ def _of_method(row: Row, config: PlanConfig, steps: int | None) -> dict[str, Any
 
 def _shapes(around: Around, method: MethodConfig, rows: Rows, config: PlanConfig, best: Forecast) -> dict[str, Any]:
     """Peaks of the method over rows of a step and tokens of a row. All rows are of one length there."""
-    asked = Shape(config.batch_size, rows.seq_len, rows.loss_share)
+    asked = Shape(config.batch_size, rows.seq_len, rows.loss_share, sees_all=not around.spec.writes_text)
     batches, lengths, found = over_shapes(around, method, (best.precision, best.storage), asked)
     return {
         "precision": best.precision,

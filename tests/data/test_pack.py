@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lorafit.data.batching import counted, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
-from lorafit.engine.batch import Batch, Packing
+from lorafit.engine.batch import Batch
+from lorafit.engine.packing import Packing
 
 
 def encoded(lengths: list[int]) -> list[Encoded]:

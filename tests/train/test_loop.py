@@ -14,8 +14,8 @@ from lorafit.data.formats import read_examples
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
 from lorafit.data.rows import Row
-from lorafit.engine.batch import Packing
 from lorafit.engine.engine import plain, prepare
+from lorafit.engine.packing import Packing
 from lorafit.errors import Interrupted, NumericsError
 from lorafit.methods import gated
 from lorafit.methods.table import METHODS

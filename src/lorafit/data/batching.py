@@ -11,15 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.store import Encoded
-
-if TYPE_CHECKING:
-    from lorafit.engine.batch import Packing  # which imports torch
+from lorafit.engine.packing import Packing
 
 # Micro-batches of a step may be larger than their mean by so much, the least that does: rows are not cut.
 EVENNESS = (1.02, 1.05, 1.1, 1.2, 1.4)
@@ -197,6 +195,18 @@ def counted(
     """What `pack.micro_batches` would make of these rows, without making it."""
     found = find_families(encoded, row_ids, share_prefix)
     return [_count(encoded, own) for own in share_out(encoded, found, micro_tokens)]
+
+
+def counted_side_by_side(
+    encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int, packing: Packing
+) -> list[Counted]:
+    """The same of rows that stand side by side, padded to the longest."""
+    found = []
+    for group in padded_groups(encoded, row_ids, micro_tokens, packing):
+        width = packing.width(len(input_of(encoded[group[0]], packing.apart)))
+        predicted = sum(int(encoded[row].supervised.sum()) for row in group)
+        found.append(Counted(len(group) * width, predicted, predicted, len(group) * width**2))
+    return found
 
 
 def _count(encoded: Sequence[Encoded], batch: list[Family]) -> Counted:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from lorafit.data.batching import Family, find_families, input_of, length_step, padded_groups, read_tokens, share_out
 from lorafit.data.store import Encoded, Known
-from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, WIDTH_STEP, Batch, Bucket, Packing
+from lorafit.engine.batch import CHUNK, MAX_PAIRS, PAIRS_PER_CALL, Batch, Bucket
+from lorafit.engine.packing import WIDTH_STEP, Packing
 
 
 def micro_batches(

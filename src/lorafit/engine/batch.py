@@ -15,8 +15,6 @@ from torch import Tensor
 CHUNK = 128
 # (query, key) pairs of one product: its scores stay within a few MB, near the cores.
 MAX_PAIRS = 1 << 18
-# Widths of a bucket are a multiple of this: oneDNN makes a primitive for every shape that it meets.
-WIDTH_STEP = 8
 # What one more group of rows costs in calls, as pairs that could be computed meanwhile.
 PAIRS_PER_CALL = 16_000
 
@@ -107,23 +105,3 @@ class Batch:
         if self.layout is None:
             return self.input_ids.numel() * self.input_ids.shape[1]
         return sum(bucket.attended_pairs for bucket in self.layout)
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How rows become batches. padded: side by side. share_prefix: what rows begin with in common is computed once.
-
-    width_step: rows side by side are as wide as a multiple of this, so that shapes repeat; not beyond widest. apart:
-    whether what is predicted is no token, as a label, and so no input of what comes after it.
-    """
-
-    padded: bool = False
-    share_prefix: bool = True
-    width_step: int = 1
-    widest: int = 1 << 62
-    apart: bool = False
-
-    def width(self, longest: int) -> int:
-        """Of rows side by side, the longest of which has so many tokens."""
-        width = -(-longest // self.width_step) * self.width_step
-        return width if width <= self.widest else longest

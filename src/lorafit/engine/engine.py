@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.engine import attention, decoder, loss, workspace
-from lorafit.engine.batch import Batch, Bucket, Packing
+from lorafit.engine.batch import Batch, Bucket
 from lorafit.engine.groups import Group, Int8Error, calibrate, make_group
 from lorafit.engine.layers import (
     Features,
@@ -29,6 +29,7 @@ from lorafit.engine.layers import (
     recompute,
     untouched_layers,
 )
+from lorafit.engine.packing import Packing
 from lorafit.engine.patch import Patches, patch_gated_mlps, patch_norms, patch_rotary
 from lorafit.engine.probe import Probe
 from lorafit.errors import ModelError

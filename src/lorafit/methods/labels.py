@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafit.engine.batch import WIDTH_STEP, Packing
 from lorafit.engine.engine import Engine, prepare
+from lorafit.engine.packing import SIDE_BY_SIDE
 from lorafit.errors import AdapterError, ConfigError, listed
 from lorafit.methods.depth import check_layer, hidden_at
 from lorafit.methods.method import Attached, Method
@@ -29,8 +29,6 @@ FIRST_DEVIATION = 0.02
 # A feature's deviation, relative to its mean, that is only float32's rounding.
 SAME = 1e-6
 ATTRIBUTE, PREFIX = "_lorafit_label_head", "label_head"
-# Of rows that are pooled: few widths, as oneDNN keeps what it makes for each shape (0.6 MB).
-SIDE_BY_SIDE = Packing(padded=True, share_prefix=False, width_step=WIDTH_STEP, apart=True)
 # These put tokens in front of a row, which a mean would count and which would be the first.
 IN_FRONT = ("prefix", "prompt")
 

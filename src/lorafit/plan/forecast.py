@@ -100,7 +100,7 @@ def forecast(
     by: precision, and storage of frozen weights. data: bytes of the rows. labels: of a head that tells them apart.
     """
     precision, storage = by
-    tried, adds = [], trained.of(spec, config, labels)
+    tried, adds = [], trained.of(spec, config, labels, padded=bool(labels) and not spec.writes_text)
     for split in memory.splits(work.micro_tokens):
         tokens, predicted = largest(work, split.micro_tokens)
         estimate = memory.estimate(spec, adds, precision, tokens, predicted, split.recompute, storage, data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafit.config import MethodConfig
 from lorafit.errors import ConfigError
@@ -84,7 +84,8 @@ def over_shapes(
     lengths = tuple(sorted({*(length for length in LENGTHS if length <= longest), asked.length}))
 
     def one(batch: int, length: int) -> Forecast:
-        return _forecast(around, config, Shape(batch, length, asked.loss_share, lead=config.lead_tokens), by)
+        shape = replace(asked, batch=batch, length=length, lead=config.lead_tokens)
+        return _forecast(around, config, shape, by)
 
     return batches, lengths, [[one(batch, length) for length in lengths] for batch in batches]
 

@@ -48,7 +48,8 @@ class Work(Protocol):
 class Shape:
     """The rows of a run. batch: of an optimizer step. length: tokens of each. loss_share: of tokens with a loss.
 
-    lead: virtual tokens in front of each, which the rows of a pass share.
+    lead: virtual tokens in front of each, which the rows of a pass share. sees_all: whether each token sees all others
+    of its row, as an encoder's do.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Shape:
     loss_share: float = 1.0
     micro_tokens: int = MICRO_TOKENS
     lead: int = 0
+    sees_all: bool = False
 
     @property
     def tokens(self) -> float:
@@ -72,7 +74,8 @@ class Shape:
         own = rows * self.length
         shared = (rows - 1) * self.lead >= MIN_SAVED_TOKENS
         predicted = max(1, round(self.loss_share * own))
-        pairs = rows * (causal_pairs([self.length]) + self.length * self.lead)
+        own_pairs = self.length**2 if self.sees_all else causal_pairs([self.length])
+        pairs = rows * (own_pairs + self.length * self.lead)
         times = 1 if shared else rows  # that the tokens in front are computed
         return Pass(own + times * self.lead, predicted, predicted, pairs + times * causal_pairs([self.lead]))
 

@@ -28,7 +28,6 @@ def result(
     progress: Progress,
     identity: dict[str, Any],
     estimate: memory.MemoryEstimate,
-    load_s: float,
     flop: float | None,
 ) -> dict[str, Any]:
     """What is known of every run when it ends; a rank only of LoRA. flop: see `flop_of`."""
@@ -41,7 +40,6 @@ def result(
         "r": config.r if has_rank else None,
         "alpha": config.alpha if has_rank else None,
         "train_s": progress.train_s,
-        "load_s": load_s,
         "steps": progress.step,
         "skipped_steps": progress.skipped_steps,
         "stopped_early": progress.stopped_early,
@@ -88,12 +86,13 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-def flop_of(config: TrainConfig, progress: Progress, predicted: float | None, steps: int) -> float | None:
+def flop_of(config: TrainConfig, progress: Progress, predicted: float | None, steps: int, padded: bool) -> float | None:
     """Of the steps that were made: as the engine counted them, or by formula where it does not compute all of them.
 
-    predicted: of all `steps` of the run. None where neither is known.
+    predicted: of all `steps` of the run. padded: whether rows stand side by side, so that attention is torch's. None
+    where neither is known.
     """
-    if rates.kind_of(config.method, config.variant, config.layers) == "":
+    if not padded and rates.kind_of(config.method, config.variant, config.layers) == "":
         return progress.flop
     return None if predicted is None else predicted * progress.step / steps
 

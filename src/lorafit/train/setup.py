@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafit import rates
 from lorafit.config import TrainConfig, parse_bytes
-from lorafit.data.batching import Counted, counted, input_of, padded_groups, read_tokens, step_rows
+from lorafit.data.batching import Counted, counted, counted_side_by_side, input_of, read_tokens, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, lengths, resident_bytes
 from lorafit.engine import workspace
@@ -24,10 +24,11 @@ from lorafit.engine.batch import Batch
 from lorafit.engine.engine import Engine, plain
 from lorafit.engine.layers import Features, decoder_layers, in_place_of, run_again, untouched_layers
 from lorafit.engine.loss import head_of
+from lorafit.engine.packing import SIDE_BY_SIDE
 from lorafit.engine.probe import Probe
 from lorafit.errors import DoesNotFitError, ModelError
 from lorafit.lora.layer import LoRALayer
-from lorafit.methods.labels import SIDE_BY_SIDE, engine_of
+from lorafit.methods.labels import engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
 from lorafit.plan.flops import Flop
@@ -207,12 +208,7 @@ def _passes(
 
 def _padded(rows: Sequence[Encoded], steps: list[list[int]], micro_tokens: int) -> list[Pass]:
     """Passes over rows that stand side by side."""
-    found = []
-    for group in (group for own in steps for group in padded_groups(rows, own, micro_tokens, SIDE_BY_SIDE)):
-        width = SIDE_BY_SIDE.width(len(input_of(rows[group[0]], apart=True)))
-        predicted = sum(int(rows[row].supervised.sum()) for row in group)
-        found.append(Pass(len(group) * width, predicted, predicted, len(group) * width**2))
-    return found
+    return [Pass(*one) for own in steps for one in counted_side_by_side(rows, own, micro_tokens, SIDE_BY_SIDE)]
 
 
 def _computed_once(spec: ModelSpec, config: TrainConfig, precision: str, rows: Sequence[Encoded], adds: Trained) -> int:
