@@ -11,6 +11,8 @@ The Python API, for any `torch.nn.Module`:
     merge(model)                                        # no overhead from here on; unmerge(model) undoes it bitwise
     save(model, "adapter")                              # PEFT's format
 
+`plan_module` counts what a network takes from its parameters' shapes alone.
+
 Names are imported when they are first used, so that `import lorafit` does not import torch.
 """
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         trainable_parameters,
         unmerge,
     )
+    from lorafit.plan.module import plan_module
 
 __version__ = "0.1.0"
 
@@ -41,6 +44,7 @@ _WHERE = {
     "detach": "lorafit.lora.inject",
     "lora_layers": "lorafit.lora.inject",
     "merge": "lorafit.lora.inject",
+    "plan_module": "lorafit.plan.module",
     "set_scale": "lorafit.lora.inject",
     "trainable_parameters": "lorafit.lora.inject",
     "unmerge": "lorafit.lora.inject",
@@ -53,6 +57,7 @@ __all__ = [
     "load",
     "lora_layers",
     "merge",
+    "plan_module",
     "save",
     "set_scale",
     "trainable_parameters",

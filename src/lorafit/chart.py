@@ -149,10 +149,12 @@ def scatter(
     x_name: str,
     x_text: Callable[[float], str],
     level: tuple[float, str] | None = None,
+    ticks: Sequence[float] | None = None,
 ) -> str:
     """Named points over a logarithmic x axis, with the interval of each and a line through those in front.
 
-    x_text: how a value of x is written. level: as of a Panel. Values must be finite, those of x above 0.
+    x_text: how a value of x is written. level: as of a Panel. ticks: of x, round numbers by default. Values must be
+    finite, those of x above 0.
     """
     height = HEIGHT + 60
     bottom = TOP + height
@@ -160,7 +162,7 @@ def scatter(
     up, across = _scale(values, bottom, TOP, room=0.08), _log_scale([point.x for point in points])
     parts = [*_head(bottom + BELOW), f'<text class="title" x="{LEFT}" y="{TOP - 10}">{escape(title)}</text>']
     parts += _grid(up)
-    for tick in across.ticks:
+    for tick in across.ticks if ticks is None else ticks:
         x, told = across(tick), escape(x_text(tick))
         side = "end" if x + len(told) * LABEL_PX / 2 > WIDTH else "middle"  # at the edge it would be cut off
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="{side}">{told}</text>')

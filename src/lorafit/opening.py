@@ -173,7 +173,8 @@ def load_base(
     features: bool = False,
 ) -> tuple[model_load.Loaded, str]:
     """The base alone, frozen, and what it computes in; rounded, stored and chosen as `open_target` says."""
-    chosen = found.precision if found.precision and precision_name == "auto" else precision.choose(precision_name)
+    trained_in = None if found.precision == "fp16" and not precision.has_fp16() else found.precision
+    chosen = trained_in if trained_in and precision_name == "auto" else precision.choose(precision_name)
     chosen = "bf16" if chosen == "int8" else chosen  # int8 is calibrated on training rows, and made from bf16 weights
     kept = found.storage if storage == "auto" else storage
     loaded = model_load.load(

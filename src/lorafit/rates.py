@@ -8,14 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafit import files
+from lorafit import files, processor
 
 # Of so many of the last runs the median counts: one that other work has slowed down says little of the next.
 LAST_RUNS = 5
@@ -120,15 +119,6 @@ def _runs(threads: int) -> dict[str, list[float]]:
     }
 
 
-def _processor() -> str:
-    """What it calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _path() -> Path:
     return files.cache_dir() / "rates.json"
 
@@ -142,7 +132,7 @@ def _file() -> dict[str, Any]:
 
 
 def _key(threads: int) -> str:
-    return f"{_processor()}, torch {importlib.metadata.version('torch')}, {threads} threads"
+    return f"{processor.name()}, torch {importlib.metadata.version('torch')}, {threads} threads"
 
 
 def _numbers(value: Any) -> dict[str, float]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.batching import counted, step_rows
+from lorafit.data.batching import TOKENS_PER_PASS, _alike, counted, step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.batch import Batch
@@ -78,6 +79,32 @@ def test_rows_of_like_length_share_a_batch_and_a_too_long_row_stands_alone() -> 
     assert [batch.token_rows[:, 0].tolist() for batch in batches] == [[1], [2, 3], [4, 0]]
     assert [batch.computed_tokens for batch in batches] == [29, 18, 4]
     assert [batch.real_tokens for batch in batches] == [30, 19, 5]
+
+
+def test_short_rows_stand_apart_from_long_ones_where_that_saves_more_than_a_pass() -> None:
+    lengths = [60] * 4 + [16] * 28
+    groups = [batch.token_rows[:, 0].tolist() for batch in padded(encoded(lengths), range(32), 4096)]
+    assert groups == [[0, 1, 2, 3], list(range(4, 32))]
+    near = padded(encoded([18] * 4 + [16] * 28), range(32), 4096)
+    assert [batch.rows for batch in near] == [32]  # it would save 56 tokens
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=7), st.integers(1, 600))
+def test_no_way_to_put_rows_of_like_length_together_takes_less(lengths: list[int], limit: int) -> None:
+    widths = sorted(lengths, reverse=True)
+
+    def cost(parts: Sequence[Sequence[int]]) -> int:
+        passes = (-(-len(part) // max(1, limit // part[0])) for part in parts)
+        return sum(len(part) * part[0] + TOKENS_PER_PASS * own for part, own in zip(parts, passes, strict=True))
+
+    places = [n for n in range(1, len(widths)) if widths[n] != widths[n - 1]]
+    ways = []
+    for cut in itertools.chain.from_iterable(itertools.combinations(places, k) for k in range(len(places) + 1)):
+        ends = [*cut, len(widths)]
+        ways.append(cost([widths[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]))
+    found = _alike(list(range(len(widths))), widths, limit)
+    assert [row for part in found for row in part] == list(range(len(widths)))
+    assert cost([[widths[row] for row in part] for part in found]) == min(ways)
 
 
 # --- what a packed batch means, read from its tensors alone --------------------------------------------------------

@@ -62,7 +62,7 @@ def comparison_page(directory: Path) -> str:
 def rank_page(directory: Path, model: str) -> str:
     found = written_ranks.found(read(model), {1: 0.5, 2: 0.31, 4: 0.3, 8: 0.299}, LONG)
     own = {"run": "r-4/lr-0.004", "lr": 0.004, "loss": 0.3, "tried": [{"lr": lr, "loss": 0.3} for lr in (0.002, 0.004)]}
-    trials = {str(found["recommended_r"]): own, "by layer": own}
+    trials = {str(found["recommended_r"]): own, "ranks by layer": own}
     found["verified"] = {
         "trials": trials,
         "regret": 0.01,

@@ -95,7 +95,7 @@ def test_verifying_trains_neighbours_and_ranks_by_layer_each_at_the_best_of_some
     verified = found["verified"]
     ranks = [one["r"] for one in found["curve"]]
     at = ranks.index(found["recommended_r"])
-    assert set(verified["trials"]) == {*(str(r) for r in ranks[max(0, at - 1) : at + 2]), "by layer"}
+    assert set(verified["trials"]) == {*(str(r) for r in ranks[max(0, at - 1) : at + 2]), "ranks by layer"}
     for one in verified["trials"].values():
         assert len(one["tried"]) >= 3 and one["loss"] == min(t["loss"] for t in one["tried"])
         result = json.loads((directory / "trials" / one["run"] / "run.json").read_text())

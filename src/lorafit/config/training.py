@@ -198,7 +198,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Under adalora, what the rate of the gates is multiplied by: they alone say how far to go."""
     orthogonality: float = Field(0.1, ge=0)
     """Under adalora, the weight of what keeps directions at right angles."""
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     """Type of the products with frozen weights: auto measures which is fastest here. The adapter is always fp32."""
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
     """How frozen weights lie in memory: auto as they are computed with; keep in a GGUF file's blocks; nf4 or int8, as

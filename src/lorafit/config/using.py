@@ -212,7 +212,7 @@ class TrialsConfig(RowsConfig):
     """Rows per optimizer step."""
     loss_on: Literal["replies", "last", "all"] = "replies"
     """Which tokens have a loss, as for train."""
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     """Type of the products with frozen weights, as for train."""
     seed: int = Field(0, ge=0, lt=2**63)
     """The first seed; also of the split of rows and of whatever is drawn."""

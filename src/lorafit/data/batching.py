@@ -23,6 +23,8 @@ from lorafit.engine.packing import Packing
 EVENNESS = (1.02, 1.05, 1.1, 1.2, 1.4)
 # A prefix is shared where that saves at least so many tokens: it takes products of its own in every layer.
 MIN_SAVED_TOKENS = 32
+# What one more pass over rows side by side costs in calls, as tokens that could be computed meanwhile.
+TOKENS_PER_PASS = 64
 # Families are sought among so many rows at a time: the search is quadratic.
 ROWS_COMPARED = 128
 
@@ -164,13 +166,35 @@ def length_step(tokens: int) -> int:
 def padded_groups(
     encoded: Sequence[Encoded], row_ids: Sequence[int], micro_tokens: int, packing: Packing
 ) -> Iterator[list[int]]:
-    """Rows that stand side by side, padded to the first of them, the longest; of micro_tokens at most, or one row."""
+    """Rows that stand side by side, padded to the first of them, the longest; of micro_tokens at most, or one row.
+
+    Short rows stand apart from long ones where that saves more tokens than one more pass is worth.
+    """
     length = {row: len(input_of(encoded[row], packing.apart)) for row in row_ids}
     order = sorted(row_ids, key=lambda row: (-length[row], row))
-    while order:
-        count = max(1, micro_tokens // packing.width(length[order[0]]))
-        yield order[:count]
-        order = order[count:]
+    for alike in _alike(order, [packing.width(length[row]) for row in order], micro_tokens):
+        count = max(1, micro_tokens // packing.width(length[alike[0]]))
+        yield from (alike[at : at + count] for at in range(0, len(alike), count))
+
+
+def _alike(order: list[int], widths: list[int], micro_tokens: int) -> list[list[int]]:
+    """The rows of `order`, the widest first, cut where their width changes: least tokens, passes counted as tokens."""
+    starts = [at for at, width in enumerate(widths) if at == 0 or width != widths[at - 1]]
+    ends = [*starts[1:], len(order)]
+    best = [(0, 0)]  # of the rows before each end: (tokens, where their last group begins)
+    for last, end in enumerate(ends):
+        tried = []
+        for first in range(last + 1):
+            rows, width = end - starts[first], widths[starts[first]]
+            passes = -(-rows // max(1, micro_tokens // width))
+            tried.append((best[first][0] + rows * width + passes * TOKENS_PER_PASS, first))
+        best.append(min(tried))
+    groups, last = list[list[int]](), len(ends)
+    while last:
+        first = best[last][1]
+        groups.append(order[starts[first] : ends[last - 1]])
+        last = first
+    return groups[::-1]
 
 
 # --- counted --------------------------------------------------------------------------------------------------------

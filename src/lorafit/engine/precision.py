@@ -1,6 +1,7 @@
 """Which type products with frozen weights are computed in.
 
 On a CPU without native bf16 it is far slower than fp32, and int8 without VNNI is slower still: measure, never assume.
+fp16 is there for processors that multiply in it (AVX512-FP16, AMX-FP16, Arm's), and for CUDA.
 The best that was ever measured is kept in the user's cache, for this processor, torch and number of threads: a machine
 that is busy today does not choose for tomorrow.
 """
@@ -12,7 +13,7 @@ import time
 
 import torch
 
-from lorafit import rates
+from lorafit import processor, rates
 from lorafit.engine import workspace
 from lorafit.engine.product import Dense, Packed, Product, make_int8
 from lorafit.errors import ConfigError
@@ -26,11 +27,16 @@ REPEATS = 7
 
 
 def choose(precision: str, storage: str = "auto") -> str:
-    """`fp32`, `bf16` or `int8` as asked; for `auto`, fewer bits where that makes products 1.3 times as fast here.
+    """The type as asked; for `auto`, fewer bits where that makes products 1.3 times as fast here.
 
     storage: that of the base, `auto` for as they are computed with. Raises ConfigError for one of which int8 would make
-    copies.
+    copies, and for fp16 where nothing multiplies in it.
     """
+    if precision == "fp16" and not has_fp16():
+        raise ConfigError(
+            "--precision fp16 is given, and this processor has no products in it (AVX512-FP16, AMX-FP16 or Arm's)",
+            "Give --precision bf16, which takes as much memory, or leave it out: what is fastest here is measured",
+        )
     if precision == "int8" and storage != "auto":
         raise ConfigError(
             f"--precision int8 copies every weight twice, and --base-storage {storage} is there to copy none",
@@ -39,10 +45,20 @@ def choose(precision: str, storage: str = "auto") -> str:
     if precision != "auto":
         return precision
     rate, best = flop_per_s(), "fp32"
-    for name in ("bf16", "int8") if storage == "auto" else ("bf16",):
+    for name in known() if storage == "auto" else [name for name in known() if name != "int8"]:
         if rate[name] > MUST_BE_FASTER_BY * rate[best]:
             best = name
     return best
+
+
+def has_fp16() -> bool:
+    """Whether products of float16 are computed as such here."""
+    return torch.cuda.is_available() or processor.has_fp16()
+
+
+def known() -> list[str]:
+    """The types that there are here, in the order of their bits; bf16, whose range is float32's, before fp16."""
+    return ["fp32", "bf16", *(["fp16"] if has_fp16() else []), "int8"]
 
 
 def flop_per_s(again: bool = False) -> dict[str, float]:
@@ -58,7 +74,7 @@ def flop_per_s(again: bool = False) -> dict[str, float]:
 @functools.cache
 def _best_rates(threads: int) -> dict[str, float]:
     before = rates.read(threads).flop_per_s
-    found = {name: max(_measure(name), before.get(name, 0.0)) for name in ("fp32", "bf16", "int8")}
+    found = {name: max(_measure(name), before.get(name, 0.0)) for name in known()}
     rates.keep(threads, rates.Rates(flop_per_s=found))
     workspace.forget()  # or blocks of the first batches would be as large as what was measured on
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lorafit import processor
 from lorafit.config import MethodConfig
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import gpus, memory, trained
@@ -15,16 +16,17 @@ from lorafit.plan.storage import BLOCK_TYPES
 from lorafit.plan.work import Work, flop_once, largest, step_flop
 from lorafit.rates import Rates, kind_of, run_key, way
 
-PRECISIONS = ("int8", "bf16", "fp32")
+PRECISIONS = ("int8", *(["fp16"] if processor.has_fp16() else []), "bf16", "fp32")
 # What is in which type.
 TYPES = {
     "int8": "frozen weights and products in int8, activations in bf16; adapter, optimizer, norms and loss in fp32",
     "bf16": "frozen weights, products and activations in bf16; adapter, optimizer, norms and loss in fp32",
+    "fp16": "as bf16, in fp16, with the loss scaled so that gradients do not vanish",
     "fp32": "everything in fp32",
 }
 # Where no run has told yet what share of the machine's rate training reaches, and what is left of that where weights
 # are decoded for each product (SmolLM2-135M, micro-batches of 500 to 1,024 tokens).
-ASSUMED_MFU = {"fp32": 0.40, "bf16": 0.50, "int8": 0.35}
+ASSUMED_MFU = {"fp32": 0.40, "bf16": 0.50, "fp16": 0.50, "int8": 0.35}
 DECODING = {"keep": 0.95, "nf4": 0.9, "int8": 0.95}
 J_PER_KWH = 3.6e6
 
@@ -108,7 +110,7 @@ def forecast(
         if estimate.fits(limit):
             break
     estimate, split = min(tried, key=lambda one: one[0].peak_bytes)
-    flop = step_flop(spec, config, work, split.micro_tokens, labels, in_16_bits=precision != "fp32")
+    flop = step_flop(spec, config, work, split.micro_tokens, labels, in_16_bits=precision in ("bf16", "int8"))
     speed = speed_of(spec, config, precision, storage, rates)
     step_s = once_s = None
     if speed is not None:

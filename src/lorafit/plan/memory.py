@@ -22,7 +22,7 @@ RUNTIME_BYTES = 450 * MIB
 # gradients too: measured.
 ADAPTER_COPIES = {"fp32": 3.5, "bf16": 4.0}
 # Of a frozen layer's weight, by precision: packed both ways round, or as stored.
-BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "int8": 2}
+BYTES_PER_WEIGHT = {"fp32": 8, "bf16": 2, "fp16": 2, "int8": 2}
 LOGIT_ROWS = 256
 # Rows of the output head that are decoded together, where it stays in blocks.
 DECODED_TOKENS = 8192

@@ -62,7 +62,10 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         setup = settle(config, directory, FREE_TO_CHANGE, inputs, rows, look, "search of the rank")
         log.print(f"looked at base and rows in {format_seconds(setup['look']['seconds'])}", highlight=False)
         trials = Trials(config, directory, rows, setup["look"]["precision"], log)
-        nested = trials.train(NESTED, {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "nested"})
+        told = f"ranks 1 to {most} in one run"
+        nested = trials.train(
+            NESTED, told, {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "nested"}
+        )
         if nested["result"] is None:
             raise ConfigError(f"the run of all ranks failed: {nested['refused']}", "Lower --lr")
         curve = trials.curve(NESTED, [one["r"] for one in nested["result"]["nested"]])
@@ -111,8 +114,11 @@ class Trials:
         """precision: what all are measured in."""
         self.config, self.directory, self.rows, self.precision, self.log = config, directory, rows, precision, log
 
-    def train(self, name: str, settings: dict[str, Any]) -> Record:
-        """result: run.json's content, or None, and why as refused. Stops once the held-out loss has risen."""
+    def train(self, name: str, told: str, settings: dict[str, Any]) -> Record:
+        """result: run.json's content, or None, and why as refused. Stops once the held-out loss has risen.
+
+        told: what it is, for the log.
+        """
         run = self.directory / "trials" / name
         wanted = {key: getattr(self.config, key) for key in SHARED} | {"patience": 1} | settings
         wanted |= {"data": self.rows.path("train"), "eval": self.rows.path("valid"), "output": str(run)}
@@ -129,10 +135,10 @@ class Trials:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a finished run needs none, and they are large
             return {"result": result, "refused": None}
 
-        made = self._once(name, work)
+        made = self._once(name, work, f"training {told}")
         result = made["result"]
-        told = f"loss {result['eval_loss']:.4f}" if result else f"failed: {made['refused']}"
-        self.log.print(f"{name}: {told} ({format_seconds(made['wall_s'])})", highlight=False, markup=False)
+        what = f"loss {result['eval_loss']:.4f}" if result else f"failed: {made['refused']}"
+        self.log.print(f"{told}: {what} ({format_seconds(made['wall_s'])})", highlight=False, markup=False)
         return made
 
     def curve(self, name: str, ranks: list[int]) -> Record:
@@ -144,8 +150,8 @@ class Trials:
             run = str(self.directory / "trials" / name)
             return child.call(looking.curve, (run, self.config, self.precision, ranks, self.rows.path("valid")), path)
 
-        return self._once(f"{name}.curve", work)
+        return self._once(f"{name}.curve", work, "measuring each rank on the held-out rows")
 
-    def _once(self, name: str, work: Work) -> Record:
-        with self.log.status(name):
+    def _once(self, name: str, work: Work, doing: str) -> Record:
+        with self.log.status(doing):
             return record(self.directory / "trials", name, work)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lorafit.chart import Point, heat, scatter
 from lorafit.page import inside, render
+from lorafit.rank.verify import PATTERN
 from lorafit.report.places import place
 from lorafit.units import format_count, format_seconds
 
@@ -81,7 +82,7 @@ def verified_told(found: Found) -> list[str]:
         f"rank {verified['best_r']}, the best of it and its neighbours ({verified['gap']:.4f} ± "
         f"{verified['gap_standard_error']:.4f} nats a token)."
     ]
-    pattern, own = verified["trials"].get("by layer"), verified["trials"][str(found["recommended_r"])]
+    pattern, own = verified["trials"].get(PATTERN), verified["trials"][str(found["recommended_r"])]
     if pattern and pattern["loss"] is not None:
         lines.append(
             f"Ranks by layer from the gradients, with as many parameters: {pattern['loss']:.4f}, where the same rank "
@@ -96,7 +97,7 @@ def verified_rows(found: Found) -> list[tuple[str, ...]]:
         return []
     return [
         (
-            name if name == "by layer" else f"r = {name}",
+            name if name == PATTERN else f"r = {name}",
             _loss(one["loss"]),
             f"{one['lr']:g}",
             ", ".join(f"{tried['lr']:g}: {_loss(tried['loss'])}" for tried in one["tried"]),
@@ -164,7 +165,7 @@ def pictures(found: Found) -> list[str]:
         for one in known
     ]
     title = "Held-out loss by rank, nats a token, with one standard error: less is better"
-    drawn = [scatter(title, points, "rank", lambda value: f"{value:g}")]
+    drawn = [scatter(title, points, "rank", lambda value: f"{value:g}", ticks=[one["r"] for one in known])]
     for key, title in (
         ("effective_rank", "Directions that each weight's gradients use (effective rank)"),
         ("share", "Share of the gradients' energy"),

@@ -15,7 +15,7 @@ Found = dict[str, Any]
 # Rates that are tried for each, as multiples of `rate_of` its rank; further out where the best is at the edge.
 FACTORS = (1.0, 0.5, 2.0)
 FURTHEST = 4.0
-PATTERN = "by layer"
+PATTERN = "ranks by layer"
 
 
 def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
@@ -53,7 +53,7 @@ def _best(trials: Trials, name: str, r: int, pattern: Mapping[str, int]) -> Foun
         run = f"{'pattern' if pattern else 'r'}-{r}/lr-{lr:g}"
         settings: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "lr": lr, "rank_pattern": dict(pattern)}
         settings["alpha_pattern"] = {layer: 2.0 * rank for layer, rank in pattern.items()}
-        made = trials.train(run, settings)["result"]
+        made = trials.train(run, f"{name if pattern else f'rank {r}'}, rate {lr:g}", settings)["result"]
         tried[factor] = {"run": run, "lr": lr, "loss": made["eval_loss"] if made else None}
     known = [one for one in tried.values() if one["loss"] is not None]
     best = min(known, key=lambda one: one["loss"], default=tried[1.0])

@@ -60,7 +60,7 @@ def calibrate(threads: int, spec: ModelSpec, console: Console) -> None:
     Takes about half a minute.
     """
     torch.set_num_threads(threads)
-    for name in ("fp32", "bf16", "int8"):
+    for name in precision.known():
         model, width = _part_of(spec, precision.DTYPES[name])
         vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         speed = measure(model, name, random_rows(ROWS, LENGTH, vocabulary), r=16)

@@ -43,6 +43,9 @@ class Progress:
     bad_steps_in_a_row: int = 0
     skipped_steps: list[int] = field(default_factory=list)
     stopped_early: bool = False
+    loss_scale: float = 1.0
+    """See `loss_scale`; steps_at_scale: since it was last changed."""
+    steps_at_scale: int = 0
 
 
 @dataclass

@@ -25,7 +25,7 @@ from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.lora import inject
 from lorafit.methods.method import Method
-from lorafit.train import nested
+from lorafit.train import loss_scale, nested
 from lorafit.train.adalora import RankSchedule, schedule
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate, set_rate
@@ -95,6 +95,7 @@ class _Loop:
         self.work = work
         self.progress = start.progress if start else Progress()
         self.progress.train_s += work.engine.prepare_s
+        loss_scale.begin(self.progress, work.engine.dtype)
         self.best = start.best if start else {}
         self.ranks = _rank_schedule(work)
         trained = work.method.trainable(work.model)
@@ -157,7 +158,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     batches = [batch for _, batch in parts]
 
     counted = TALLY.flop
-    loss = _accumulate_gradients(loop, parts)
+    loss = loss_scale.scaled(progress, loop.parameters.values(), lambda: _accumulate_gradients(loop, parts))
     if loop.ranks:
         loop.ranks.add_gradients()
     grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
@@ -196,20 +197,20 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
 
 
 def _accumulate_gradients(loop: _Loop, parts: list[tuple[int | None, Batch]]) -> float:
-    """Gradients of the step's mean loss, added up over its micro-batches; returns that loss.
+    """Gradients of the step's mean loss times `loss_scale`, added up over its micro-batches; returns that loss.
 
     Each micro-batch is divided by the supervised tokens of the whole step, never by its own, so the sum is exactly the
     gradient of the undivided batch. parts: each with the rank that the update has for it, None for its own.
     """
     work = loop.work
     supervised = sum(batch.supervised_tokens for _, batch in parts)
-    total = 0.0
+    total, scale = 0.0, loop.progress.loss_scale
     for r, batch in parts:
         step = loop.progress.step
         work.method.before_forward(work.model, work.config.seed, step, batch.token_rows, batch.position_ids)
         with nullcontext() if r is None else inject.cut_to(work.model, r):
             loss: Tensor = work.engine.training_loss(batch) / supervised
-            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
+            (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
         total += float(loss.detach())
         del loss  # or its graph would live through the next forward pass
     return total

@@ -154,7 +154,7 @@ def expected(
     """
     if config.targets != "all-linear" or config.rank_schedule == "adalora":
         return None
-    early = precision != "fp32" and not adds.padded and ends_early(spec, config)
+    early = precision in ("bf16", "int8") and not adds.padded and ends_early(spec, config)
     steps, total = _first_steps(rows, config), _total_steps(rows, config)
     shares = _by_rank(rows, config, steps, split.micro_tokens, adds.padded)
     passes = [one for own in shares.values() for one in own]

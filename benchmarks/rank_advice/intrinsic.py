@@ -1,0 +1,143 @@
+"""The intrinsic dimension of sets: how many directions of a random subspace training needs, beside the rank it needs.
+
+    python benchmarks/rank_advice/intrinsic.py --data DIR [--sets chat12,mawps]
+
+W0 + sum of g_i b_i a_i^T, with a_i, b_i drawn at random and frozen, spread evenly over all linear weights of the
+blocks, and d numbers g trained: a random subspace of d rank-one directions. (Li et al. 2018 draw it from all of the
+space; directions of rank one run at LoRA's speed.) d90 is the least d, on a line between those tried, at which the
+held-out loss has fallen by 90% of what the best of LoRA's ranks made it fall by, as results/SET.json has it (`run.py
+separate`). Each d at the best of RATES.
+Sources: Li et al. 2018, Measuring the intrinsic dimension of objective landscapes; Aghajanyan et al. 2020.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from run import EPOCHS, MODEL, RESULTS, SETS, best_runs, mean_losses, revision, write_rows
+
+from lorafit.config import LoRAConfig, TrainConfig
+from lorafit.data.batching import step_rows
+from lorafit.data.formats import read_examples
+from lorafit.data.load import locate
+from lorafit.data.mask import encode_all
+from lorafit.data.pack import micro_batches
+from lorafit.data.store import Encoded
+from lorafit.engine.engine import Engine, prepare
+from lorafit.infer.evaluate import mean_loss
+from lorafit.lora import gates
+from lorafit.lora.inject import attached_layers
+from lorafit.lora.targets import ALL_LINEAR, select
+from lorafit.methods import lora
+from lorafit.opening import open_target
+from lorafit.plan import machine
+from lorafit.train.optim import adamw, clip_gradients, rate, set_rate
+
+DIMENSIONS = (64, 256, 1024, 4096, 16384)
+# Peak rates of the numbers g: each moves W by about its rate, whatever d is.
+RATES = (0.1, 0.3, 1.0)
+BATCH, MICRO_TOKENS, SEED = 16, 1024, 0
+SHARE = 0.9
+
+
+def ranks_of(names: list[str], d: int) -> dict[str, int]:
+    """d directions over these weights, as evenly as can be; which get one more is drawn."""
+    order = np.random.default_rng(SEED).permutation(len(names))
+    each, more = divmod(d, len(names))
+    found = {names[n]: each + (place < more) for place, n in enumerate(order)}
+    return {name: r for name, r in found.items() if r}
+
+
+def trained(d: int, lr: float, train: list[Encoded], valid: list[Encoded], model: Any) -> float:
+    """The held-out loss of d directions after EPOCHS epochs, the best of an evaluation after each."""
+    ranks = ranks_of(list(select(model, ALL_LINEAR).names), d)
+    alphas = {name: float(r) for name, r in ranks.items()}  # scaling 1
+    config = LoRAConfig(r=1, alpha=1, targets=sorted(ranks), rank_pattern=ranks, alpha_pattern=alphas)
+    lora.attach(model, config)
+    layers = list(attached_layers(model))
+    gates.put_on(layers, SEED)
+    for layer in layers:
+        layer.lora_A.requires_grad_(False)
+        layer.lora_B.requires_grad_(False)
+    engine, numbers = prepare(model, share_prefix=True), [layer.gate for layer in layers]
+    optimizer = adamw(numbers, lr, (0.9, 0.999), 0.0)
+    per_epoch = -(-len(train) // BATCH)
+    best, steps = mean(engine, valid), per_epoch * EPOCHS
+    for step in range(steps):
+        set_rate(optimizer, rate(step, steps, lr, "linear", 0.05))
+        rows = step_rows(len(train), BATCH, SEED, *divmod(step, per_epoch))
+        batches = list(micro_batches(train, rows, MICRO_TOKENS, engine.packing))
+        supervised = sum(batch.supervised_tokens for batch in batches)
+        for batch in batches:
+            (engine.loss(batch) / supervised).backward()
+        clip_gradients(numbers, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % per_epoch == 0:
+            best = min(best, mean(engine, valid))
+    return best
+
+
+def mean(engine: Engine, rows: list[Encoded]) -> float:
+    engine.model.eval()
+    loss = mean_loss(engine, rows, MICRO_TOKENS, lambda _: None)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def d90(base: float, best: float, losses: dict[int, float]) -> float | None:
+    """Where the line through the tried dimensions, over their logarithms, first crosses what is asked for."""
+    wanted = base - SHARE * (base - best)
+    known = sorted(losses.items())
+    for (d, loss), (more, lower) in itertools.pairwise(known):
+        if loss > wanted >= lower:
+            return d * (more / d) ** ((loss - wanted) / (loss - lower))
+    return float(known[0][0]) if known[0][1] <= wanted else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", default=",".join(list(SETS)[:2]))
+    given = parser.parse_args()
+    torch.set_num_threads(machine.physical_cores())
+    with tempfile.TemporaryDirectory(prefix="intrinsic.") as directory:
+        for name in given.sets.split(","):
+            file = RESULTS / f"{name}.json"
+            found = json.loads(file.read_text())
+            tried = found.setdefault("intrinsic", {"runs": [], **revision()})
+            sides = write_rows(given.data, name, Path(directory))
+            for d in DIMENSIONS:
+                for lr in RATES:
+                    if any((run["d"], run["lr"]) == (d, lr) for run in tried["runs"]):
+                        continue
+                    opened = open_target(MODEL, None, 1.0, "bf16", False, Console(stderr=True))
+                    seq_len = int(TrainConfig.model_fields["seq_len"].default)
+                    examples = [read_examples(locate(str(side)).train().rows()) for side in sides]
+                    train, valid = (encode_all(own, opened.tokenizer, seq_len).encoded for own in examples)
+                    opened.model.requires_grad_(False)
+                    if "base" not in tried:
+                        tried["base"] = mean(prepare(opened.model, share_prefix=True), valid)
+                    loss = trained(d, lr, train, valid, opened.model)
+                    tried["runs"].append({"d": d, "lr": lr, "loss": loss if math.isfinite(loss) else None})
+                    print(name, tried["runs"][-1], flush=True)
+                    file.write_text(json.dumps(found) + "\n")
+            losses = {d: min(run["loss"] for run in tried["runs"] if run["d"] == d and run["loss"]) for d in DIMENSIONS}
+            tried["d90"] = d90(tried["base"], min(mean_losses(best_runs(found)).values()), losses)
+            file.write_text(json.dumps(found) + "\n")
+            print(name, "d90", tried["d90"], losses, flush=True)
+
+
+if __name__ == "__main__":
+    main()
