@@ -9,7 +9,8 @@ with a loss. The peak is VmHWM, the median of the repeats. Time is that of the s
 `--methods` measures other methods than LoRA in the place of it, over fewer shapes.
 `predict` asks `lorafit plan`, calibrated on this machine in a cache of its own, for every cell of results, and puts
 what it says beside what was measured: predictions are those of the code at hand. Calibrating measures LoRA; of every
-other method one run of PRACTICE is made before, as a user has it who has trained so once.
+other method one run of PRACTICE is made before, as a user has it who has trained so once. It calibrates CALIBRATIONS
+times, as the machine's speed drifts, and the median of what is predicted counts.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ METHODS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 # Of another shape than any cell; a run of ten steps is one that the machine's speed is known by.
 PRACTICE: dict[str, Any] = {"storage": "auto", "batch": 8, "length": 256, "r": 16}
 PRACTICE_STEPS = 10
+CALIBRATIONS = 3
 METHOD_BATCHES, METHOD_LENGTHS, METHOD_RANK = (4,), (128, 512), 16
 Result = dict[str, Any]
 
@@ -113,20 +115,32 @@ def predict(given: argparse.Namespace) -> None:
         found = json.loads(file.read_text())
         with tempfile.TemporaryDirectory(dir=given.scratch, prefix="plan_error.") as directory:
             scratch, name = Path(directory), found["runs"][0]["model"]
-            os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
             model = name if name == "smollm2-135m" else str(write_llama(scratch / name))
-            planned(model, "--calibrate")
-            for method, precision in sorted({(method_of(run), run["precision"]) for run in found["runs"]}):
-                if method in METHODS:
-                    one(model, PRACTICE | {"method": method, "precision": precision}, scratch, PRACTICE_STEPS)
-            said: dict[tuple[Any, ...], Result] = {}
-            for run in found["runs"]:
-                cell = tuple(run.get(key, "lora") for key in KEYS)
-                if cell not in said:
-                    said[cell] = prediction(model, run, scratch)
-                run |= said[cell]
+            os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
+            practise(model, found["runs"], scratch)
+            said = [predictions(model, found["runs"], scratch) for _ in range(CALIBRATIONS)]
+        for run in found["runs"]:
+            own = [one[cell_of(run)] for one in said]
+            run |= {key: statistics.median(one[key] for one in own) for key in own[0]}
         found["predicted"] = revision()
         file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def practise(model: str, runs: list[Result], scratch: Path) -> None:
+    """One run of every method but LoRA, whose speed is kept."""
+    for method, precision in sorted({(method_of(run), run["precision"]) for run in runs}):
+        if method in METHODS:
+            one(model, PRACTICE | {"method": method, "precision": precision}, scratch, PRACTICE_STEPS)
+
+
+def predictions(model: str, runs: list[Result], scratch: Path) -> dict[tuple[Any, ...], Result]:
+    """Of every cell, after calibrating."""
+    planned(model, "--calibrate")
+    return {cell_of(run): prediction(model, run, scratch) for run in {cell_of(run): run for run in runs}.values()}
+
+
+def cell_of(run: Result) -> tuple[Any, ...]:
+    return tuple(run.get(key, "lora") for key in KEYS)
 
 
 def prediction(model: str, run: Result, scratch: Path) -> Result:

@@ -153,8 +153,12 @@ def test_trained_rows_of_tokens_have_the_gradients_of_rows_alone(name: str) -> N
     assert all(got[1][key].norm() > 0 for key in got[1] if key.endswith(".rows"))
     assert untouched_layers(model) == 0
     set_scale(model, 0)
-    at_zero = engine.loss(micro_batches(data, range(6), 1 << 20, engine.packing)[0])
-    assert float(at_zero.detach()) == pytest.approx(alone(adapted_off(build(name)), data)[0], rel=1e-5)
+    assert whole_loss_of(engine, data) == pytest.approx(alone(adapted_off(build(name)), data)[0], rel=1e-5)
+
+
+@torch.no_grad()
+def whole_loss_of(engine: Engine, data: list[Encoded]) -> float:
+    return sum(float(engine.loss(batch)) for batch in micro_batches(data, range(len(data)), 1 << 20, engine.packing))
 
 
 def adapted_off(model: nn.Module) -> nn.Module:
@@ -236,12 +240,9 @@ def test_the_scale_is_followed(scale: float) -> None:
     model, data = adapted(tiny.llama()), rows()
     engine = prepare(model, share_prefix=True)
     set_scale(model, scale)
-    with torch.no_grad():
-        (batch,) = micro_batches(data, range(len(data)), 1 << 20, engine.packing)
-        got = float(engine.loss(batch))
-        engine.close()
-        (batch,) = micro_batches(data, range(len(data)), 1 << 20, plain(model).packing)
-        assert got == pytest.approx(float(plain(model).loss(batch)), rel=1e-6)
+    got = whole_loss_of(engine, data)
+    engine.close()
+    assert got == pytest.approx(whole_loss_of(plain(model), data), rel=1e-6)
 
 
 def test_a_model_merged_after_it_was_prepared_gives_the_merged_loss() -> None:
@@ -393,6 +394,32 @@ def test_int8_gradients_are_close_and_its_groups_are_measured() -> None:
     assert not any(parameter.grad is not None for parameter in model.parameters())
     # A product is off by about 1%, and a gradient went through some ten of them.
     assert _gradient_error(reference[1], together(engine, data)[1]) < 0.1
+
+
+def test_while_int8_is_made_layers_keep_their_inputs_alone_and_what_is_made_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = []
+    for again in (True, False):
+        model, data = adapted(build("llama", torch.bfloat16)), rows()
+        engine = prepare(model, share_prefix=True)
+        if not again:
+            monkeypatch.setattr(Engine, "_recomputed", lambda self: [])
+        kept = list[int]()
+
+        def keep(saved: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(saved.nbytes)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            engine.use_int8(micro_batches(data, range(len(data)), 100, engine.packing)[0])
+        results.append((sum(kept), engine.int8_errors, together(engine, data)))
+    (few, errors, numbers), (many, others, expected) = results
+    assert few < many / 2
+    assert [error.label for error in errors] == [error.label for error in others]
+    assert all(a.forward == pytest.approx(b.forward) for a, b in zip(errors, others, strict=True))
+    assert numbers[0] == expected[0]
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in numbers[1].items())
 
 
 def test_a_group_whose_int8_error_is_too_large_stays_in_bf16_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,15 +130,16 @@ class Engine:
         """Products with frozen weights in int8 from now on, calibrated on this batch of real rows.
 
         A group whose error on it is too large stays as it was, and is in `notes`. Leaves no gradients. release: as
-        `release_weights`, of every weight as soon as its int8 copies exist.
+        `release_weights`, of every weight as soon as its int8 copies exist. Layers keep their inputs alone meanwhile:
+        there are more weights than ever after, and a row may be long.
         """
         started = time.perf_counter()
 
-        def run() -> None:
-            (self.loss(batch) / max(1, batch.supervised_tokens)).backward()  # type: ignore[no-untyped-call]
+        def forward() -> Tensor:
+            return self.loss(batch) / max(1, batch.supervised_tokens)
 
-        with _without_dropout(self.model):
-            self.int8_errors = calibrate(self.groups, run, release)
+        with _without_dropout(self.model), in_place_of(self._recomputed()):
+            self.int8_errors = calibrate(self.groups, forward, release)
         for parameter in self.model.parameters():
             parameter.grad = None
         self.notes += [
@@ -162,8 +163,13 @@ class Engine:
 
     def recompute_layers(self) -> None:
         """Keep only each layer's input for the backward pass from now on."""
-        for layer in decoder_layers(self.model)[1]:
-            self.patches.set(layer, recompute(layer, lambda: partial(self._in_force, self._layout, self._wanted)))
+        for layer, forward in self._recomputed():
+            self.patches.set(layer, forward)
+
+    def _recomputed(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Of each layer a forward that keeps its input alone."""
+        running = lambda: partial(self._in_force, self._layout, self._wanted)  # noqa: E731  # as of when it is called
+        return [(layer, recompute(layer, running)) for layer in decoder_layers(self.model)[1]]
 
     @contextmanager
     def _in_force(self, layout: tuple[Bucket, ...] | None, wanted: Tensor | None) -> Iterator[None]:

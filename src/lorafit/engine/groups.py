@@ -176,11 +176,11 @@ class Int8Error:
         return not (self.forward <= INT8_LIMITS[0] and self.backward <= INT8_LIMITS[1])
 
 
-def calibrate(groups: list[Group], run: Callable[[], None], release: bool) -> list[Int8Error]:
+def calibrate(groups: list[Group], forward: Callable[[], Tensor], release: bool) -> list[Int8Error]:
     """Put int8 products into groups, each measured against the dense one; where the error is too large, it stays.
 
-    run: takes the model forward and backward over some real rows, once. release: give stored weights back, each as soon
-    as it is done with; the next int8 copies take their place.
+    forward: gives the loss of some real rows, whose backward pass may compute layers again. release: give stored
+    weights back, each as soon as it is done with; the next int8 copies take their place.
     """
     errors: dict[Group, Int8Error] = {}
 
@@ -197,7 +197,11 @@ def calibrate(groups: list[Group], run: Callable[[], None], release: bool) -> li
     for group in groups:
         assert group.W is not None, "weights are released after calibration"
         group.linears.product = _Calibration(group.W, partial(finish, group))
-    run()
+    loss = forward()
+    for group in groups:
+        if isinstance(group.linears.product, _Calibration):
+            group.linears.product.is_first = False
+    loss.backward()  # type: ignore[no-untyped-call]
     for group in groups:  # those below the lowest adapter have no backward pass
         if group not in errors:
             finish(group)
@@ -227,18 +231,19 @@ def _square(x: Tensor) -> float:
 class _Calibration(Dense):
     """int8's product, made from the first x that comes by and held against the dense one, which takes over if need be.
 
-    finish: called when every forward call has had its backward call.
+    finish: called when every forward call has had its backward call. is_first: whether forward calls are counted, and
+    not those of a layer that is computed again.
     """
 
     def __init__(self, W: Tensor, finish: Callable[[], None]) -> None:
         super().__init__(W)
-        self.finish, self.pending = finish, 0
+        self.finish, self.pending, self.is_first = finish, 0, True
         self.int8: Int8 | PackedInt8 | None = None
         self.forward_error, self.backward_error = _Error(), _Error()
 
     def forward(self, x: Tensor, update: Addend | None = None) -> Tensor:
         """The product x W^T, plus the update."""
-        self.pending += 1
+        self.pending += self.is_first
         if self.int8 is None:
             self.int8 = make_int8(self.W, x.abs().amax(0))
         y = self.int8.forward(x)

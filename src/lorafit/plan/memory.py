@@ -117,7 +117,7 @@ def estimate(
     adapter = _adapter_bytes(trained, dtype, free)
     if precision == "int8":
         # While it is calibrated the weights that it is made from are there, beside one of its two copies.
-        few = activation_bytes(spec, trained.per_token, dtype, min(tokens, CALIBRATION_TOKENS), False, trained.depth)
+        few = activation_bytes(spec, trained.per_token, dtype, tokens, True, trained.depth)  # a row is never cut
         made = bytes_of(2 * trained.params, "fp32")
         before = layer_weights + made + round((1 + WORK[dtype]) * few)
         weights += max(0, before - adapter - round((1 + WORK[dtype]) * activations))
@@ -185,7 +185,7 @@ def reserved_bytes(spec: ModelSpec, trained: Trained, precision: str) -> int:
     if precision != "int8":
         return 0
     copies = sum(a * b for a, b in block_weights(spec).values())
-    few = activation_bytes(spec, trained.per_token, "bf16", CALIBRATION_TOKENS, False, trained.depth)
+    few = activation_bytes(spec, trained.per_token, "bf16", CALIBRATION_TOKENS, True, trained.depth)
     return copies + round((1 + WORK["bf16"]) * few)
 
 
