@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,20 @@ def test_a_label_that_no_training_row_has_is_refused_or_learned(rows: dict[str, 
     found = split_in_three(CompareConfig(model=model, data=data, output="unused", eval="20%"), tmp_path / "rows")
     train = Path(found.path("train")).read_text()
     assert all(f'"label": "{n}"' in train for n in range(10))
+
+
+def test_whole_numbers_are_predicted_where_that_is_the_task(tmp_path: Path) -> None:
+    def write(name: str, first: int, count: int) -> str:
+        own = [{"text": f"number {n}", "label": n % 7} for n in range(first, first + count)]
+        return str(tiny.write_rows(tmp_path / name, own))
+
+    model, data, test = (
+        str(tiny.write_bert(tmp_path / "bert")),
+        write("train.jsonl", 0, 30),
+        write("test.jsonl", 30, 12),
+    )
+    found, _ = compared(tmp_path / "c", model=model, data=data, eval=test, methods=["head", "ia3"], task="regress")
+    assert found["unit"] == "squared deviations a row" and set(found["floors"]) == {"mean"}
+    for method in found["methods"]:
+        run = json.loads((tmp_path / "c" / method["runs"][0] / "run.json").read_text())
+        assert run["task"] == "regress" and method["quality"]["loss"]["value"] is not None

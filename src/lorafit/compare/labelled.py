@@ -41,7 +41,7 @@ Record = dict[str, Any]
 def labels_of(config: CompareConfig, train: str) -> Names | None:
     """What the training rows are labelled with; None where the model is to write text. Raises DataError."""
     settings = {"model": config.model, "data": train, "output": "", "format": config.format, "rename": config.rename}
-    return find_labels(TrainConfig(**settings), locate(train).train())
+    return find_labels(TrainConfig(**settings, task=config.task), locate(train).train())
 
 
 def look(config: CompareConfig, names: Names, test: str) -> Record:

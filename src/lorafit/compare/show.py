@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lorafit.chart import SMOOTHED_STEPS, Curve, Point, curves, scatter, smoothed
 from lorafit.compare.conclude import UNITS, figure, front
 from lorafit.page import inside, render
 from lorafit.rundir import RunDir
+from lorafit.tables import Table, print_table
 from lorafit.units import MIB, format_bytes, format_count, format_flop, format_seconds
 
 PAGE = Path(__file__).parent / "page.html.jinja"
@@ -33,31 +31,17 @@ AXES: dict[str, tuple[str, float, Callable[[float], str]]] = {
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Block:
-    """One table. rows: cells as text; a column in which nothing stands is left out. Fits into 80 characters."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-    @property
-    def shown(self) -> list[int]:
-        """Numbers of the columns in which something stands."""
-        return [n for n in range(len(self.columns)) if any(row[n] not in ("", "-") for row in self.rows)]
-
-
-def blocks(found: Found) -> list[Block]:
+def blocks(found: Found) -> list[Table]:
     """All that is told as a table: of methods, the best first, then of the floors."""
     made = [
-        Block("Quality on the test rows", ("method", "accuracy", "loss", ""), _quality(found)),
-        Block("Against the best", ("method", "accuracy", "loss"), _differences(found)),
-        Block(
+        Table("Quality on the test rows", ("method", "accuracy", "loss", ""), _quality(found)),
+        Table("Against the best", ("method", "accuracy", "loss"), _differences(found)),
+        Table(
             "Training",
             ("method", "lr", "parameters", "file", "memory", "time", "operations"),
             [_training(method) for method in _measured(found)],
         ),
-        Block("In use", ("method", "forgetting", *LATENCIES.values()), _in_use(found)),
+        Table("In use", ("method", "forgetting", *LATENCIES.values()), _in_use(found)),
     ]
     return [block for block in made if block.rows]
 
@@ -193,16 +177,7 @@ def explained(found: Found) -> list[str]:
 def print_comparison(found: Found, console: Console) -> None:
     """The tables and the recommendation on a terminal."""
     for block in blocks(found):
-        table = Table(box=None, padding=(0, 2, 0, 0), title=block.title, title_justify="left", title_style="bold")
-        for number in block.shown:
-            is_figure = number > 0 and block.columns[number]
-            table.add_column(block.columns[number], justify="right" if is_figure else "left", no_wrap=True)
-        for row in block.rows:
-            table.add_row(*(Text(row[number]) for number in block.shown))
-        # Names of any length: rather a line that is broken than a figure that is cut off.
-        console.width = max(console.width, table.__rich_measure__(console, console.options.update(width=1000)).maximum)
-        console.print(table)
-        console.print()
+        print_table(block, console)
     for method in found["methods"]:
         if method["dropped"]:
             line = f"{method['name']}: {method['status']}: {method['dropped']}"

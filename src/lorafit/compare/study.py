@@ -33,7 +33,7 @@ LEAST_SEARCH_STEPS = 20
 # What a comparison says of all its runs.
 SHARED = (
     "model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
-    "template", "seq_len",
+    "template", "seq_len", "task",
 )  # fmt: skip
 
 

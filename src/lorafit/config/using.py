@@ -237,6 +237,8 @@ class CompareConfig(TrialsConfig):
     """Test rows: as DATA, or a share of it such as 20%. Default: DATA's own test file, else 20%."""
     keep: str | None = None
     """Rows or text of what should not be forgotten. Default: a few paragraphs that come with lorafit."""
+    task: Literal["auto", "generate", "classify", "regress", "tag"] = "auto"
+    """What the methods learn, as for train: to write text, to tell labels apart, to predict a number, to tag words."""
     metric: Literal["auto", "accuracy", "loss"] = "auto"
     """What decides: answers that are the expected reply, or the loss. auto: accuracy where replies are short."""
     shots: int = Field(4, ge=1)

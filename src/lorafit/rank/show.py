@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lorafit.chart import Point, heat, scatter
 from lorafit.page import inside, render
 from lorafit.rank.verify import PATTERN
 from lorafit.report.places import place
+from lorafit.tables import Table, print_table
 from lorafit.units import format_count, format_seconds
 
 PAGE = Path(__file__).parent / "page.html.jinja"
@@ -125,26 +123,15 @@ def print_rank(found: Found, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
     title = f"Held-out loss by rank, of one run ({found['rows']['valid']} rows)"
-    _print_table(title, COLUMNS, curve_rows(found), console)
+    print_table(Table(title, COLUMNS, curve_rows(found)), console)
     if found["verified"]:
         columns = ("trained by itself", "loss", "rate", "rates that were tried")
-        _print_table("Verified", columns, verified_rows(found), console)
+        print_table(Table("Verified", columns, verified_rows(found)), console)
     for line in [*verified_told(found), *found["notes"], costs_told(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     answer = f"Take r = {found['recommended_r']}: {found['reason']}."
     console.print(answer, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Next:\n  {found['command']}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], console: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name and name != columns[-1] else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.width = max(console.width, table.__rich_measure__(console, console.options.update(width=1000)).maximum)
-    console.print(table)
-    console.print()
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

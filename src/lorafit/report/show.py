@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Drawn
 from rich.text import Text
 
 from lorafit.chart import SMOOTHED_STEPS, Curve, Panel, chart, curves, heat, smoothed, thinned
 from lorafit.page import inside, render
+from lorafit.tables import Table, print_table
 from lorafit.units import format_bytes, format_count, format_flop, format_seconds, format_share
 
 PAGE = Path(__file__).parent / "page.html.jinja"
@@ -25,15 +25,6 @@ FIGURES = {
     "stable_rank": "Stable rank",
 }
 SHOWN_CHARS = 90  # of an answer in the terminal
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table. columns: their heads."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 def headline(found: Found) -> str:
@@ -81,7 +72,7 @@ def expected(found: Found) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def by_kind(found: Found, spread: bool) -> Section:
+def by_kind(found: Found, spread: bool) -> Table:
     """What was trained, summed up by kind of module: means over layers; with `spread` least and largest as well."""
     modules, is_update = found["trained"]["modules"], found["trained"]["is_update"]
     kinds = dict.fromkeys(one["kind"] for one in modules)
@@ -93,7 +84,7 @@ def by_kind(found: Found, spread: bool) -> Section:
         told = [_mean([one[key] for one in own if one[key] is not None], spread) for key in FIGURES]
         middle = (", ".join(map(str, ranks)) or "-",) if is_update else ()
         rows.append((kind, format_count(len(own)), told[0], *middle, *(told[1:] if is_update else ())))
-    return Section("What was trained, means over layers", columns, rows)
+    return Table("What was trained, means over layers", columns, rows)
 
 
 def _mean(values: Sequence[float], spread: bool) -> str:
@@ -114,30 +105,21 @@ def print_report(found: Found, out: Console) -> None:
     """The outcome, predicted against measured, the updates by module, the first answers."""
     out.print(Text(found["run"], "bold"))
     out.print(headline(found), highlight=False, markup=False, soft_wrap=True)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Drawn(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in outcome(found):
         table.add_row(name, value)
     out.print(table)
-    _print(Section("Predicted, measured", ("", "predicted", "measured", "of it"), expected(found)), out)
-    _print(by_kind(found, spread=False), out)
+    out.print()
+    print_table(Table("Predicted, measured", ("", "predicted", "measured", "of it"), expected(found)), out)
+    print_table(by_kind(found, spread=False), out)
     for sample in found["samples"]["rows"] if found["samples"] else ():
-        out.print()
         for name in ("prompt", "expected", "base", "tuned"):
             text = " ".join(sample[name].split())
             shown = text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."
             out.print(Text(f"{name:>9}  ", "dim") + Text(shown, "green" if name == "tuned" else ""))
+        out.print()
     for note in found["notes"]:
         out.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _print(section: Section, out: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), title=section.title, title_justify="left", title_style="bold")
-    for number, column in enumerate(section.columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in section.rows:
-        table.add_row(*map(Text, row))
-    out.print()
-    out.print(table)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
