@@ -113,13 +113,14 @@ def predict(given: argparse.Namespace) -> None:
     """Put the plan's predictions into results, in the place of those of another time."""
     for file in given.results:
         found = json.loads(file.read_text())
+        runs = [run for run in found["runs"] if given.method in (None, method_of(run))]
         with tempfile.TemporaryDirectory(dir=given.scratch, prefix="plan_error.") as directory:
             scratch, name = Path(directory), found["runs"][0]["model"]
             model = name if name == "smollm2-135m" else str(write_llama(scratch / name))
             os.environ["LORAFIT_CACHE"] = str(scratch / "cache")
-            practise(model, found["runs"], scratch)
-            said = [predictions(model, found["runs"], scratch) for _ in range(CALIBRATIONS)]
-        for run in found["runs"]:
+            practise(model, runs, scratch)
+            said = [predictions(model, runs, scratch) for _ in range(CALIBRATIONS)]
+        for run in runs:
             own = [one[cell_of(run)] for one in said]
             run |= {key: statistics.median(one[key] for one in own) for key in own[0]}
         found["predicted"] = revision()
@@ -144,13 +145,14 @@ def cell_of(run: Result) -> tuple[Any, ...]:
 
 
 def prediction(model: str, run: Result, scratch: Path) -> Result:
-    """What `lorafit plan` says of a cell."""
+    """What `lorafit plan` says of a cell. All its rows are one step, so that steps after the first are later epochs."""
     write_rows(run, scratch / "text.jsonl")
-    flags = ["--batch-size", run["batch"], "--seq-len", run["length"], "--r", run["r"]]
+    flags = ["--batch-size", run["batch"], "--seq-len", run["length"], "--r", run["r"], "--epochs", STEPS]
     plan = planned(model, str(scratch / "text.jsonl"), *map(str, flags), *flags_of(run))
     ways = {(one["precision"], one["base_storage"]): one for one in plan["runs"]}
     own = ways[run["precision"], run["storage"]]
-    return {"predicted_peak_bytes": own["peak_bytes"], "predicted_step_s": own["step_s"]}
+    later_s = (own["train_s"] - own["step_s"]) / (STEPS - 1)
+    return {"predicted_peak_bytes": own["peak_bytes"], "predicted_step_s": later_s}
 
 
 def planned(model: str, *more: str) -> Result:
@@ -272,6 +274,7 @@ def main() -> None:
     action.set_defaults(run=measure)
     action = actions.add_parser("predict")
     action.add_argument("results", type=Path, nargs="+")
+    action.add_argument("--method", help="of this method alone")
     action.add_argument("--scratch", type=Path)
     action.set_defaults(run=predict)
     action = actions.add_parser("table")

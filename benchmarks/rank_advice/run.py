@@ -2,6 +2,7 @@
 
     python benchmarks/rank_advice/run.py separate --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py advise --data DIR [--sets chat12,mawps]
+    python benchmarks/rank_advice/run.py scalings --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py table        (puts all results into docs/rank.md)
 
 DIR holds the sets that SETS names. Of each, TRAIN rows are trained on and VALID others of the same file measured after
@@ -10,7 +11,7 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise`
-is `lorafit rank` on the same rows. results/SET.json is written after each run, and what it holds is not run again.
+is `lorafit rank` on the same rows. `scalings` searches the rate of some ranks under other scalings. results/SET.json is written after each run, and what it holds is not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ RANKS = (16, 2, 64, 8, 4, 32, 1)  # in this order: those first by which rates al
 LAST_STEP = 8  # rates are 1e-4 * 10 ** (step / 4), up to 1e-2
 FIRST_STEP = 5
 SEEDS = 3
+# What B A is multiplied by: the same at rank 16 in all of them.
+USUAL = "2"
+SCALINGS: dict[str, Callable[[int], dict[str, Any]]] = {
+    USUAL: lambda r: {"alpha": 2 * r},
+    "32 / r": lambda r: {"alpha": 32},
+    "8 / sqrt(r)": lambda r: {"alpha": 8, "scaling_rule": "alpha/sqrt(r)"},
+}
+SCALED_RANKS = (16, 4, 1, 64)
 SHUFFLED = " shuffled"
 WORD = re.compile(r"[^\W\d_]+")
 # Of a column of the separate runs, and of rank.json, what is held against it.
@@ -151,34 +160,36 @@ class Set:
         new = {"set": name, "machine": machine(), "rows": [TRAIN, VALID], "epochs": EPOCHS, "runs": []}
         self.found: Result = json.loads(self.file.read_text()) if self.file.exists() else new
 
-    def loss(self, r: int, step: int, seed: int) -> float:
-        """Of a run, made now if there is none yet; infinite where it failed."""
+    def loss(self, r: int, step: int, seed: int, scaling: str = USUAL) -> float:
+        """Of a run, made now if there is none yet; infinite where it failed. scaling: one of SCALINGS."""
         for run in self.found["runs"]:
-            if (run["r"], run["step"], run["seed"]) == (r, step, seed):
+            if (run["r"], run["step"], run["seed"], run["scaling"]) == (r, step, seed, scaling):
                 break
         else:
             settings = {"model": MODEL, "data": str(self.train), "eval": str(self.valid), "epochs": EPOCHS}
-            settings |= {"r": r, "alpha": 2 * r, "lr": rate(step), "seed": seed, "precision": "int8"}
-            run = {"r": r, "step": step, "lr": rate(step), "seed": seed} | revision()
+            settings |= {"r": r, "lr": rate(step), "seed": seed, "precision": "int8"} | SCALINGS[scaling](r)
+            run = {"r": r, "step": step, "lr": rate(step), "seed": seed, "scaling": scaling} | revision()
             run |= trained(settings, self.valid, self.scratch)
             self.found["runs"].append(run)
             self.write()
-            print(self.found["set"], r, rate(step), seed, run["eval_loss"], run.get("evaluations"), flush=True)
+            own = (r, scaling, rate(step), seed, run["eval_loss"], run.get("evaluations"))
+            print(self.found["set"], *own, flush=True)
         return math.inf if run["eval_loss"] is None else float(run["eval_loss"])
 
-    def best_step(self, r: int) -> int:
+    def best_step(self, r: int, scaling: str = USUAL) -> int:
         """The step of the best rate of the first seed, both of whose neighbours on the grid are worse."""
-        known = {run["r"]: run["best_step"] for run in self.found.get("best", [])}
+        every = self.found.get("best", [])
+        known = {one["r"]: one["best_step"] for one in every if one["scaling"] == scaling}
         near = min(known, key=lambda other: abs(math.log2(other / r)), default=None)
-        tried = {step: self.loss(r, step, 0) for step in [FIRST_STEP if near is None else known[near]]}
+        tried = {step: self.loss(r, step, 0, scaling) for step in [FIRST_STEP if near is None else known[near]]}
         while True:
             best = min(tried, key=lambda step: tried[step])
             missing = [s for s in (best - 1, best + 1) if 0 <= s <= LAST_STEP and s not in tried]
             if not missing:
                 break
-            tried[missing[0]] = self.loss(r, missing[0], 0)
-        others = [one for one in self.found.get("best", []) if one["r"] != r]
-        self.found["best"] = [*others, {"r": r, "best_step": best, "lr": rate(best)}]
+            tried[missing[0]] = self.loss(r, missing[0], 0, scaling)
+        others = [one for one in every if (one["r"], one["scaling"]) != (r, scaling)]
+        self.found["best"] = [*others, {"r": r, "scaling": scaling, "best_step": best, "lr": rate(best)}]
         self.write()
         return best
 
@@ -199,6 +210,16 @@ def separate(given: argparse.Namespace) -> None:
             for r in RANKS:
                 for one in sets:
                     one.loss(r, one.best_step(r), seed)
+
+
+def scalings(given: argparse.Namespace) -> None:
+    """Whether alpha steadies the rate: the best one of some ranks under each scaling, with the first seed."""
+    with tempfile.TemporaryDirectory(prefix="rank_advice.") as directory:
+        for name in given.sets.split(","):
+            one = Set(name, given, Path(directory))
+            for scaling in SCALINGS:
+                for r in SCALED_RANKS:
+                    one.best_step(r, scaling)
 
 
 def advised(given: argparse.Namespace) -> None:
@@ -238,11 +259,9 @@ def advised(given: argparse.Namespace) -> None:
 
 def best_runs(found: Result) -> dict[int, list[Result]]:
     """Of each rank the runs at its best rate, one a seed."""
-    steps = {one["r"]: one["best_step"] for one in found.get("best", [])}
-    return {
-        r: [run for run in found["runs"] if (run["r"], run["step"]) == (r, step) and run["eval_loss"] is not None]
-        for r, step in sorted(steps.items())
-    }
+    steps = {one["r"]: one["best_step"] for one in found.get("best", []) if one["scaling"] == USUAL}
+    runs = [run for run in found["runs"] if run["scaling"] == USUAL and run["eval_loss"] is not None]
+    return {r: [run for run in runs if (run["r"], run["step"]) == (r, step)] for r, step in sorted(steps.items())}
 
 
 def needed(runs: dict[int, list[Result]]) -> Advice:
@@ -313,13 +332,30 @@ def table() -> str:
         curves.append(f"| {found['set']} | {off} | {time:.2f} |")
         if not found["set"].endswith(SHUFFLED):
             known.append((measures(advice), smallest))
-    told = []
+    told = scaling_rows(every)
     for number, name in enumerate(MEASURES if len(known) > 3 else ()):
         pair = [float(one[0][number]) for one in known], [float(one[1]) for one in known]
         low, high = interval(*pair)
         sure = f"{spearman(*pair):.2f} ({low:.2f} to {high:.2f})"
         told.append(f"Spearman's correlation of the {name} with the rank needed: {sure}.")
     return "\n".join([*lines, "", *curves, "", *told])
+
+
+def scaling_rows(every: list[Result]) -> list[str]:
+    """The best rate of each rank, by scaling, and how far apart those are."""
+    lines = []
+    for found in every:
+        rates = {(one["scaling"], one["r"]): one["lr"] for one in found.get("best", [])}
+        for scaling in SCALINGS:
+            own = [rates.get((scaling, r)) for r in sorted(SCALED_RANKS)]
+            if len([other for other in SCALINGS if (other, SCALED_RANKS[0]) in rates]) > 1 and None not in own:
+                cells = " | ".join(f"{lr:g}" for lr in own)
+                lines.append(f"| {found['set']} | {scaling} | {cells} | {max(own) / min(own):.1f} |")
+    if not lines:
+        return []
+    ranks = " | ".join(f"r {r}" for r in sorted(SCALED_RANKS))
+    head = [f"| set | B A times | {ranks} | largest / smallest |", "|---|---|" + "---|" * (len(SCALED_RANKS) + 1)]
+    return [*head, *lines, ""]
 
 
 def put(text: str) -> None:
@@ -333,7 +369,7 @@ def put(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(required=True)
-    for name, work in (("separate", separate), ("advise", advised)):
+    for name, work in (("separate", separate), ("advise", advised), ("scalings", scalings)):
         action = actions.add_parser(name)
         action.add_argument("--data", type=Path, required=True)
         action.add_argument("--out", type=Path, default=RESULTS)
