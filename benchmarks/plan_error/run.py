@@ -145,13 +145,14 @@ def cell_of(run: Result) -> tuple[Any, ...]:
 
 
 def prediction(model: str, run: Result, scratch: Path) -> Result:
-    """What `lorafit plan` says of a cell. All its rows are one step, so that steps after the first are later epochs."""
+    """What `lorafit plan` says of a cell. Its few rows are seen again and again: a step is one of a later epoch."""
     write_rows(run, scratch / "text.jsonl")
     flags = ["--batch-size", run["batch"], "--seq-len", run["length"], "--r", run["r"], "--epochs", STEPS]
     plan = planned(model, str(scratch / "text.jsonl"), *map(str, flags), *flags_of(run))
     ways = {(one["precision"], one["base_storage"]): one for one in plan["runs"]}
     own = ways[run["precision"], run["storage"]]
-    later_s = (own["train_s"] - own["step_s"]) / (STEPS - 1)
+    first = plan["steps"] // STEPS
+    later_s = (own["train_s"] - first * own["step_s"]) / (plan["steps"] - first)
     return {"predicted_peak_bytes": own["peak_bytes"], "predicted_step_s": later_s}
 
 

@@ -11,7 +11,8 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise`
-is `lorafit rank` on the same rows. `scalings` searches the rate of some ranks under other scalings. results/SET.json is written after each run, and what it holds is not run again.
+is `lorafit rank` on the same rows. `scalings` searches the rate of some ranks under other scalings. results/SET.json is
+written after each run, and what it holds is not run again.
 """
 
 from __future__ import annotations
