@@ -36,7 +36,7 @@ def test_lists_and_pairs_are_written_with_commas() -> None:
         ("--r: Input should be greater than or equal to 1, got '0'", {"r": "0"}),
         ("--r: Input should be a valid integer", {"r": "many"}),
         ("--lr: Input should be a finite number", {"lr": "nan"}),
-        ("--precision: Input should be 'auto', 'fp32', 'bf16' or 'int8', got 'int4'", {"precision": "int4"}),
+        ("--precision: Input should be 'auto', 'fp32', 'bf16', 'fp16' or 'int8', got 'int4'", {"precision": "int4"}),
         ("--rank-pattern: expected NAME=VALUE", {"rank_pattern": "q_proj"}),
         ("--dropout: Input should be less than 1", {"dropout": "1"}),
     ],

@@ -62,9 +62,11 @@ def learn(
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2, weight_decay=0.0)
     rows = encode_all(examples, tokenizer, 512).encoded
     engine = plain(model)
-    (batch,) = micro_batches(rows, range(len(rows)), 4096, engine.packing)
+    batches = micro_batches(rows, range(len(rows)), 4096, engine.packing)
+    supervised = sum(batch.supervised_tokens for batch in batches)
     for _ in range(120):
-        (engine.loss(batch) / batch.supervised_tokens).backward()
+        for batch in batches:
+            (engine.loss(batch) / supervised).backward()
         optimizer.step()
         optimizer.zero_grad()
     return Learned(model, tokenizer, examples)
