@@ -36,6 +36,7 @@ from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, prepare
+from lorafit.errors import NumericsError
 from lorafit.infer.evaluate import mean_loss
 from lorafit.lora import gates
 from lorafit.lora.inject import attached_layers
@@ -92,8 +93,10 @@ def trained(d: int, lr: float, train: list[Encoded], valid: list[Encoded], model
 
 def mean(engine: Engine, rows: list[Encoded]) -> float:
     engine.model.eval()
-    loss = mean_loss(engine, rows, MICRO_TOKENS, lambda _: None)
-    return loss if math.isfinite(loss) else math.inf
+    try:
+        return mean_loss(engine, rows, MICRO_TOKENS, lambda _: None)
+    except NumericsError:
+        return math.inf
 
 
 def d90(base: float, best: float, losses: dict[int, float]) -> float | None:

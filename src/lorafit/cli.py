@@ -3,18 +3,16 @@
 Options are made from the fields of the config classes, so that a default and a help text stand in one place.
 """
 
-import gc
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from lorafit import __version__
+from lorafit import __version__, process
 from lorafit.config import (
     ChatConfig,
     CombineConfig,
@@ -372,33 +370,12 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def _process_started_at() -> float:
-    """Seconds since the epoch at which this process began, so that a load time includes Python and its imports."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return time.time()
-
-
-PROCESS_STARTED_AT = _process_started_at()
+PROCESS_STARTED_AT = process.started_at()
 
 
 def main() -> None:
     """Run the command line. Exits 0 when all went well, 2 where the user can mend it, 1 for our own faults."""
-    # Hugging Face's libraries fork nothing here; their warning about it would only alarm.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # OpenMP's threads wait for each other in a busy loop of about 10 ms by default. On a machine that does anything
-    # else they take the cores from those they wait for, and a step takes 4 times as long (docs/log.md). To be set
-    # before torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # oneDNN keeps code and buffers for each of the last 1,024 shapes of a product, about 0.6 MB each. A layer has a
-    # dozen, and all layers the same; what rows of other lengths had is not worth its memory (docs/log.md).
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-    # Importing torch and transformers makes a million objects, none of them garbage. At Python's own thresholds they
-    # are searched through again and again, for a tenth of the time that loading takes.
-    gc.set_threshold(100_000, 20, 20)
+    process.prepare()
     try:
         app()
     except LorafitError as error:

@@ -39,7 +39,7 @@ from lorafit.slabs import SLABS
 from lorafit.train import checkpoint, nested, outcome
 from lorafit.train.checkpoint import Checkpoint
 from lorafit.train.labelled import find_labels, precision_of
-from lorafit.train.setup import Expected, expected, fit_to_memory
+from lorafit.train.setup import Expected, expected, fit_to_memory, precision_that_fits
 
 # What may differ between a run and its resumption without changing a number. Model and data are held by their hashes.
 FREE_TO_CHANGE = frozenset({"output", "save_every", "memory", "model", "data"})
@@ -62,20 +62,18 @@ class Inputs:
 class Settled:
     """labels: that rows have, None where text is written. padded: whether rows stand side by side.
 
-    chosen: what is chosen by measuring, once; more comes in as it is found. identity: what makes this run the same run.
+    adds: what is trained, as the plan counts it. chosen: what is chosen by measuring, once; more comes in as it is
+    found. identity: what makes this run the same run.
     """
 
     inputs: Inputs
     labels: Names | None
     is_encoder: bool
     pooling: str
+    padded: bool
+    adds: trained.Trained
     chosen: dict[str, Any]
     identity: dict[str, Any]
-
-    @property
-    def padded(self) -> bool:
-        """Whether the head reads more of a row than its last token."""
-        return self.is_encoder or self.pooling != "last"
 
 
 def settle(config: TrainConfig, earlier: Checkpoint | None, console: Console) -> Settled:
@@ -88,11 +86,18 @@ def settle(config: TrainConfig, earlier: Checkpoint | None, console: Console) ->
     nested.check(config, labelled=labels is not None)
     is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
     pooling = pooling_of(config.pooling, is_encoder, config.method, labels.task if labels else "generate")
+    padded = is_encoder or pooling != "last"
+    adds = trained.of(inputs.spec, gated.as_attached(config), len(labels.names) if labels else 0, padded)
     chosen = _chosen(config, earlier, is_encoder)
+    if not earlier and config.precision == "auto" and config.method != "full":
+        fastest = chosen["precision"]
+        chosen["precision"] = precision_that_fits(inputs.spec, config, fastest, _limit(config), adds)
+        if chosen["precision"] != fastest:
+            console.print(f"bf16, as {fastest}, which is faster here, would take more memory than there is")
     identity = _identity(config, inputs, chosen)
     if earlier:
         _check_same_run(earlier.identity, identity, console)
-    return Settled(inputs, labels, is_encoder, pooling, chosen, identity)
+    return Settled(inputs, labels, is_encoder, pooling, padded, adds, chosen, identity)
 
 
 def _read_inputs(config: TrainConfig) -> Inputs:
@@ -133,8 +138,7 @@ def read(config: TrainConfig, settled: Settled, force: bool, console: Console) -
 
     Raises DoesNotFitError where the run is predicted to take more memory than there is, unless `force`.
     """
-    spec, labels, chosen = settled.inputs.spec, settled.labels, settled.chosen
-    adds = trained.of(spec, gated.as_attached(config), len(labels.names) if labels else 0, settled.padded)
+    spec, labels, chosen, adds = settled.inputs.spec, settled.labels, settled.chosen, settled.adds
     SLABS.reserve(memory.reserved_bytes(spec, adds, chosen["precision"]))
     dtype = precision.DTYPES[chosen["precision"]]
     loaded = model_load.load(spec, dtype, config.trust_remote_code, config.base_storage, features=labels is not None)
@@ -208,7 +212,7 @@ def _plan(
     console: Console,
 ) -> tuple[memory.MemoryEstimate, Expected | None]:
     """What is predicted, shown; into `chosen`, how steps are split to stay below the limit. Raises DoesNotFitError."""
-    limit = parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
+    limit = _limit(config)
     begun = Split(chosen["micro_tokens"], chosen["recompute"]) if "micro_tokens" in chosen else None
     split, estimate = fit_to_memory(spec, config, chosen["precision"], rows, limit, force, begun, adds)
     chosen |= {"micro_tokens": split.micro_tokens, "recompute": split.recompute}
@@ -219,6 +223,11 @@ def _plan(
     if found and found.told:
         console.print(found.told, highlight=False)
     return estimate, found
+
+
+def _limit(config: TrainConfig) -> int:
+    """Bytes that the whole process may take."""
+    return parse_bytes(config.memory, "--memory") if config.memory else machine.available_bytes() + machine.rss_bytes()
 
 
 # --- a run and its resumption --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from lorafit.methods import spectral
 from lorafit.methods.table import METHODS
 from lorafit.model import spec as model_spec
 from lorafit.plan import counts, machine, memory, trained
+from lorafit.train.setup import precision_that_fits
 from tests import tiny
 
 MIB = 1 << 20
@@ -73,6 +74,25 @@ def test_what_int8_is_made_from_counts_where_it_is_the_peak(tmp_path: Path) -> N
         for n in (memory.CALIBRATION_TOKENS, 999_999)
     )
     assert one.parts["weights"] > many.parts["weights"]
+
+
+def test_bf16_is_taken_where_what_is_faster_does_not_fit_and_bf16_does(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "model")
+    spec = model_spec.read(str(tmp_path / "model"))
+    large = dataclasses.replace(spec, tensors={k: tuple(64 * n for n in v) for k, v in spec.tensors.items()})
+    config, adds = TrainConfig(model="m", data="d", output="o", r=3), trained.of(large, MethodConfig(r=3))
+    few = memory.LEAST_MICRO_TOKENS
+    peaks = {
+        name: memory.estimate(large, adds, name, few, few, recompute=True).peak_bytes
+        for name in ("fp32", "bf16", "int8")
+    }
+    for fastest in ("int8", "fp32"):
+        between = (peaks["bf16"] + peaks[fastest]) / 2
+        limits = {"bf16": between, fastest: peaks[fastest] + 1}
+        for expected, peak in limits.items():
+            assert precision_that_fits(large, config, fastest, round(peak / memory.MARGIN), adds) == expected
+        # Where neither fits, what is said is of the fastest.
+        assert precision_that_fits(large, config, fastest, peaks["bf16"], adds) == fastest
 
 
 def test_recomputing_layers_keeps_less(tmp_path: Path) -> None:

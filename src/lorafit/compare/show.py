@@ -75,7 +75,7 @@ def _training(method: Found) -> tuple[str, ...]:
         format_bytes(method["file_bytes"]),
         format_bytes(method["peak_rss_bytes"]),
         format_seconds(method["train_s"]) + _mark(method),
-        format_flop(method["flop"]),
+        "-" if method["flop"] is None else format_flop(method["flop"]),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -168,7 +168,10 @@ class Engine:
 
     def _recomputed(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """Of each layer a forward that keeps its input alone."""
-        running = lambda: partial(self._in_force, self._layout, self._wanted)  # noqa: E731  # as of when it is called
+
+        def running() -> Callable[[], AbstractContextManager[None]]:
+            return partial(self._in_force, self._layout, self._wanted)  # as of now
+
         return [(layer, recompute(layer, running)) for layer in decoder_layers(self.model)[1]]
 
     @contextmanager

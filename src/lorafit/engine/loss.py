@@ -55,15 +55,10 @@ def whole_nll(model: nn.Module, batch: Batch) -> Tensor:
 Reading = Callable[[Tensor, Tensor], Tensor]
 
 
-def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether each target is the likeliest token, so that a greedy answer has it too: (rows,) bool."""
-    return logits.argmax(-1) == targets
-
-
 def nll_and_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target, and whether it is the likeliest token, as 0 or 1: (rows, 2)."""
     nll = F.cross_entropy(logits, targets, reduction="none")
-    return torch.stack([nll, likeliest(logits, targets).float()], -1)
+    return torch.stack([nll, (logits.argmax(-1) == targets).float()], -1)
 
 
 def whole_reading(model: nn.Module, batch: Batch, read: Reading) -> Tensor:

@@ -53,7 +53,8 @@ def outcome(found: Found) -> list[tuple[str, str]]:
     rows.append(("loading took", format_seconds(result["load_s"])))
     rows.append(("peak memory", format_bytes(result["peak_rss_bytes"])))
     mfu = "" if result["mfu"] is None else f", {result['mfu']:.0%} of the machine's measured rate"
-    rows.append(("operations", format_flop(result["flop"]) + mfu))
+    if result["flop"] is not None:
+        rows.append(("operations", format_flop(result["flop"]) + mfu))
     if result["skipped_steps"]:
         rows.append(("steps skipped, not finite", format_count(len(result["skipped_steps"]))))
     return rows

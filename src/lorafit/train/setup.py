@@ -83,6 +83,20 @@ def fit_to_memory(
     raise _does_not_fit(config, least[1], limit, begun)
 
 
+def precision_that_fits(spec: ModelSpec, config: TrainConfig, fastest: str, limit: int, adds: Trained) -> str:
+    """`fastest`, or bf16 where that alone fits into `limit` bytes, at the least that a run takes.
+
+    int8 needs weights twice while it is made; fp32 has numbers of twice as many bits. Chosen before rows are there, by
+    the fewest tokens of a pass: where longer rows do not fit, `fit_to_memory` says so.
+    """
+
+    def fits(precision: str) -> bool:
+        few = LEAST_MICRO_TOKENS
+        return memory.estimate(spec, adds, precision, few, few, True, config.base_storage).fits(limit)
+
+    return "bf16" if not fits(fastest) and fits("bf16") else fastest
+
+
 def _does_not_fit(
     config: TrainConfig, least: memory.MemoryEstimate, limit: int, begun: Split | None
 ) -> DoesNotFitError:
