@@ -14,7 +14,9 @@ from lorafit.config import TrainConfig
 from lorafit.engine import precision
 from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
 from lorafit.lora.tokens import token_rows
+from lorafit.model import spec as model_spec
 from lorafit.opening import open_target
+from lorafit.plan import memory, trained
 from lorafit.run import Start, train
 from tests import tiny
 
@@ -154,6 +156,23 @@ def test_bad_input_is_one_sentence_and_leaves_no_directory(
 def test_force_starts_what_the_plan_refuses(inputs: dict[str, Any], tmp_path: Path) -> None:
     result, _ = run({**inputs, "output": str(tmp_path / "run"), "memory": "1MiB"}, force=True)
     assert result["predicted_peak_bytes"] > 1 << 20
+
+
+def test_where_the_fastest_precision_does_not_fit_bf16_is_taken_and_kept_when_resumed(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "flop_per_s", lambda again=False: {"fp32": 9.0, "bf16": 1.0, "int8": 1.0})
+    settings = {**inputs, "output": str(tmp_path / "run"), "precision": "auto", "max_steps": 1}
+    spec = model_spec.read(inputs["model"])
+    adds = trained.of(spec, TrainConfig(**settings))
+    few = memory.LEAST_MICRO_TOKENS
+    peaks = [memory.estimate(spec, adds, name, few, few, recompute=True).peak_bytes for name in ("bf16", "fp32")]
+    limit = f"{sum(peaks) / 2 / memory.MARGIN / 2**20:.4f}MiB"
+    result, printed = run({**settings, "memory": limit})
+    assert result["precision"] == "bf16" and "bf16, as fp32, which is faster here" in printed
+    (tmp_path / "run" / "run.json").unlink()
+    again, printed = run({**settings, "memory": "64GiB"}, resume=True)
+    assert again["precision"] == "bf16" and "which is faster here" not in printed
 
 
 def test_a_resumed_run_keeps_its_split_and_is_refused_where_that_does_not_fit(
