@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import EPOCHS, MODEL, RESULTS, SETS, best_runs, mean_losses, revision, write_rows
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, best_runs, mean_losses, revision, write_rows
 
 from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.batching import step_rows
@@ -37,7 +37,7 @@ from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine, prepare
 from lorafit.errors import NumericsError
-from lorafit.infer.evaluate import mean_loss
+from lorafit.infer.evaluate import mean_loss, model_loss
 from lorafit.lora import gates
 from lorafit.lora.inject import attached_layers
 from lorafit.lora.targets import ALL_LINEAR, select
@@ -131,7 +131,7 @@ def main() -> None:
                     train, valid = (encode_all(own, opened.tokenizer, seq_len).encoded for own in examples)
                     opened.model.requires_grad_(False)
                     if "base" not in tried:
-                        tried["base"] = mean(prepare(opened.model, share_prefix=True), valid)
+                        tried["base"] = model_loss(opened.model, valid, MICRO_TOKENS)
                     loss = trained(d, lr, train, valid, opened.model)
                     tried["runs"].append({"d": d, "lr": lr, "loss": loss if math.isfinite(loss) else None})
                     print(name, tried["runs"][-1], flush=True)

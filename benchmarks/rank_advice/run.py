@@ -38,9 +38,8 @@ from lorafit.config import CompareConfig
 from lorafit.rank.advise import Advice, advise
 from lorafit.trials import child, measuring
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train_speed"))
-from engines import revision
-from run import machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from quantized_base.run import machine, revision
 
 SETS = {
     "chat12": "banking77/chat12_train.jsonl",
