@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorafit.config import ChatConfig, EvalConfig, ExportConfig, PlanConfig, TrainConfig, build, read_toml
+from lorafit.config import ChatConfig, EvalConfig, ExportConfig, PlanConfig, TrainConfig, build, read_toml, usual_rate
 from lorafit.errors import ConfigError, DataError, LorafitError
 from lorafit.planning import plan
 from lorafit.run import Start, train
@@ -146,6 +146,22 @@ def test_a_head_trains_the_head_alone(places: dict[str, str], tmp_path: Path) ->
         "label_head.weight",
         "label_head.bias",
     }
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_usual_rate_is_that_of_the_method_on_this_kind_of_model(
+    method: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    rates = {}
+    for model in ("bert", "llama"):
+        output = tmp_path / model
+        result, printed = run({"model": places[model], "data": places["rows"], "output": str(output), "max_steps": 1,
+                               "method": method, "lr": None, "schedule": "constant", "warmup": 0})  # fmt: skip
+        steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        rates[model] = steps[0]["lr"]
+        assert rates[model] == result["settings"]["lr"] == usual_rate(method, is_encoder=model == "bert")
+        assert f"lr = {rates[model]}" in printed.replace("\n", " ")
+    assert (rates["bert"] < rates["llama"]) == (method == "lora")
 
 
 def test_layers_below_the_lowest_that_trains_are_computed_once_in_an_encoder_too(

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trials import Diverged, Result, Results, estimates, evaluated, main, measured, percent, trained, wanted, wrong
 
-from lorafit.config.training import RATES
+from lorafit.config import usual_rate
 
 MODEL, EPOCHS, BATCH = "all-minilm-l6-v2", 3, 32
 WAYS: dict[str, tuple[str, ...]] = {
@@ -61,8 +61,9 @@ def flags(way: str, epochs: int, lr: float, seed: int) -> list[object]:
 
 
 def rates(way: str) -> list[float]:
-    method = WAYS[way][1]
-    return [float(f"{RATES[method] * factor:.2g}") for factor in FACTORS]
+    _, method, *more = WAYS[way]
+    variant = more[1] if more[:1] == ["--variant"] else None
+    return [float(f"{usual_rate(method, variant, is_encoder=True) * factor:.2g}") for factor in FACTORS]
 
 
 def best_rate(results: Results, way: str, train: Path, given: argparse.Namespace) -> float:

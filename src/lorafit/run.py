@@ -75,12 +75,13 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         earlier = earlier_of(run, console) if start.resume else None
         settled = settle(config, earlier, console)
+        asked, config = config, config.model_copy(update={"lr": settled.chosen["lr"]})
         print_config(config, source, settled.chosen, console)
         given = read(config, settled, start.force, console)
         ready = _make_ready(config, settled, given, run, console)
         work = _work(config, settled, ready)
         load_s = time.time() - start.started_at
-        run.write_config(config.model_dump())
+        run.write_config(asked.model_dump())
         progress = _fit(run, work, earlier, console)
         result = _finish(config, settled, given, ready, work, progress, run) | {"load_s": load_s, "sources": source}
         files.write_atomic(run.readme, card.render(result))

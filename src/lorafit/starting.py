@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorafit.config import TrainConfig, parse_bytes
+from lorafit.config import TrainConfig, parse_bytes, usual_rate
 from lorafit.data.added import AddedToken, add_tokens, told
 from lorafit.data.encode import Data, Reading, encode_source
 from lorafit.data.labels import Names
@@ -238,7 +238,9 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -
     found = earlier.identity["chosen"] if earlier else {}
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
-    return {**found, "precision": found.get("precision") or _precision(config, is_encoder), "threads": threads}
+    precision = found.get("precision") or _precision(config, is_encoder)
+    lr = found.get("lr") or config.lr or usual_rate(config.method, config.variant, is_encoder)
+    return {**found, "precision": precision, "threads": threads, "lr": lr}
 
 
 def _precision(config: TrainConfig, is_encoder: bool) -> str:

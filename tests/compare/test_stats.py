@@ -66,6 +66,33 @@ def test_two_seeds_that_happen_to_agree_do_not_make_a_method_sure(monkeypatch: p
     assert estimate(lone).high - estimate(lone).low > estimate(together[0]).high - estimate(together[0]).low
 
 
+def test_a_method_that_is_not_stable_is_unsure_itself_and_leaves_the_others_sure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    chance = np.random.default_rng(9)
+    stable = [drawn(chance, 3, of_seed=0.01) for _ in range(4)]
+    unstable = Scores(np.ones((ROWS, 3)) * [0.9, 1.0, 8.0], np.ones(ROWS))
+
+    def widths(methods: list[Scores]) -> list[float]:
+        return [found.high - found.low for found in map(estimate, pooled(methods))]
+
+    *with_it, own = widths([*stable, unstable])
+    assert with_it == widths(stable)
+    assert own > 10  # its three seeds alone: 4.3 times 4.07 / sqrt(3) to both sides
+    a, odd = pooled([*stable, unstable])[:: len(stable)]
+    assert not difference(odd, a).excludes_zero
+
+
+def test_where_all_are_alike_hardly_any_is_called_unstable() -> None:
+    chance = np.random.default_rng(10)
+    apart = 0
+    for _ in range(REPEATS):
+        found = pooled([drawn(chance, 3) for _ in range(5)])
+        apart += len({one.spread for one in found}) > 1
+    assert apart / REPEATS <= stats.OUTLYING + 3 * math.sqrt(stats.OUTLYING * (1 - stats.OUTLYING) / REPEATS)
+
+
 def test_few_rows_widen_an_interval_and_rows_that_are_all_alike_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESAMPLES", 1000)
     chance, held = np.random.default_rng(8), 0

@@ -281,7 +281,9 @@ def test_keys_and_values_start_as_those_of_the_text() -> None:
 
 
 def test_every_default_rate_is_for_a_method_that_there_is() -> None:
-    rates = {method: TrainConfig(model="m", data="d", output="o", method=method).lr for method in METHOD_VARIANTS}
+    rates = {
+        method: TrainConfig(model="m", data="d", output="o", method=method).peak_rate for method in METHOD_VARIANTS
+    }
     assert rates["full"] < rates["lora"] < rates["prompt"]
-    assert TrainConfig(model="m", data="d", output="o", method="full", lr=5e-3).lr == 5e-3
+    assert TrainConfig(model="m", data="d", output="o", method="full", lr=5e-3).peak_rate == 5e-3
     assert METHOD_VARIANTS.keys() == table.METHODS.keys()

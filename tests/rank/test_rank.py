@@ -174,7 +174,7 @@ def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:
 
 def test_a_rate_falls_with_the_root_of_the_rank() -> None:
     usual = TrainConfig(model="m", data="d", output="o")
-    assert rate_of(usual.r) == usual.lr
+    assert rate_of(usual.r) == usual.peak_rate
     assert all(math.isclose(rate_of(r) / rate_of(4 * r), 2, rel_tol=0.05) for r in (1, 2, 4, 16))
 
 

@@ -3,8 +3,9 @@
 A figure is a ratio of sums over rows (nats over tokens, right answers over rows), averaged over seeds. Rows are drawn
 with replacement RESAMPLES times, the same draws for every method, so that a difference is one of the same rows. Two or
 three seeds are too few to be drawn from; what they add is s / sqrt(seeds) times Student's t. They are too few to know
-s by as well: it is taken from all methods together, or from the method's own seeds where those lie further apart.
-Source: Efron and Tibshirani 1993, chapter 13; Student 1908.
+s by as well: it is taken from all methods together, or from the method's own seeds where those lie further apart. A
+method whose seeds lie too far apart for that to be chance, one that is not stable, has a spread of its own.
+Source: Efron and Tibshirani 1993, chapter 13; Student 1908; Cochran 1941; Satterthwaite 1946.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ LEVEL = 0.95
 CHUNK = 500
 SEED = 20_240
 T_DRAWS = 200_000  # enough for a quantile of Student's t to a percent, without a library of distributions
+# How rarely the largest of the methods' variances may be called outlying where all are alike.
+OUTLYING = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Spread:
 class Scores:
     """What a method reached on each row. sums: (rows, seeds), such as nats; weights: (rows,), such as tokens.
 
-    spread: of the seeds of all methods.
+    spread: of the seeds of all methods that are alike in that.
     """
 
     sums: NDArray[np.float64]
@@ -65,11 +68,47 @@ class Scores:
 
 
 def pooled(methods: Sequence[Scores]) -> list[Scores]:
-    """The same scores, each with the spread of all: the mean of their variances, weighed by seeds - 1."""
-    known = [one for one in methods if np.isfinite(one.sums).all()]
+    """The same scores, each with the spread of all: the mean of their variances, weighed by seeds - 1.
+
+    Those that are not stable have their own, and are no part of the others'.
+    """
+    known = [one for one in methods if np.isfinite(one.sums).all() and one.seeds > 1]
+    while (unstable := _outlying(known)) is not None:
+        del known[unstable]
     freedom = sum(one.seeds - 1 for one in known)
-    variance = sum(one.own_variance * (one.seeds - 1) for one in known) / max(1, freedom)
-    return [replace(one, spread=Spread(variance, freedom)) for one in methods]
+    common = Spread(_mean_variance(known), freedom)
+    alike = {id(one) for one in known}
+    return [
+        replace(one, spread=Spread(one.own_variance, one.seeds - 1))
+        if np.isfinite(one.sums).all() and one.seeds > 1 and id(one) not in alike
+        else replace(one, spread=common)
+        for one in methods
+    ]
+
+
+def _mean_variance(methods: Sequence[Scores]) -> float:
+    return sum(one.own_variance * (one.seeds - 1) for one in methods) / max(1, sum(one.seeds - 1 for one in methods))
+
+
+def _outlying(methods: Sequence[Scores]) -> int | None:
+    """The method whose seeds lie further apart than chance explains, the furthest of them; None where none does.
+
+    Of two methods neither is the odd one. Source: Cochran 1941, as Fisher's F of the largest variance over the mean of
+    the others.
+    """
+    if len(methods) < 3:
+        return None
+    largest = max(range(len(methods)), key=lambda n: methods[n].own_variance)
+    others = [one for n, one in enumerate(methods) if n != largest]
+    freedom = sum(one.seeds - 1 for one in others)
+    limit = _mean_variance(others) * _f_quantile(1 - OUTLYING / len(methods), methods[largest].seeds - 1, freedom)
+    return largest if methods[largest].own_variance > limit else None
+
+
+@cache
+def _f_quantile(level: float, above: int, below: int) -> float:
+    """Of Fisher's F with so many degrees of freedom above and below the line."""
+    return float(np.quantile(np.random.default_rng(SEED + 3).f(above, below, T_DRAWS), level))
 
 
 @dataclass(frozen=True)
@@ -109,16 +148,26 @@ def difference(a: Scores, b: Scores) -> Estimate:
     if not (np.isfinite(a.sums).all() and np.isfinite(b.sums).all()):
         return Estimate(a.value - b.value, np.nan, np.nan)
     sums = a.sums.mean(1) - b.sums.mean(1)
-    variance, freedom = a.seed_variance + b.seed_variance, max(_freedom(a), _freedom(b))
-    return _interval(float(sums.sum() / a.weights.sum()), sums, a.weights, variance, freedom)
+    return _interval(float(sums.sum() / a.weights.sum()), sums, a.weights, *_of_both(a, b))
 
 
 def _freedom(scores: Scores) -> int:
     return max(scores.spread.freedom, scores.seeds - 1)
 
 
+def _of_both(a: Scores, b: Scores) -> tuple[float, float]:
+    """The variance that seeds give a difference, and its degrees of freedom.
+
+    Source: Satterthwaite 1946 for two spreads known apart; of one spread there is no more to know than its own.
+    """
+    variance, most = a.seed_variance + b.seed_variance, max(_freedom(a), _freedom(b))
+    if a.spread == b.spread or not (a.seed_variance and b.seed_variance):
+        return variance, most
+    return variance, variance**2 / (a.seed_variance**2 / _freedom(a) + b.seed_variance**2 / _freedom(b))
+
+
 def _interval(
-    value: float, sums: NDArray[np.float64], weights: NDArray[np.float64], seed_variance: float, freedom: int
+    value: float, sums: NDArray[np.float64], weights: NDArray[np.float64], seed_variance: float, freedom: float
 ) -> Estimate:
     drawn = value + (_resampled(sums, weights) - value) * _widened(len(sums))
     if seed_variance > 0:

@@ -22,7 +22,7 @@ from lorafit.compare.candidate import Candidate
 from lorafit.compare.search import next_factor, sure_factors
 from lorafit.compare.stats import Scores, difference, pooled
 from lorafit.compare.together import together
-from lorafit.config import EPOCHS, RATES, CompareConfig
+from lorafit.config import EPOCHS, CompareConfig, usual_rate
 from lorafit.rundir import RunDir
 from lorafit.trials import child, records
 from lorafit.trials.records import Record, Work
@@ -196,15 +196,19 @@ class Study:
         self._ahead([partial(self._record, *self._rate_trial(one, factor)) for one, factor in tried])
 
     def _rate_trial(self, one: Candidate, factor: float) -> tuple[str, Work]:
-        lr = _rate(one, factor)
+        lr = self._rate(one, factor)
         steps = self.search_steps * self.times(one)
         settings: dict[str, Any] = {"lr": lr, "seed": self.config.seed, "max_steps": steps}
         # Once, at the end, as a whole run ends: the best of several epochs would flatter rates that are too high.
         settings |= {"eval": self.rows.path("search"), "eval_every": steps}
         return self._trial(one, f"{one.slug}/lr-{lr:g}", settings)
 
+    def _rate(self, one: Candidate, factor: float) -> float:
+        is_encoder = self.labels is not None and not self.labels["writes_text"]
+        return float(f"{usual_rate(one.method, one.variant, is_encoder) * factor:.4g}")
+
     def _try_rate(self, one: Candidate, factor: float) -> Record:
-        lr, record = _rate(one, factor), self._train(one, *self._rate_trial(one, factor))
+        lr, record = self._rate(one, factor), self._train(one, *self._rate_trial(one, factor))
         result, refused = record["result"], record["refused"] or "the loss is not a finite number"
         record |= {"lr": lr, "factor": factor, "loss": result["eval_loss"] if result else None, "refused": refused}
         shown = f"loss {record['loss']:.4f}" if record["loss"] is not None else f"failed: {refused}"
@@ -358,10 +362,6 @@ class Study:
     def _say(self, line: str, style: str | None = None) -> None:
         spent = format_seconds(self.budget.spent_s)
         self.console.print(f"[{spent}] {line}", style=style, highlight=False, markup=False)
-
-
-def _rate(one: Candidate, factor: float) -> float:
-    return float(f"{RATES[one.method] * factor:.4g}")
 
 
 def _refusal(refused: child.Refused) -> Record:

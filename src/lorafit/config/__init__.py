@@ -6,7 +6,16 @@ Sources of a value, later ones winning: default, `--config FILE.toml`, flag.
 
 from lorafit.config.base import Frozen, build, parse_bytes, parse_seconds, read_toml
 from lorafit.config.shipping import CombineConfig, ExportConfig, MergeConfig, ScaleConfig, ShrinkConfig
-from lorafit.config.training import EPOCHS, METHOD_VARIANTS, RATES, LoRAConfig, MethodConfig, RowsConfig, TrainConfig
+from lorafit.config.training import (
+    EPOCHS,
+    METHOD_VARIANTS,
+    RATES,
+    LoRAConfig,
+    MethodConfig,
+    RowsConfig,
+    TrainConfig,
+    usual_rate,
+)
 from lorafit.config.using import (
     ChatConfig,
     CompareConfig,
@@ -46,4 +55,5 @@ __all__ = [
     "parse_bytes",
     "parse_seconds",
     "read_toml",
+    "usual_rate",
 ]

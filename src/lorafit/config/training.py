@@ -62,12 +62,20 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 1.5e-3,
 }  # fmt: skip
+# The same on encoders, where it differs: their norms stand behind each sum, and large steps throw them off.
+ENCODER_RATES = {"lora": 5e-4}
 # The same of the first component where ranks are nested, and how A starts there.
 NESTED_RATE = 1e-3
 NESTED = {"lr": NESTED_RATE, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
+
+
+def usual_rate(method: str, variant: str | None = None, is_encoder: bool = False) -> float:
+    """The peak learning rate where none is given. is_encoder: of the model, such as BERT."""
+    of_kind = {**RATES, **ENCODER_RATES} if is_encoder else RATES
+    return of_kind.get(f"{method}:{variant}") or of_kind[method]
 
 
 class MethodConfig(LoRAConfig):
@@ -167,8 +175,8 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Which tokens have a loss: every reply, the last reply of each row, or all tokens."""
     add_tokens: Texts = Field(default_factory=list)
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
-    lr: float = Field(RATES["lora"], gt=0)
-    """Peak learning rate of AdamW. The default suits short runs of the method; take less for long ones."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of AdamW. Default: the usual one of the method in short runs; take less for long ones."""
     lora_plus: float = Field(1.0, ge=1)
     """LoRA+: B learns at so many times the rate of A; 1 for the same, 16 is what its authors take."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -216,14 +224,11 @@ class TrainConfig(MethodConfig, RowsConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_follows_method(cls, values: Any) -> Any:
-        """Where no rate and no number of epochs is given they are the usual ones of the method."""
-        if not isinstance(values, dict):
+    def _epochs_follow_method(cls, values: Any) -> Any:
+        """Where no number of epochs is given it is the usual one of the method."""
+        if not isinstance(values, dict) or values.get("epochs") is not None:
             return values
-        method = values.get("method") or "lora"
-        rate = RATES.get(f"{method}:{values.get('variant')}") or RATES.get(method, RATES["lora"])
-        usual = {"lr": rate, "epochs": EPOCHS.get(method, 1)}
-        return {**values, **{name: value for name, value in usual.items() if values.get(name) is None}}
+        return {**values, "epochs": EPOCHS.get(values.get("method") or "lora", 1)}
 
     @model_validator(mode="before")
     @classmethod
@@ -232,6 +237,11 @@ class TrainConfig(MethodConfig, RowsConfig):
         if not isinstance(values, dict) or values.get("rank_schedule") != "nested":
             return values
         return {**values, **{name: value for name, value in NESTED.items() if values.get(name) is None}}
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate: `lr`, or the usual one of a model that writes text. A run on an encoder sets `lr`."""
+        return self.lr or usual_rate(self.method, self.variant)
 
     @property
     def order_seed(self) -> int | None:

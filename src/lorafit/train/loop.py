@@ -103,7 +103,7 @@ class _Loop:
         self.parameters = {name: trained[name] for name in sorted(trained, key=lambda name: factors[name])}
         betas = (work.config.beta1, work.config.beta2)
         own = [factors[name] for name in self.parameters]
-        self.optimizer = adamw(self.parameters.values(), work.config.lr, betas, work.config.weight_decay, own)
+        self.optimizer = adamw(self.parameters.values(), work.config.peak_rate, betas, work.config.weight_decay, own)
         if start:
             work.method.load_state(work.model, start.adapter)
             load_optimizer_state(self.optimizer, list(self.parameters), start.optimizer)
@@ -162,7 +162,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     if loop.ranks:
         loop.ranks.add_gradients()
     grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
-    lr = rate(progress.step, work.total_steps, config.lr, config.schedule, config.warmup)
+    lr = rate(progress.step, work.total_steps, config.peak_rate, config.schedule, config.warmup)
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
         _apply(loop, lr)

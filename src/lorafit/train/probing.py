@@ -161,7 +161,7 @@ def _trained(side: Side, layer: int, labels: Labels, config: TrainConfig) -> Lab
     head = LabelHead(features.shape[1], len(labels.names), config.seed, labels.kind)
     standardise(head, torch.split(features, ROWS_AT_ONCE), side.targets)
     parameters: list[Tensor] = list(head.parameters())
-    optimizer = adamw(parameters, config.lr, (config.beta1, config.beta2), config.weight_decay, [1.0, 1.0])
+    optimizer = adamw(parameters, config.peak_rate, (config.beta1, config.beta2), config.weight_decay, [1.0, 1.0])
     rows = len(side.starts) - 1
     per_epoch = math.ceil(rows / config.batch_size)
     steps = config.max_steps or per_epoch * config.epochs
@@ -170,7 +170,7 @@ def _trained(side: Side, layer: int, labels: Labels, config: TrainConfig) -> Lab
         pairs = np.concatenate([np.arange(side.starts[row], side.starts[row + 1]) for row in chosen])
         head.nll(head(features[pairs]), side.targets[pairs]).mean().backward()  # type: ignore[no-untyped-call]
         clip_gradients(parameters, config.clip or math.inf)
-        set_rate(optimizer, rate(step, steps, config.lr, config.schedule, config.warmup))
+        set_rate(optimizer, rate(step, steps, config.peak_rate, config.schedule, config.warmup))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return head
