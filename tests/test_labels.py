@@ -14,7 +14,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorafit.config import ChatConfig, EvalConfig, ExportConfig, PlanConfig, TrainConfig, build, read_toml, usual_rate
+from lorafit.config import (
+    RATES,
+    ChatConfig,
+    EvalConfig,
+    ExportConfig,
+    PlanConfig,
+    TrainConfig,
+    build,
+    read_toml,
+    usual_rate,
+)
 from lorafit.errors import ConfigError, DataError, LorafitError
 from lorafit.planning import plan
 from lorafit.run import Start, train
@@ -162,6 +172,19 @@ def test_the_usual_rate_is_that_of_the_method_on_this_kind_of_model(
         assert rates[model] == result["settings"]["lr"] == usual_rate(method, is_encoder=model == "bert")
         assert f"lr = {rates[model]}" in printed.replace("\n", " ")
     assert (rates["bert"] < rates["llama"]) == (method == "lora")
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, RATES["head"]), ({"head_lr": 7e-3}, 7e-3)])
+def test_a_head_beside_something_else_learns_at_its_own_rate(
+    given: dict[str, Any], expected: float, places: dict[str, str], tmp_path: Path
+) -> None:
+    run({"model": places["bert"], "data": places["rows"], "output": str(tmp_path / "run"), "max_steps": 1, "lr": 1e-4,
+         "schedule": "constant", "warmup": 0, **given})  # fmt: skip
+    # AdamW's first step is the rate in every number whose gradient is not tiny, and these all start at 0.
+    after = load_file(tmp_path / "run" / "adapter" / "method.safetensors")
+    moved = {name: float(value.abs().max()) for name, value in after.items()}
+    assert moved.pop(next(name for name in moved if name.endswith("label_head.bias"))) == pytest.approx(expected, 1e-3)
+    assert max(value for name, value in moved.items() if "lora_B" in name) == pytest.approx(1e-4, 1e-3)
 
 
 def test_layers_below_the_lowest_that_trains_are_computed_once_in_an_encoder_too(

@@ -177,6 +177,8 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate of AdamW. Default: the usual one of the method in short runs; take less for long ones."""
+    head_lr: float | None = Field(None, gt=0)
+    """Peak rate of a head of labels that is trained beside something else. Default: that of a head alone."""
     lora_plus: float = Field(1.0, ge=1)
     """LoRA+: B learns at so many times the rate of A; 1 for the same, 16 is what its authors take."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -242,6 +244,11 @@ class TrainConfig(MethodConfig, RowsConfig):
     def peak_rate(self) -> float:
         """The learning rate: `lr`, or the usual one of a model that writes text. A run on an encoder sets `lr`."""
         return self.lr or usual_rate(self.method, self.variant)
+
+    @property
+    def head_rate(self) -> float:
+        """The learning rate of the head of labels."""
+        return self.peak_rate if self.method == "head" else self.head_lr or RATES["head"]
 
     @property
     def order_seed(self) -> int | None:

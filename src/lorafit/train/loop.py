@@ -24,6 +24,7 @@ from lorafit.engine.engine import Engine
 from lorafit.engine.tally import TALLY
 from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.lora import inject
+from lorafit.methods.labels import PREFIX as HEAD
 from lorafit.methods.method import Method
 from lorafit.train import loss_scale, nested
 from lorafit.train.adalora import RankSchedule, schedule
@@ -138,6 +139,8 @@ def _rank_schedule(work: Work) -> RankSchedule | None:
 
 def _rate_factor(name: str, config: TrainConfig) -> float:
     """What the rate of a parameter is multiplied by. Source: Hayou et al. 2024, LoRA+, eq. 8: B's by lambda."""
+    if name.startswith(f"{HEAD}."):
+        return config.head_rate / config.peak_rate
     if name.endswith(".gate"):
         return config.gate_rate
     return config.lora_plus if name.endswith(".lora_B") else 1.0
