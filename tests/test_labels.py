@@ -148,6 +148,18 @@ def test_features_kept_train_the_head_that_features_computed_each_time_train(
     assert kept["eval_loss"] == pytest.approx(each["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("model", ["bert", "llama"])
+@pytest.mark.parametrize("init", ["gaussian", "eva", "pissa", "olora", "lora-ga"])
+def test_a_run_that_is_read_again_tells_what_it_told_while_it_was_trained(
+    init: str, model: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    output, rows = str(tmp_path / "run"), places["rows"]
+    result, _ = run({"model": places[model], "data": rows, "eval": rows, "output": output, "init": init, "r": 3,
+                     "alpha": 5.0, "epochs": 1, "lr": 0.01})  # fmt: skip
+    # W0 - s B0 A0 + s B A against W0 + s (B A - B0 A0): float32 rounds sums of a few dozen terms differently.
+    assert measured(output, rows)["loss"] == pytest.approx(result["eval_loss"], rel=1e-5)
+
+
 def test_a_head_trains_the_head_alone(places: dict[str, str], tmp_path: Path) -> None:
     result, _ = run({"model": places["bert"], "data": places["three"], "output": str(tmp_path / "run"),
                      "method": "head", "epochs": 1})  # fmt: skip

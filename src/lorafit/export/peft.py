@@ -31,7 +31,6 @@ from lorafit.lora.base import Conv
 from lorafit.lora.inject import detach, load_adapter_state, lora_layers
 from lorafit.lora.layer import LoRALayer
 from lorafit.lora.tokens import attach_rows, token_rows
-from lorafit.lora.update import scaling
 from lorafit.lora.whole import attach_whole, whole_modules
 from lorafit.methods import lora
 from lorafit.methods.spectral import MOVING
@@ -136,7 +135,7 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
         )
     other = _unlike_peft(model, layers)
     task = _task_type(model)
-    lasting = {name: _lasting(layer, config.scaling_rule) for name, layer in layers.items()}
+    lasting = {name: layer.lasting_rank(config.scaling_rule) for name, layer in layers.items()}
     usual_r, usual_alpha = (
         Counter(lasting.values()).most_common(1)[0][0] if config.init in MOVING else (config.r, config.alpha)
     )
@@ -161,12 +160,6 @@ def _settings(model: nn.Module, layers: dict[str, LoRALayer], config: LoRAConfig
         ),
         "ensure_weight_tying": _peft_ties(layers) or any(module.tied_to for module in whole_modules(model).values()),
     } | _other_settings(model)
-
-
-def _lasting(layer: LoRALayer, rule: str) -> tuple[int, float]:
-    """(r, alpha) of what is saved: of twice the rank, with the same scaling, where the base gave up a product."""
-    r = layer.lasting_factors()[2]
-    return r, layer.alpha * (scaling(layer.r, 1.0, rule) / scaling(r, 1.0, rule))
 
 
 def _other_settings(model: nn.Module) -> dict[str, Any]:

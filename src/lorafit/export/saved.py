@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lorafit import files
 from lorafit.config import LoRAConfig, MethodConfig
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.export import peft
+from lorafit.lora import inject
 from lorafit.methods import full, table
 from lorafit.methods.labels import Labels, label_head
 
@@ -42,16 +44,39 @@ def save(
     """
     if config.method == "lora" and labels is None:
         return peft.save(model, directory, config, base, tokenizer)
+    config, tensors = _lasting(model, config)
     settings = {name: getattr(config, name) for name in MethodConfig.model_fields}
 
     def fill(temporary: Path) -> None:
         told = {"labels": dataclasses.asdict(labels)} if labels is not None else {}
         files.write_json(temporary / CONFIG_NAME, {"base": base, "settings": settings} | told)
-        save_file(table.of(model).state(model), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
     files.write_dir_atomic(directory, fill)
+
+
+def _lasting(model: nn.Module, config: MethodConfig) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """The settings and tensors of what was trained, as an update of the base that its files have.
+
+    A start that took something out of W0 is subtracted from the factors again, which then have twice the rank.
+    """
+    tensors = table.of(model).state(model)
+    layers = inject.owners(model) if config.method == "lora" else {}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for name, layer in layers.items():
+        if layer.started_at is not None:
+            A, B, _ = layer.lasting_factors()
+            tensors |= {f"{name}.lora_A": A.detach().contiguous(), f"{name}.lora_B": B.detach().contiguous()}
+            exact = f"re:{re.escape(name)}"
+            ranks[exact], alphas[exact] = layer.lasting_rank(config.scaling_rule)
+    if not ranks:
+        return config, tensors
+    others = {f"re:{re.escape(name)}": layer for name, layer in layers.items() if layer.started_at is None}
+    ranks |= {exact: layer.r for exact, layer in others.items()}
+    alphas |= {exact: layer.alpha for exact, layer in others.items()}
+    return config.model_copy(update={"rank_pattern": ranks, "alpha_pattern": alphas}), tensors
 
 
 def load(model: nn.Module, directory: Path) -> LoRAConfig:

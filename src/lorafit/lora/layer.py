@@ -102,6 +102,11 @@ class LoRALayer(Adapted):
         first_A, first_B = self.started_at
         return torch.cat([A, first_A]), torch.cat([B, -first_B], dim=1), 2 * self.r
 
+    def lasting_rank(self, rule: str) -> tuple[int, float]:
+        """(r, alpha) of `lasting_factors`, whose scaling is this layer's."""
+        r = self.lasting_factors()[2]
+        return r, self.alpha * (scaling(self.r, 1.0, rule) / scaling(r, 1.0, rule))
+
     def delta_weight(self) -> Tensor:
         """The matrix scaling * B A: (out_features, in_features), float32 or float64; without the scale."""
         return delta_weight(*self.factors(), self.scaling)
