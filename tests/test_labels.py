@@ -351,6 +351,8 @@ def test_held_out_rows_of_another_label_are_refused_or_counted(places: dict[str,
         ({"method": "prompt"}, "in front of a row"),
         ({"task": "generate", "model": "llama"}, "read for a model that writes text"),
         ({"seq_len": 2}, "nothing of the text is left"),
+        ({"data": "chat", "model": "llama", "head_lr": 0.01}, "there is no head"),
+        ({"method": "head", "head_lr": 0.01}, "whose rate is --lr"),
     ],
 )
 def test_what_does_not_go_together_is_said(

@@ -84,6 +84,9 @@ def settle(config: TrainConfig, earlier: Checkpoint | None, console: Console) ->
     inputs = _read_inputs(config)
     labels = find_labels(config, inputs.train)
     nested.check(config, labelled=labels is not None)
+    if config.head_lr and (labels is None or config.method == "head"):
+        why = "whose rate is --lr" if labels else "and the rows have no labels, so there is no head"
+        raise ConfigError(f"--head-lr is given with --method {config.method}, {why}", "Leave --head-lr out")
     is_encoder = labels is not None and model_load.is_encoder(inputs.spec)
     pooling = pooling_of(config.pooling, is_encoder, config.method, labels.task if labels else "generate")
     padded = is_encoder or pooling != "last"
@@ -239,7 +242,7 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
     precision = found.get("precision") or _precision(config, is_encoder)
-    lr = found.get("lr") or config.lr or usual_rate(config.method, config.variant, is_encoder)
+    lr = config.lr or found.get("lr") or usual_rate(config.method, config.variant, is_encoder)
     return {**found, "precision": precision, "threads": threads, "lr": lr}
 
 
@@ -258,6 +261,7 @@ def _precision(config: TrainConfig, is_encoder: bool) -> str:
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be the same: settings, inputs, choices, versions."""
     settings = {name: value for name, value in config.model_dump().items() if name not in FREE_TO_CHANGE}
+    settings["lr"] = chosen["lr"]
     return {"config": settings, "sha256": inputs.hashes, "chosen": chosen, "versions": outcome.versions()}
 
 
