@@ -76,6 +76,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         earlier = earlier_of(run, console) if start.resume else None
         settled = settle(config, earlier, console)
         asked, config = config, config.model_copy(update={"lr": settled.chosen["lr"]})
+        if settled.labels and config.method != "head":
+            config = config.model_copy(update={"head_lr": config.head_rate})
         print_config(config, source, settled.chosen, console)
         given = read(config, settled, start.force, console)
         ready = _make_ready(config, settled, given, run, console)

@@ -29,6 +29,7 @@ SETTINGS = {
 TRAINING = {
     "targets": "targets",
     "lr": "learning rate",
+    "head_lr": "learning rate of the head",
     "schedule": "schedule",
     "epochs": "epochs",
     "max_steps": "most steps",
