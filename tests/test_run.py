@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafit.config import TrainConfig
+from lorafit.config import RATES, TrainConfig
 from lorafit.engine import precision
 from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
 from lorafit.lora.tokens import token_rows
@@ -95,6 +95,17 @@ def _unfinished(settings: dict[str, Any]) -> None:
     output = Path(settings["output"])
     (output / "run.json").unlink()
     shutil.rmtree(output / "adapter")
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_usual_and_takes_it_by_name(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**inputs, "output": str(tmp_path / "run"), "lr": None}
+    _unfinished(settings)
+    monkeypatch.setitem(RATES, "lora", 0.5)
+    assert run(settings, resume=True)[0]["settings"]["lr"] == 2e-3
+    _unfinished({**settings, "output": str(tmp_path / "other")})
+    assert run({**settings, "output": str(tmp_path / "other"), "lr": 0.5}, resume=True)[0]["settings"]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -72,18 +72,13 @@ def pooled(methods: Sequence[Scores]) -> list[Scores]:
 
     Those that are not stable have their own, and are no part of the others'.
     """
-    known = [one for one in methods if np.isfinite(one.sums).all() and one.seeds > 1]
-    while (unstable := _outlying(known)) is not None:
-        del known[unstable]
-    freedom = sum(one.seeds - 1 for one in known)
-    common = Spread(_mean_variance(known), freedom)
-    alike = {id(one) for one in known}
-    return [
-        replace(one, spread=Spread(one.own_variance, one.seeds - 1))
-        if np.isfinite(one.sums).all() and one.seeds > 1 and id(one) not in alike
-        else replace(one, spread=common)
-        for one in methods
-    ]
+    several = [n for n, one in enumerate(methods) if np.isfinite(one.sums).all() and one.seeds > 1]
+    alike = list(several)
+    while (unstable := _outlying([methods[n] for n in alike])) is not None:
+        del alike[unstable]
+    common = Spread(_mean_variance([methods[n] for n in alike]), sum(methods[n].seeds - 1 for n in alike))
+    own = {n: Spread(methods[n].own_variance, methods[n].seeds - 1) for n in several if n not in alike}
+    return [replace(one, spread=own.get(n, common)) for n, one in enumerate(methods)]
 
 
 def _mean_variance(methods: Sequence[Scores]) -> float:

@@ -62,7 +62,7 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 1.5e-3,
 }  # fmt: skip
-# The same on encoders, where it differs: their norms stand behind each sum, and large steps throw them off.
+# The same on encoders, where it differs: docs/design/learning-rate.md.
 ENCODER_RATES = {"lora": 5e-4}
 # The same of the first component where ranks are nested, and how A starts there.
 NESTED_RATE = 1e-3

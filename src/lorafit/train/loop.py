@@ -138,7 +138,10 @@ def _rank_schedule(work: Work) -> RankSchedule | None:
 
 
 def _rate_factor(name: str, config: TrainConfig) -> float:
-    """What the rate of a parameter is multiplied by. Source: Hayou et al. 2024, LoRA+, eq. 8: B's by lambda."""
+    """What the rate of a parameter is multiplied by: a head of labels and gates have rates of their own.
+
+    Source: Hayou et al. 2024, LoRA+, eq. 8: B's by lambda.
+    """
     if name.startswith(f"{HEAD}."):
         return config.head_rate / config.peak_rate
     if name.endswith(".gate"):
