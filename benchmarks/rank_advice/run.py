@@ -11,8 +11,10 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise`
-is `lorafit rank` on the same rows. `scalings` searches the rate of some ranks under other scalings. results/SET.json is
-written after each run, and what it holds is not run again.
+is `lorafit rank` on the same rows, and a training of the largest rank after it, for its time: leave the machine alone
+meanwhile. `scalings` searches the rate of some ranks under other scalings. results/SET.json is
+written after each run, and what it holds is not run again. Two of `separate` may run side by side on sets of their own,
+with --threads 1: that makes more runs an hour.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ MODEL = "smollm2-135m"
 TRAIN, VALID, EPOCHS = 400, 200, 3
 TEXT_CHARS = 400  # of a row of running text
 RANKS = (16, 2, 64, 8, 4, 32, 1)  # in this order: those first by which rates alone are judged
+RANKS_BY_SIZE = sorted(RANKS)
 LAST_STEP = 8  # rates are 1e-4 * 10 ** (step / 4), up to 1e-2
 FIRST_STEP = 5
 SEEDS = 3
@@ -133,21 +136,24 @@ def texts(value: Any, key: str = "") -> Iterator[str]:
         yield value
 
 
-def trained(settings: Result, valid: Path, scratch: Path) -> Result:
-    """One run: its best held-out loss, and that of each row; a loss of None where training failed."""
-    run, log = scratch / "run", scratch / "log.txt"
-    shutil.rmtree(run, ignore_errors=True)
+def trained(settings: Result, run: Path) -> Result:
+    """One run and its best held-out loss; a loss of None where training failed. run: the directory it leaves."""
     try:
-        told = child.call(measuring.train, (settings | {"output": str(run)},), log)
-        config = CompareConfig(model=MODEL, data=settings["data"], output=str(scratch))
-        rows = child.call(measure.losses, (str(run), config, told["precision"], str(valid)), log)
+        told = child.call(measuring.train, (settings | {"output": str(run)},), run.parent / "log.txt")
     except child.Refused as error:
         return {"eval_loss": None, "error": str(error)}
     kept = ("eval_loss", "train_loss", "train_s", "steps", "precision", "trainable_params", "tokens_computed")
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line["loss"] for line in curve if line["kind"] == "eval"]
-    by_row = {"nats": [round(n, 5) for n in rows["nats"]], "tokens": rows["tokens"]}
-    return {key: told[key] for key in kept} | {"evaluations": evaluations} | by_row
+    return {key: told[key] for key in kept} | {"evaluations": evaluations}
+
+
+def by_row(run: Path, settings: Result, precision: str) -> Result:
+    """What a run loses on each of its held-out rows, in nats, and their tokens."""
+    config = CompareConfig(model=MODEL, data=settings["data"], output=str(run.parent), threads=settings["threads"])
+    log = run.parent / "log.txt"
+    rows = child.call(measure.losses, (str(run), config, precision, settings["eval"]), log)
+    return {"nats": [round(n, 5) for n in rows["nats"]], "tokens": rows["tokens"]}
 
 
 class Set:
@@ -155,41 +161,60 @@ class Set:
 
     def __init__(self, name: str, given: argparse.Namespace, scratch: Path) -> None:
         self.file = given.out / f"{name}.json"
-        self.scratch = scratch
+        self.scratch = scratch / name
+        self.scratch.mkdir()
+        self.threads = given.threads
         self.train, self.valid = write_rows(given.data, name, scratch)
         new = {"set": name, "machine": machine(), "rows": [TRAIN, VALID], "epochs": EPOCHS, "runs": []}
         self.found: Result = json.loads(self.file.read_text()) if self.file.exists() else new
 
-    def loss(self, r: int, step: int, seed: int, scaling: str = USUAL) -> float:
-        """Of a run, made now if there is none yet; infinite where it failed. scaling: one of SCALINGS."""
-        for run in self.found["runs"]:
-            if (run["r"], run["step"], run["seed"], run["scaling"]) == (r, step, seed, scaling):
-                break
-        else:
-            settings = {"model": MODEL, "data": str(self.train), "eval": str(self.valid), "epochs": EPOCHS}
-            settings |= {"r": r, "lr": rate(step), "seed": seed, "precision": "int8"} | SCALINGS[scaling](r)
-            run = {"r": r, "step": step, "lr": rate(step), "seed": seed, "scaling": scaling} | revision()
-            run |= trained(settings, self.valid, self.scratch)
-            self.found["runs"].append(run)
+    def run(self, r: int, step: int, seed: int, scaling: str = USUAL, *, rows: bool = False) -> Result:
+        """One run, made now if there is none yet. scaling: of SCALINGS. rows: with its loss on each held-out row."""
+        own = {"r": r, "step": step, "seed": seed, "scaling": scaling}
+        settings = self.settings(r, step, seed) | SCALINGS[scaling](r)
+        directory = self.scratch / f"{r} {step} {seed}"
+        found = next((run for run in self.found["runs"] if own.items() <= run.items()), None)
+        if found is None:
+            found = own | {"lr": rate(step), "threads": self.threads} | revision() | trained(settings, directory)
+            self.found["runs"].append(found)
             self.write()
-            own = (r, scaling, rate(step), seed, run["eval_loss"], run.get("evaluations"))
-            print(self.found["set"], *own, flush=True)
-        return math.inf if run["eval_loss"] is None else float(run["eval_loss"])
+            told = (scaling, rate(step), seed, found["eval_loss"], found.get("evaluations"))
+            print(self.found["set"], r, *told, flush=True)
+        if rows and found["eval_loss"] is not None and "nats" not in found:
+            if not directory.exists():
+                trained(settings, directory)
+            found |= by_row(directory, settings, found["precision"])
+            self.write()
+            self.clear()
+        return found
+
+    def settings(self, r: int, step: int, seed: int) -> Result:
+        own = {"model": MODEL, "data": str(self.train), "eval": str(self.valid), "epochs": EPOCHS, "precision": "int8"}
+        return own | {"r": r, "alpha": 2 * r, "lr": rate(step), "seed": seed, "threads": self.threads}
+
+    def clear(self) -> None:
+        """Leave no run behind."""
+        shutil.rmtree(self.scratch)
+        self.scratch.mkdir()
 
     def best_step(self, r: int, scaling: str = USUAL) -> int:
         """The step of the best rate of the first seed, both of whose neighbours on the grid are worse."""
         every = self.found.get("best", [])
         known = {one["r"]: one["best_step"] for one in every if one["scaling"] == scaling}
+        if r in known:
+            return int(known[r])
         near = min(known, key=lambda other: abs(math.log2(other / r)), default=None)
-        tried = {step: self.loss(r, step, 0, scaling) for step in [FIRST_STEP if near is None else known[near]]}
+        tried = [FIRST_STEP if near is None else known[near]]
         while True:
-            best = min(tried, key=lambda step: tried[step])
+            losses = {step: self.run(r, step, 0, scaling)["eval_loss"] for step in tried}
+            best = min(tried, key=lambda step: math.inf if losses[step] is None else losses[step])
             missing = [s for s in (best - 1, best + 1) if 0 <= s <= LAST_STEP and s not in tried]
             if not missing:
                 break
-            tried[missing[0]] = self.loss(r, missing[0], 0, scaling)
-        others = [one for one in every if (one["r"], one["scaling"]) != (r, scaling)]
-        self.found["best"] = [*others, {"r": r, "scaling": scaling, "best_step": best, "lr": rate(best)}]
+            tried.append(missing[0])
+        self.run(r, best, 0, scaling, rows=scaling == USUAL)
+        self.clear()
+        self.found["best"] = [*every, {"r": r, "scaling": scaling, "best_step": best, "lr": rate(best)}]
         self.write()
         return best
 
@@ -209,7 +234,7 @@ def separate(given: argparse.Namespace) -> None:
         for seed in range(1, SEEDS):
             for r in RANKS:
                 for one in sets:
-                    one.loss(r, one.best_step(r), seed)
+                    one.run(r, one.best_step(r), seed, rows=True)
 
 
 def scalings(given: argparse.Namespace) -> None:
@@ -249,7 +274,9 @@ def advised(given: argparse.Namespace) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout)
             found["gradients"].pop("by_weight")
-            one.found["advice"] = found | revision()
+            alone = trained(one.settings(RANKS_BY_SIZE[-1], FIRST_STEP, 0), one.scratch / "alone")
+            one.clear()
+            one.found["advice"] = found | {"alone_s": alone["train_s"]} | revision()
             one.write()
             print(name, found["recommended_r"], found["reason"], found["seconds"], flush=True)
 
@@ -305,10 +332,10 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 def table() -> str:
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     lines = [
-        "| set | seeds | " + " | ".join(f"r {r}" for r in sorted(RANKS)) + " | needed | advised | regret |",
+        "| set | seeds | " + " | ".join(f"r {r}" for r in RANKS_BY_SIZE) + " | needed | advised | regret |",
         "|---|---|" + "---|" * (len(RANKS) + 3),
     ]
-    ranks = " | ".join(f"r {r}" for r in sorted(RANKS))
+    ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
     curves = [f"| set | {ranks} | time |", "|---|" + "---|" * (len(RANKS) + 1)]
     known = []
     for found in every:
@@ -328,7 +355,7 @@ def table() -> str:
         lines.append(f"{line}| {advice['recommended_r']} | {regret:.1%} |")
         nested = {one["r"]: one["loss"] for one in advice["curve"]}
         off = " | ".join(f"{nested[r] / losses[r] - 1:+.1%}" for r in sorted(losses))
-        time = advice["nested"]["train_s"] / statistics.median(run["train_s"] for run in runs[max(runs)])
+        time = advice["nested"]["train_s"] / advice["alone_s"]
         curves.append(f"| {found['set']} | {off} | {time:.2f} |")
         if not found["set"].endswith(SHUFFLED):
             known.append((measures(advice), smallest))
@@ -374,6 +401,7 @@ def main() -> None:
         action.add_argument("--data", type=Path, required=True)
         action.add_argument("--out", type=Path, default=RESULTS)
         action.add_argument("--sets", default=",".join(SETS))
+        action.add_argument("--threads", type=int)
         action.set_defaults(run=work)
     action = actions.add_parser("table")
     action.set_defaults(run=lambda _: put(table()))
