@@ -54,7 +54,7 @@ SETS = {
     "shakespeare": "tinyshakespeare/train.txt",
 }
 MODEL = "smollm2-135m"
-TRAIN, VALID, EPOCHS = 400, 200, 3
+TRAIN, VALID, EPOCHS = 320, 200, 3
 TEXT_CHARS = 400  # of a row of running text
 RANKS = (16, 2, 64, 8, 4, 32, 1)  # in this order: those first by which rates alone are judged
 RANKS_BY_SIZE = sorted(RANKS)
