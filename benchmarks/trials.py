@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import statistics
 import subprocess
@@ -44,7 +45,7 @@ def arguments(text: str | None, seeds: int) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="the directory of the rows")
     parser.add_argument("--scratch", type=Path, help="where runs are written, and removed again")
     parser.add_argument("--seeds", type=int, default=seeds, help="seeds 0, 1, ... of each")
-    parser.add_argument("--only", help="with commas, the ways that are run. Default: all")
+    parser.add_argument("--only", help="the ways that are run, with commas without spaces between. Default: all")
     parser.add_argument("--quiet", action="store_true", help="nothing else runs: the times may be quoted")
     parser.add_argument("--threads", type=int, help="as for lorafit")
     given = parser.parse_args()
@@ -67,7 +68,7 @@ def main(
 
 def wanted(given: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """The ways that were asked for. Leaves with a sentence if one is unknown."""
-    only = names if given.only is None else given.only.split(",")
+    only = names if given.only is None else re.split(r",(?! )", given.only)
     if unknown := [name for name in only if name not in names]:
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(names)}")
     return list(only)
