@@ -34,7 +34,7 @@ from lorafit.model.licence import licence_of
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.starting import Given, Settled, earlier_of, read, settle
-from lorafit.train import checkpoint, nested, outcome
+from lorafit.train import checkpoint, nested, outcome, range_test
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import Once, labelled_facts, look_once
 from lorafit.train.loop import Work, fit
@@ -75,13 +75,15 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.clean()
         earlier = earlier_of(run, console) if start.resume else None
         settled = settle(config, earlier, console)
-        asked, config = config, config.model_copy(update={"lr": settled.chosen["lr"]})
-        if settled.labels and config.method != "head":
-            config = config.model_copy(update={"head_lr": config.head_rate})
+        asked, config = config, _with_rates(config, settled)
         print_config(config, source, settled.chosen, console)
+        config = config.model_copy(update={"lr": settled.chosen["lr"]})
         given = read(config, settled, start.force, console)
         ready = _make_ready(config, settled, given, run, console)
         work = _work(config, settled, ready)
+        if asked.lr == "auto":
+            work = _with_found_rate(work, settled, run, console)
+            config = work.config
         load_s = time.time() - start.started_at
         run.write_config(asked.model_dump())
         progress = _fit(run, work, earlier, console)
@@ -90,6 +92,14 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
     return result
+
+
+def _with_rates(config: TrainConfig, settled: Settled) -> TrainConfig:
+    """What is usual for this method and model in the place of rates that are not given."""
+    config = config.model_copy(update={"lr": config.lr or settled.chosen["lr"]})
+    if settled.labels and config.method != "head":
+        config = config.model_copy(update={"head_lr": config.head_rate})
+    return config
 
 
 # --- what the loop needs ----------------------------------------------------------------------------------------------
@@ -194,6 +204,17 @@ def _work(config: TrainConfig, settled: Settled, ready: Ready) -> Work:
     )
 
 
+def _with_found_rate(work: Work, settled: Settled, run: RunDir, console: Console) -> Work:
+    """With the learning rate that a range test finds, or has found when the run began."""
+    chosen, usual = settled.chosen, work.config.peak_rate
+    if "range_test" not in chosen:
+        found = range_test.find(work, usual, run.scratch)
+        chosen |= {"range_test": found.as_dict() if found else None, "lr": found.lr if found else usual}
+        short = f"{usual:g}, the usual one: {work.total_steps} steps are too few to test others"
+        console.print(f"learning rate {found.told if found else short}", highlight=False)
+    return replace(work, config=work.config.model_copy(update={"lr": chosen["lr"]}))
+
+
 # --- a run and its resumption -------------------------------------------------------------------------------------
 
 
@@ -236,7 +257,7 @@ def _finish(
     result |= {"ranks": ranks, "rank_schedule": config.rank_schedule, "nested": rank_losses or None}
     result |= _facts(config, settled, given, ready)
     result |= labelled_facts(told, given.data, progress.tokens_seen - progress.tokens_supervised, quality, ready.once)
-    return result | ({"probe": chosen["probe"]} if "probe" in chosen else {})
+    return result | {name: chosen[name] for name in ("probe", "range_test") if name in chosen}
 
 
 def _facts(config: TrainConfig, settled: Settled, given: Given, ready: Ready) -> dict[str, Any]:

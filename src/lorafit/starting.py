@@ -242,7 +242,8 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -
     threads = found.get("threads") or config.threads or machine.physical_cores()
     torch.set_num_threads(threads)
     precision = found.get("precision") or _precision(config, is_encoder)
-    lr = config.lr or found.get("lr") or usual_rate(config.method, config.variant, is_encoder)
+    given = config.lr if config.lr != "auto" else None  # of auto the usual one is where the search begins
+    lr = given or found.get("lr") or usual_rate(config.method, config.variant, is_encoder)
     return {**found, "precision": precision, "threads": threads, "lr": lr}
 
 
@@ -261,7 +262,7 @@ def _precision(config: TrainConfig, is_encoder: bool) -> str:
 def _identity(config: TrainConfig, inputs: Inputs, chosen: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be the same: settings, inputs, choices, versions."""
     settings = {name: value for name, value in config.model_dump().items() if name not in FREE_TO_CHANGE}
-    settings["lr"] = chosen["lr"]
+    settings["lr"] = config.lr if config.lr == "auto" else chosen["lr"]
     return {"config": settings, "sha256": inputs.hashes, "chosen": chosen, "versions": outcome.versions()}
 
 

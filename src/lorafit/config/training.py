@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -175,8 +175,9 @@ class TrainConfig(MethodConfig, RowsConfig):
     """Which tokens have a loss: every reply, the last reply of each row, or all tokens."""
     add_tokens: Texts = Field(default_factory=list)
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
-    lr: float | None = Field(None, gt=0)
-    """Peak learning rate of AdamW. Default: the usual one of the method in short runs; take less for long ones."""
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    """Peak learning rate of AdamW; auto: found by a test on the first rows. Default: the usual one of the method in
+    short runs; take less for long ones."""
     head_lr: float | None = Field(None, gt=0)
     """Peak rate of a head of labels that is trained beside something else. Default: that of a head alone."""
     lora_plus: float = Field(1.0, ge=1)
@@ -243,7 +244,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     @property
     def peak_rate(self) -> float:
         """The learning rate: `lr`, or the usual one of a model that writes text. A run on an encoder sets `lr`."""
-        return self.lr or usual_rate(self.method, self.variant)
+        return self.lr if isinstance(self.lr, float) else usual_rate(self.method, self.variant)
 
     @property
     def head_rate(self) -> float:

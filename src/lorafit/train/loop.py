@@ -99,12 +99,7 @@ class _Loop:
         loss_scale.begin(self.progress, work.engine.dtype)
         self.best = start.best if start else {}
         self.ranks = _rank_schedule(work)
-        trained = work.method.trainable(work.model)
-        factors = {name: _rate_factor(name, work.config) for name in trained}
-        self.parameters = {name: trained[name] for name in sorted(trained, key=lambda name: factors[name])}
-        betas = (work.config.beta1, work.config.beta2)
-        own = [factors[name] for name in self.parameters]
-        self.optimizer = adamw(self.parameters.values(), work.config.peak_rate, betas, work.config.weight_decay, own)
+        self.parameters, self.optimizer = optimizer_of(work)
         if start:
             work.method.load_state(work.model, start.adapter)
             load_optimizer_state(self.optimizer, list(self.parameters), start.optimizer)
@@ -126,6 +121,15 @@ class _Loop:
         ranks = self.ranks.state() if self.ranks else {}
         self._save(Checkpoint(self.progress, self.work.identity, adapter, moments, self.best, ranks))
         self._saved_at = time.monotonic()
+
+
+def optimizer_of(work: Work) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+    """What is trained, and AdamW over it; those of one rate follow each other."""
+    config, trained = work.config, work.method.trainable(work.model)
+    factors = {name: _rate_factor(name, config) for name in trained}
+    parameters = {name: trained[name] for name in sorted(trained, key=lambda name: factors[name])}
+    betas, own = (config.beta1, config.beta2), [factors[name] for name in parameters]
+    return parameters, adamw(parameters.values(), config.peak_rate, betas, config.weight_decay, own)
 
 
 def _rank_schedule(work: Work) -> RankSchedule | None:
@@ -164,7 +168,7 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     batches = [batch for _, batch in parts]
 
     counted = TALLY.flop
-    loss = loss_scale.scaled(progress, loop.parameters.values(), lambda: _accumulate_gradients(loop, parts))
+    loss = loss_scale.scaled(progress, loop.parameters.values(), lambda: accumulate_gradients(work, progress, parts))
     if loop.ranks:
         loop.ranks.add_gradients()
     grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
@@ -202,17 +206,15 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     )
 
 
-def _accumulate_gradients(loop: _Loop, parts: list[tuple[int | None, Batch]]) -> float:
-    """Gradients of the step's mean loss times `loss_scale`, added up over its micro-batches; returns that loss.
+def accumulate_gradients(work: Work, progress: Progress, parts: Sequence[tuple[int | None, Batch]]) -> float:
+    """Gradients of a step's mean loss times `loss_scale`, added up over its micro-batches; returns that loss.
 
     Each micro-batch is divided by the supervised tokens of the whole step, never by its own, so the sum is exactly the
     gradient of the undivided batch. parts: each with the rank that the update has for it, None for its own.
     """
-    work = loop.work
     supervised = sum(batch.supervised_tokens for _, batch in parts)
-    total, scale = 0.0, loop.progress.loss_scale
+    total, scale, step = 0.0, progress.loss_scale, progress.step
     for r, batch in parts:
-        step = loop.progress.step
         work.method.before_forward(work.model, work.config.seed, step, batch.token_rows, batch.position_ids)
         with nullcontext() if r is None else inject.cut_to(work.model, r):
             loss: Tensor = work.engine.training_loss(batch) / supervised

@@ -45,6 +45,7 @@ def check(config: TrainConfig, labelled: bool) -> None:
         f"--init {config.init}, whose update is saved together with what W0 gave up": config.init in MOVING,
         "--add-tokens, and an adapter with tokens of its own cannot be cut": bool(config.add_tokens),
         "rows with labels, and an adapter with a head of labels cannot be cut": labelled,
+        "--lr auto, which finds the rate of a whole update": config.lr == "auto",
         "rank 1, below which there is none": ranks(config) == [1],
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
