@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from lorafit.rundir import RunDir
 from lorafit.trials import child, records
 from lorafit.trials.records import Record, Work
 from lorafit.trials.rows import Rows
+from lorafit.trials.watching import watched
 from lorafit.units import format_seconds
 
 LEAST_SEARCH_STEPS = 20
@@ -353,7 +355,9 @@ class Study:
 
     def _record(self, name: str, work: Work) -> Record:
         """The record of that name, or what `work` gives, with the seconds it took. together: beside others."""
-        return records.record(self.directory / "trials", name, work, together=self.slots > 1)
+        directory, together = self.directory / "trials", self.slots > 1
+        with nullcontext() if together else watched(self.console, name, records.log_of(directory, name)):
+            return records.record(directory, name, work, together)
 
     def _out(self, one: Candidate, status: str, why: str) -> None:
         one.status, one.out = status, why

@@ -25,8 +25,9 @@ from lorafit.rank.show import page, print_rank
 from lorafit.rank.verify import verify
 from lorafit.trials import child
 from lorafit.trials.directory import SETUP, check_usable, held, settle
-from lorafit.trials.records import Record, Work, record
+from lorafit.trials.records import Record, Work, log_of, record
 from lorafit.trials.rows import KEEP, Rows, split_in_two
+from lorafit.trials.watching import watched
 from lorafit.units import format_seconds
 
 FILE_NAMES = ("rank.json", "report.html", SETUP, "rows", "trials")
@@ -103,8 +104,9 @@ def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Conso
     from lorafit.rank import looking  # needs torch
 
     arguments = (config, most, rows.path("train"), str(KEEP))
-    with log.status("looking at base and rows, without training"):
-        return {"look": child.call(looking.look, arguments, directory / "trials" / "look.log")}
+    path = directory / "trials" / "look.log"
+    with watched(log, "looking at base and rows, without training", path):
+        return {"look": child.call(looking.look, arguments, path)}
 
 
 class Trials:
@@ -153,5 +155,6 @@ class Trials:
         return self._once(f"{name}.curve", work, "measuring each rank on the held-out rows")
 
     def _once(self, name: str, work: Work, doing: str) -> Record:
-        with self.log.status(doing):
-            return record(self.directory / "trials", name, work)
+        directory = self.directory / "trials"
+        with watched(self.log, doing, log_of(directory, name)):
+            return record(directory, name, work)

@@ -15,6 +15,11 @@ Record = dict[str, Any]
 Work = Callable[[Path], Record]
 
 
+def log_of(directory: Path, name: str) -> Path:
+    """Where the work of a record prints to."""
+    return directory / f"{name}.log"
+
+
 def record(directory: Path, name: str, work: Work, together: bool = False) -> Record:
     """The record of that name, or what `work` gives, with the seconds it took.
 
@@ -24,7 +29,7 @@ def record(directory: Path, name: str, work: Work, together: bool = False) -> Re
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     started = time.monotonic()
-    found = work(path.with_suffix(".log"))
+    found = work(log_of(directory, name))
     found |= {"wall_s": time.monotonic() - started, "together": together}
     if "again" not in found:  # after a resume there may be the memory
         files.write_atomic(path, json.dumps(found))
