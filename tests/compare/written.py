@@ -77,7 +77,7 @@ def study(
     write(directory, "base/untuned", measured(base[0], None if right is None else base[1], 991, wall_s))
     shots = {"shots": 4, **side(base[0], None if right is None else base[1], 992), "latency_s": LATENCY}
     write(directory, "base/few_shot", {**shots, "wall_s": wall_s})
-    rows = Rows(directory / "rows", dict.fromkeys(("train", "search", "valid", "test"), ROWS), [])
+    rows = Rows(directory / "rows", dict.fromkeys(("train", "search", "valid", "test"), ROWS), [], {})
     return Study(
         config=config,
         directory=directory,

@@ -67,6 +67,19 @@ def test_the_json_has_what_others_rely_on(searched: tuple[Path, dict[str, Any], 
     assert min(found["gradients"]["rank_pattern"].values()) >= 1
 
 
+def test_the_furthest_rows_are_named_as_they_were_given(
+    searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str]
+) -> None:
+    _, found, _ = searched
+    for row in found["distance"]["furthest"]:
+        name, line = row["origin"].rsplit(":", 1)
+        assert Path(name).name == Path(inputs["data"]).name
+        assert (
+            json.loads(Path(inputs["data"]).read_text().splitlines()[int(line) - 1])["messages"][1]["content"]
+            == row["text"]
+        )
+
+
 def test_the_curve_is_what_eval_gives_at_each_rank(
     searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str]
 ) -> None:

@@ -37,5 +37,5 @@ def found(spec: ModelSpec, losses: dict[int, float], text: str, spread: float = 
         curve["ranks"][str(r)] = {"nats": nats.tolist(), "likeliest": chance.integers(3, 5, ROWS).tolist()}
     result = {"steps": 9, "train_s": 5.0, "precision": "fp32"}
     config = RankConfig(model="m", data="d.jsonl", output="out")
-    rows = Rows(Path("rows"), {"train": 200, "valid": ROWS}, ["there is something to know"])
+    rows = Rows(Path("rows"), {"train": 200, "valid": ROWS}, ["there is something to know"], {})
     return conclude(config, spec, rows, look, {"result": result, "wall_s": 6.0}, curve)

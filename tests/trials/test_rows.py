@@ -38,6 +38,16 @@ def test_two_sides_hold_every_row_once_and_a_fifth_is_judged_by(tmp_path: Path) 
     assert texts(other, "valid") != texts(again, "train")[:20]
 
 
+def test_a_row_of_a_side_is_found_again_in_what_was_given(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", 0, 30)
+    found = two(data, tmp_path)
+    for side, count in found.counts.items():
+        for number, text in enumerate(texts(found, side), 1):
+            name, line = found.given(side, f"{side}.jsonl:{number}").rsplit(":", 1)
+            assert (Path(name).name, f"what is {int(line) - 1}") == ("data.jsonl", text)
+        assert len(found.origins[side]) == count
+
+
 def test_no_more_rows_are_judged_by_than_tell_something_unless_they_are_asked_for(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", 0, 2 * 5 * MOST_VALID)
     assert two(data, tmp_path).counts["valid"] == MOST_VALID

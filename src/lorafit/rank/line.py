@@ -106,7 +106,10 @@ def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Conso
     arguments = (config, most, rows.path("train"), str(KEEP))
     path = directory / "trials" / "look.log"
     with watched(log, "looking at base and rows, without training", path):
-        return {"look": child.call(looking.look, arguments, path)}
+        found = child.call(looking.look, arguments, path)
+    for row in found["distance"]["furthest"]:
+        row["origin"] = rows.given("train", row["origin"])
+    return {"look": found}
 
 
 class Trials:

@@ -36,15 +36,20 @@ FEW_TEXTS, PART_CHARS = 20, 1000
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of each side are, how many each has, and what should be known of them."""
+    """Where the rows of each side are, how many each has, what should be known of them, and where each came from."""
 
     directory: Path
     counts: dict[str, int]
     notes: list[str]
+    origins: dict[str, list[str]]
 
     def path(self, side: str) -> str:
         """The file of a side."""
         return str(self.directory / f"{side}.jsonl")
+
+    def given(self, side: str, origin: str) -> str:
+        """Where a row of a side's file stands in what the user gave. origin: FILE:LINE of the former."""
+        return self.origins[side][int(origin.rpartition(":")[2]) - 1]
 
 
 def split_in_three(config: TrialsConfig, directory: Path) -> Rows:
@@ -90,7 +95,8 @@ def _written(sides: dict[str, list[Row]], told_by: str, directory: Path) -> Rows
     for name, rows in sides.items():
         _write(directory / f"{name}.jsonl", rows)
     counts = {name: len(rows) for name, rows in sides.items()}
-    return Rows(directory, counts, _notes(sides["train"], sides[told_by], told_by))
+    origins = {name: [row.origin for row in rows] for name, rows in sides.items()}
+    return Rows(directory, counts, _notes(sides["train"], sides[told_by], told_by), origins)
 
 
 def _read(source: Source, config: TrialsConfig) -> list[Row]:
