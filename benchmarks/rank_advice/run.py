@@ -84,6 +84,17 @@ def rate(step: int) -> float:
     return float(f"{1e-4 * 10 ** (step / 4):.3g}")
 
 
+def outward(first: int, loss: Callable[[int], float]) -> int:
+    """The step of the least loss, both of whose neighbours on the grid are worse, from a first one outwards."""
+    tried = {first: loss(first)}
+    while True:
+        best = min(tried, key=lambda step: tried[step])
+        missing = [step for step in (best - 1, best + 1) if 0 <= step <= LAST_STEP and step not in tried]
+        if not missing:
+            return best
+        tried[missing[0]] = loss(missing[0])
+
+
 def write_rows(data: Path, name: str, scratch: Path) -> tuple[Path, Path]:
     """(rows to train on, rows to measure), drawn from one file with a seed of their own."""
     source = data / SETS[name.removesuffix(SHUFFLED)]
@@ -204,14 +215,12 @@ class Set:
         if r in known:
             return int(known[r])
         near = min(known, key=lambda other: abs(math.log2(other / r)), default=None)
-        tried = [FIRST_STEP if near is None else known[near]]
-        while True:
-            losses = {step: self.run(r, step, 0, scaling)["eval_loss"] for step in tried}
-            best = min(tried, key=lambda step: math.inf if losses[step] is None else losses[step])
-            missing = [s for s in (best - 1, best + 1) if 0 <= s <= LAST_STEP and s not in tried]
-            if not missing:
-                break
-            tried.append(missing[0])
+
+        def loss(step: int) -> float:
+            found = self.run(r, step, 0, scaling)["eval_loss"]
+            return math.inf if found is None else float(found)
+
+        best = outward(FIRST_STEP if near is None else known[near], loss)
         self.run(r, best, 0, scaling, rows=scaling == USUAL)
         self.clear()
         self.found["best"] = [*every, {"r": r, "scaling": scaling, "best_step": best, "lr": rate(best)}]
