@@ -5,8 +5,9 @@
 
 Of sets of text the rows, the grid (four rates a decade, 1e-4 to 1e-2) and its runs are those of rank_advice, whose
 `separate` searches it. Of sets of labels ROWS rows are trained on for EPOCHS epochs, a head alone for its usual ten,
-and others of the same file measured; their rates are searched here, on the same grid. Every figure is the least held-out
-loss of one run of seed 0. results/auto/CASE.json is written after each run, and what it holds is not run again.
+and others of the same file measured; their rates are searched here, on the same grid. Every figure is the least
+held-out loss of one run of seed 0. results/auto/CASE.json is written after each run, and what it holds is not run
+again.
 """
 
 from __future__ import annotations
