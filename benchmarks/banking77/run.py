@@ -63,7 +63,8 @@ def flags(way: str, epochs: int, lr: float, seed: int) -> list[object]:
 def rates(way: str) -> list[float]:
     _, method, *more = WAYS[way]
     variant = more[1] if more[:1] == ["--variant"] else None
-    return [float(f"{usual_rate(method, variant, is_encoder=True) * factor:.2g}") for factor in FACTORS]
+    usual = usual_rate(method, variant, is_encoder=True, in_part="--layers" in more)
+    return [float(f"{usual * factor:.2g}") for factor in FACTORS]
 
 
 def best_rate(results: Results, way: str, train: Path, given: argparse.Namespace) -> float:

@@ -243,7 +243,7 @@ def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -
     torch.set_num_threads(threads)
     precision = found.get("precision") or _precision(config, is_encoder)
     given = config.lr if config.lr != "auto" else None  # of auto the usual one is where the search begins
-    lr = given or found.get("lr") or usual_rate(config.method, config.variant, is_encoder)
+    lr = given or found.get("lr") or usual_rate(config.method, config.variant, is_encoder, config.layers is not None)
     return {**found, "precision": precision, "threads": threads, "lr": lr}
 
 

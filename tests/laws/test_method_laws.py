@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lorafit.config import METHOD_VARIANTS, MethodConfig, TrainConfig
+from lorafit.config import METHOD_VARIANTS, MethodConfig, TrainConfig, usual_rate
 from lorafit.data.pack import micro_batches
 from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import plain, prepare
@@ -286,4 +286,7 @@ def test_every_default_rate_is_for_a_method_that_there_is() -> None:
     }
     assert rates["full"] < rates["lora"] < rates["prompt"]
     assert TrainConfig(model="m", data="d", output="o", method="full", lr=5e-3).peak_rate == 5e-3
+    some_blocks = TrainConfig(model="m", data="d", output="o", method="full", layers="last:2")
+    assert rates["full"] < some_blocks.peak_rate == usual_rate("full", in_part=True)
+    assert usual_rate("lora", in_part=True) == rates["lora"]
     assert METHOD_VARIANTS.keys() == table.METHODS.keys()

@@ -60,8 +60,10 @@ METHOD_VARIANTS = {
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
-    "lora:vera": 2e-2, "head": 1.5e-3,
+    "lora:vera": 2e-2, "head": 1.5e-3, "full:--layers": 1e-3,
 }  # fmt: skip
+# The end of a key there: with --layers, where fewer weights are trained.
+PART = "--layers"
 # The same on encoders, where it differs: docs/design/learning-rate.md.
 ENCODER_RATES = {"lora": 5e-4}
 # The same of the first component where ranks are nested, and how A starts there.
@@ -72,10 +74,11 @@ NESTED = {"lr": NESTED_RATE, "init": "graded"}
 EPOCHS = {"head": 10}
 
 
-def usual_rate(method: str, variant: str | None = None, is_encoder: bool = False) -> float:
-    """The peak learning rate where none is given. is_encoder: of the model, such as BERT."""
+def usual_rate(method: str, variant: str | None = None, is_encoder: bool = False, in_part: bool = False) -> float:
+    """The peak learning rate where none is given. is_encoder: of the model, such as BERT. in_part: some blocks alone."""
     of_kind = {**RATES, **ENCODER_RATES} if is_encoder else RATES
-    return of_kind.get(f"{method}:{variant}") or of_kind[method]
+    of_part = of_kind.get(f"{method}:{PART}") if in_part else None
+    return of_part or of_kind.get(f"{method}:{variant}") or of_kind[method]
 
 
 class MethodConfig(LoRAConfig):
@@ -244,7 +247,11 @@ class TrainConfig(MethodConfig, RowsConfig):
     @property
     def peak_rate(self) -> float:
         """The learning rate: `lr`, or the usual one of a model that writes text. A run on an encoder sets `lr`."""
-        return self.lr if isinstance(self.lr, float) else usual_rate(self.method, self.variant)
+        return (
+            self.lr
+            if isinstance(self.lr, float)
+            else usual_rate(self.method, self.variant, in_part=self.layers is not None)
+        )
 
     @property
     def head_rate(self) -> float:
