@@ -75,7 +75,7 @@ EPOCHS = {"head": 10}
 
 
 def usual_rate(method: str, variant: str | None = None, is_encoder: bool = False, in_part: bool = False) -> float:
-    """The peak learning rate where none is given. is_encoder: of the model, such as BERT. in_part: some blocks alone."""
+    """The peak learning rate where none is given. is_encoder: of the model, such as BERT. in_part: of some blocks."""
     of_kind = {**RATES, **ENCODER_RATES} if is_encoder else RATES
     of_part = of_kind.get(f"{method}:{PART}") if in_part else None
     return of_part or of_kind.get(f"{method}:{variant}") or of_kind[method]
