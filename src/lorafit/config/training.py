@@ -247,11 +247,8 @@ class TrainConfig(MethodConfig, RowsConfig):
     @property
     def peak_rate(self) -> float:
         """The learning rate: `lr`, or the usual one of a model that writes text. A run on an encoder sets `lr`."""
-        return (
-            self.lr
-            if isinstance(self.lr, float)
-            else usual_rate(self.method, self.variant, in_part=self.layers is not None)
-        )
+        usual = usual_rate(self.method, self.variant, in_part=self.layers is not None)
+        return self.lr if isinstance(self.lr, float) else usual
 
     @property
     def head_rate(self) -> float:
