@@ -44,7 +44,7 @@ WAYS: dict[str, list[str]] = {
     "ia3": ["--method", "ia3"],
     "bitfit": ["--method", "bitfit"],
     "full": ["--method", "full"],
-    "full, --layers last:2": ["--method", "full", "--layers", "last:2", "--lr", "5e-4"],
+    "full, --layers last:2": ["--method", "full", "--layers", "last:2"],
 }
 OUT = Path(__file__).resolve().parent / "results" / "chat12.json"
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
