@@ -201,7 +201,12 @@ def eval_loss(adapter: Path, test: Path, given: argparse.Namespace, directory: s
 
 
 def revision() -> dict[str, str]:
-    """The commit, with `-dirty` behind it where the checkout differs, and the time."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
+    """The commit, with `-dirty` behind it where more than results and documents differs, and the time."""
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE.parents[1]).stdout.strip()
+
+    written = ":!benchmarks/*/results", ":!docs", ":!README.md"
+    changed = said("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    commit = said("rev-parse", "HEAD") + ("-dirty" if changed else "")
     return {"commit": commit, "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
