@@ -340,41 +340,58 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def table() -> str:
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    lines = [
-        "| set | seeds | " + " | ".join(f"r {r}" for r in RANKS_BY_SIZE) + " | needed | advised | regret |",
-        "|---|---|" + "---|" * (len(RANKS) + 3),
-    ]
+    rest = [*nested_rows(every), *scaling_rows(every), *told_without_training(every)]
+    return "\n".join([*separate_rows(every), *([""] if rest else []), *rest])
+
+
+def separate_rows(every: list[Result]) -> list[str]:
+    """Each rank's loss at its best rate, and what was advised; `-` where a rank was not trained yet."""
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    curves = [f"| set | {ranks} | time |", "|---|" + "---|" * (len(RANKS) + 1)]
-    known = []
+    lines = [f"| set | seeds | {ranks} | needed | advised | regret |", "|---|---|" + "---|" * (len(RANKS) + 3)]
     for found in every:
-        runs = best_runs(found)
-        if len(runs) < len(RANKS):
-            continue
-        losses, smallest = mean_losses(runs), needed(runs).r
-        advice = found.get("advice")
-        rates = {r: own[0]["lr"] for r, own in runs.items()}
-        cells = " | ".join(f"{losses[r]:.4f} ({rates[r]:g})" for r in sorted(losses))
-        seeds = min(map(len, runs.values()))
-        line = f"| {found['set']} | {seeds} | {cells} | {smallest} "
-        if advice is None:
-            lines.append(f"{line}| - | - |")
-            continue
-        regret = losses[advice["recommended_r"]] / min(losses.values()) - 1
-        lines.append(f"{line}| {advice['recommended_r']} | {regret:.1%} |")
-        nested = {one["r"]: one["loss"] for one in advice["curve"]}
-        off = " | ".join(f"{nested[r] / losses[r] - 1:+.1%}" for r in sorted(losses))
-        time = advice["nested"]["train_s"] / advice["alone_s"]
-        curves.append(f"| {found['set']} | {off} | {time:.2f} |")
-        if not found["set"].endswith(SHUFFLED):
-            known.append((measures(advice), smallest))
-    told = scaling_rows(every)
+        runs, advice = best_runs(found), found.get("advice")
+        losses = mean_losses(runs)
+        cells = [f"{losses[r]:.4f} ({runs[r][0]['lr']:g})" if r in losses else "-" for r in RANKS_BY_SIZE]
+        smallest, advised, regret = ("-",) * 3
+        if is_whole(runs):
+            smallest = str(needed(runs).r)
+        if is_whole(runs) and advice:
+            advised, least = str(advice["recommended_r"]), min(losses.values())
+            regret = f"{losses[advice['recommended_r']] / least - 1:.1%}"
+        seeds = min(map(len, runs.values()), default=0)
+        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, advised, regret])} |")
+    return lines
+
+
+def is_whole(runs: dict[int, list[Result]]) -> bool:
+    """Whether every rank was trained."""
+    return len(runs) == len(RANKS)
+
+
+def nested_rows(every: list[Result]) -> list[str]:
+    """How far each rank of the nested run is from the same rank alone, and its time in trainings of the largest."""
+    lines = []
+    for found in every:
+        runs, advice = best_runs(found), found.get("advice")
+        if advice and is_whole(runs):
+            losses, nested = mean_losses(runs), {one["r"]: one["loss"] for one in advice["curve"]}
+            off = " | ".join(f"{nested[r] / losses[r] - 1:+.1%}" for r in RANKS_BY_SIZE)
+            lines.append(f"| {found['set']} | {off} | {advice['nested']['train_s'] / advice['alone_s']:.2f} |")
+    ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
+    return [f"| set | {ranks} | time |", "|---|" + "---|" * (len(RANKS) + 1), *lines, ""] if lines else []
+
+
+def told_without_training(every: list[Result]) -> list[str]:
+    """How what is known without training goes with the rank that a set needs."""
+    own = [found for found in every if "advice" in found and is_whole(best_runs(found))]
+    known = [found for found in own if not found["set"].endswith(SHUFFLED)]
+    lines = []
     for number, name in enumerate(MEASURES if len(known) > 3 else ()):
-        pair = [float(one[0][number]) for one in known], [float(one[1]) for one in known]
+        pair = [measures(one["advice"])[number] for one in known], [float(needed(best_runs(one)).r) for one in known]
         low, high = interval(*pair)
         sure = f"{spearman(*pair):.2f} ({low:.2f} to {high:.2f})"
-        told.append(f"Spearman's correlation of the {name} with the rank needed: {sure}.")
-    return "\n".join([*lines, "", *curves, "", *told])
+        lines.append(f"Spearman's correlation of the {name} with the rank needed: {sure}.")
+    return lines
 
 
 def scaling_rows(every: list[Result]) -> list[str]:

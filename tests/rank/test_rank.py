@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lorafit.config import EvalConfig, RankConfig, ReportConfig, TrainConfig
+from lorafit.config import RATES, EvalConfig, RankConfig, ReportConfig, TrainConfig
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import command
-from lorafit.rank.rate import rate_of
 from lorafit.rank.verify import _next
 from lorafit.showing import report
 from lorafit.trials import child
@@ -60,7 +58,9 @@ def test_the_json_has_what_others_rely_on(searched: tuple[Path, dict[str, Any], 
     assert [one["r"] for one in found["curve"]] == [1, 2, 4, 6]
     chosen = next(one for one in found["curve"] if one["r"] == found["recommended_r"])
     assert chosen["as_good"] and all(not one["as_good"] for one in found["curve"] if one["r"] < found["recommended_r"])
-    assert found["recommended_lr"] == rate_of(found["recommended_r"])
+    verified = found["verified"]["trials"][str(found["recommended_r"])]
+    assert found["recommended_lr"] == verified["lr"]
+    assert f"--lr {verified['lr']:g} " in found["command"]
     assert found["reason"] and 0 <= chosen["right"] <= 1
     assert {"loss", "standard_error"} < set(chosen)
     assert len(found["gradients"]["by_weight"]) == 14
@@ -173,7 +173,8 @@ def test_rows_with_labels_are_refused_with_what_to_do(inputs: dict[str, str], tm
         line.rank(config(inputs | {"data": data}, tmp_path / "out"), False, quiet(), None)
     renamed = {"data": data, "eval": "30%", "rename": {"text": "prompt", "label": "completion"}}
     found = line.rank(config(inputs, tmp_path / "out", verify=False, **renamed), False, quiet(), None)
-    assert found["verified"] is None and "--rename text=prompt,label=completion" in found["command"]
+    assert (found["verified"], found["recommended_lr"]) == (None, RATES["lora"])
+    assert "--rename text=prompt,label=completion" in found["command"]
 
 
 def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:
@@ -183,12 +184,6 @@ def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:
     assert _next({1.0: 1.0, 0.5: 2.0, 2.0: 3.0}) is None
     assert _next({1.0: 3.0, 0.5: 2.0, 2.0: None, 0.25: 1.0}) is None
     assert _next({1.0: None, 0.5: None, 2.0: None}) is None
-
-
-def test_a_rate_falls_with_the_root_of_the_rank() -> None:
-    usual = TrainConfig(model="m", data="d", output="o")
-    assert rate_of(usual.r) == usual.peak_rate
-    assert all(math.isclose(rate_of(r) / rate_of(4 * r), 2, rel_tol=0.05) for r in (1, 2, 4, 16))
 
 
 def test_a_command_names_what_rows_need(inputs: dict[str, str], tmp_path: Path) -> None:

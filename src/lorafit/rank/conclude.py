@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.config import RankConfig
+from lorafit.config import RankConfig, usual_rate
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import lora_params
 from lorafit.rank.advise import Advice, advise
 from lorafit.rank.energies import Spectrum, allocate, held, mean_effective_rank
-from lorafit.rank.rate import rate_of
 from lorafit.trials.rows import Rows
 
 Found = dict[str, Any]
@@ -36,7 +35,7 @@ def conclude(
         "notes": rows.notes,
         "recommended_r": r,
         "recommended_alpha": 2 * r,
-        "recommended_lr": rate_of(r),
+        "recommended_lr": usual_rate("lora"),
         "targets": "all-linear",
         "reason": advice.reason,
         "curve": _curve(advice, curve, spec, look["is_text"]),
@@ -99,6 +98,14 @@ def _gradients(look: Mapping[str, Any], ranks: Sequence[int], r: int) -> Found:
         },
         "rank_pattern": allocate(spectra, r, least=1),
     }
+
+
+def with_verified(config: RankConfig, found: Found, verified: Found) -> Found:
+    """With what trainings of their own came to: the rate at which the recommended rank did best is the one to use."""
+    own = verified["trials"][str(found["recommended_r"])]
+    lr = found["recommended_lr"] if own["loss"] is None else own["lr"]
+    found = found | {"verified": verified, "recommended_lr": lr}
+    return found | {"command": command(config, found)}
 
 
 def command(config: RankConfig, found: Found) -> str:

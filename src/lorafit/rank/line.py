@@ -20,7 +20,7 @@ from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights
-from lorafit.rank.conclude import conclude
+from lorafit.rank.conclude import conclude, with_verified
 from lorafit.rank.show import page, print_rank
 from lorafit.rank.verify import verify
 from lorafit.trials import child
@@ -72,7 +72,7 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         curve = trials.curve(NESTED, [one["r"] for one in nested["result"]["nested"]])
         found = conclude(config, spec, rows, setup["look"], nested, curve)
         if config.verify:
-            found["verified"] = verify(trials, found)
+            found = with_verified(config, found, verify(trials, found))
         files.write_json(directory / "rank.json", found)
         files.write_atomic(directory / "report.html", page(found))
     if out is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lorafit.config import usual_rate
 from lorafit.rank.advise import advise
-from lorafit.rank.rate import rate_of
 
 if TYPE_CHECKING:
     from lorafit.rank.line import Trials
 
 Found = dict[str, Any]
-# Rates that are tried for each, as multiples of `rate_of` its rank; further out where the best is at the edge.
+# Rates that are tried for each, as multiples of the usual one; further out where the best is at the edge.
 FACTORS = (1.0, 0.5, 2.0)
 FURTHEST = 4.0
 PATTERN = "ranks by layer"
@@ -47,9 +47,9 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
 
 def _best(trials: Trials, name: str, r: int, pattern: Mapping[str, int]) -> Found:
     """The run of the best rate. pattern: ranks of single layers, with the alpha that goes with each."""
-    tried: dict[float, Found] = {}
+    tried, usual = dict[float, Found](), usual_rate("lora")
     while (factor := _next({key: one["loss"] for key, one in tried.items()})) is not None:
-        lr = float(f"{rate_of(r) * factor:.2g}")
+        lr = float(f"{usual * factor:.2g}")
         run = f"{'pattern' if pattern else 'r'}-{r}/lr-{lr:g}"
         settings: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "lr": lr, "rank_pattern": dict(pattern)}
         settings["alpha_pattern"] = {layer: 2.0 * rank for layer, rank in pattern.items()}
