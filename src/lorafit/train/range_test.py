@@ -39,8 +39,8 @@ STEPS = 1 + math.ceil(math.log(HIGHEST / LOWEST, RATIO))
 WATCHED, MOST_WATCHED = 4, 32
 # Above so many times the loss before the first step a rate is too high: it rises in its last digits at any rate.
 ABOVE = 1.05
-# What that rate is divided by.
-TOO_HIGH = 7.0
+# What that rate is divided by: docs/log.md has what it rests on.
+TOO_HIGH = 4.0
 
 
 @dataclass(frozen=True)
