@@ -17,7 +17,7 @@ from lorafit.config import RATES, TrainConfig
 from lorafit.errors import ConfigError
 from lorafit.run import Start, train
 from lorafit.train import range_test
-from lorafit.train.range_test import ABOVE, RATIO, SHARE, STEPS, TOO_HIGH, too_high
+from lorafit.train.range_test import ABOVE, RATIO, SHARE, STEPS, TOO_HIGH, RangeTest, too_high
 from tests import tiny
 
 RATES_TRIED = [1e-4 * RATIO**step for step in range(STEPS)]
@@ -130,6 +130,16 @@ def test_the_rate_that_is_too_high_lies_between_two_that_were_tried(way: float) 
 )
 def test_what_diverges_or_never_comes_back_ends_at_the_last_rate(losses: list[float], step: int) -> None:
     assert too_high(RATES_TRIED, losses, 3.0) == RATES_TRIED[step]
+
+
+def test_a_loss_that_is_no_number_is_written_as_null() -> None:
+    found = RangeTest(1e-3, RATES_TRIED[:3], [2.0, math.nan, math.inf], 3.0, 1, 0.05, 1.0)
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["losses"] == [2.0, None, None]
+    assert "0.001, by a range test of 3 steps" in found.told
+
+
+def test_a_model_that_loses_nothing_has_every_rate_too_high() -> None:
+    assert too_high(RATES_TRIED, [0.5], 0.0) == RATES_TRIED[0]
 
 
 @pytest.mark.parametrize("given", ["fast", "0", "-1e-3", "nan"])

@@ -2,8 +2,8 @@
 
 A range test (Smith 2017, Cyclical learning rates, section 3.3) that costs less than SHARE of the run. The loss is that
 of rows which are the same after every step and are no part of any: between fresh rows it differs by more than between
-rates. It falls, and where it comes back above what it was before the first step the rate is too high, by a factor that
-hardly depends on rows and ranks (docs/design/learning-rate.md). Everything is put back, bit by bit.
+rates. It falls, and where it comes back above what it was before the first step the rate is several times too high: how
+far that carries is in docs/design/learning-rate.md. Everything is put back, bit by bit.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ STEPS = 1 + math.ceil(math.log(HIGHEST / LOWEST, RATIO))
 WATCHED, MOST_WATCHED = 4, 32
 # Above so many times the loss before the first step a rate is too high: it rises in its last digits at any rate.
 ABOVE = 1.05
+TINY = 1e-12  # in the place of a loss of 0
 # What that rate is divided by: docs/log.md has what it rests on.
 TOO_HIGH = 4.0
 
@@ -69,8 +70,8 @@ class RangeTest:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        return asdict(self)
+        """For run.json, in which a loss that is no number is null."""
+        return asdict(self) | {"losses": [loss if math.isfinite(loss) else None for loss in self.losses]}
 
 
 def find(work: Work, usual: float, scratch: Path) -> RangeTest | None:
@@ -100,7 +101,7 @@ def find(work: Work, usual: float, scratch: Path) -> RangeTest | None:
 
 def too_high(rates: Sequence[float], losses: Sequence[float], untrained: float) -> float:
     """The rate, between two of those tried, at which the loss comes above what it was; the last one if it never did."""
-    over = [loss / (ABOVE * untrained) for loss in losses]
+    over = [loss / max(ABOVE * untrained, TINY) for loss in losses]
     step = next((step for step, share in enumerate(over) if not share < 1), None)
     if not step or not math.isfinite(over[step]):
         return rates[len(over) - 1 if step is None else step]
