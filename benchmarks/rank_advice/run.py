@@ -12,9 +12,9 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise`
 is `lorafit rank` on the same rows, and a training of the largest rank after it, for its time: leave the machine alone
-meanwhile. `scalings` searches the rate of some ranks under other scalings. results/SET.json is
-written after each run, and what it holds is not run again. Two of `separate` may run side by side on sets of their own,
-with --threads 1: that makes more runs an hour.
+meanwhile. `scalings` searches the rate of some ranks under other scalings. results/SET.json is written after each run,
+and what it holds is not run again. Two of `separate` may run side by side on sets of their own, with --threads 1: that
+makes more runs an hour.
 """
 
 from __future__ import annotations
@@ -411,12 +411,12 @@ def scaling_rows(every: list[Result]) -> list[str]:
     return [*head, *lines, ""]
 
 
-def put(text: str) -> None:
-    """Write the tables into the document."""
-    before, mark, rest = DOCUMENT.read_text().partition(BEGIN)
+def put(text: str, document: Path = DOCUMENT, begin: str = BEGIN) -> None:
+    """Write tables into a document, behind `begin`."""
+    before, mark, rest = document.read_text().partition(begin)
     if not mark:
-        raise SystemExit(f"{DOCUMENT} has no line {BEGIN}")
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        raise SystemExit(f"{document} has no line {begin}")
+    document.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def run(places: dict[str, str], output: Path, **given: Any) -> tuple[dict[str, Any], str]:
+def run(places: dict[str, str], output: Path, resume: bool = False, **given: Any) -> tuple[dict[str, Any], str]:
     """What it comes to, in steps of 4 short rows, and what is said meanwhile."""
     settings = {"model": places["llama"], "data": places["chat"], "output": str(output), "r": 3, "alpha": 7.0}
     settings |= {"batch_size": 4, "epochs": 2, "precision": "fp32", "threads": 1, "lr": "auto", **given}
     heard = io.StringIO()
-    result = train(TrainConfig(**settings), {}, Start(False, False, time.time()), Console(file=heard, width=1000))
+    result = train(TrainConfig(**settings), {}, Start(resume, False, time.time()), Console(file=heard, width=1000))
     return result, heard.getvalue()
 
 
@@ -86,8 +87,22 @@ def test_it_computes_less_than_its_share_and_is_kept_with_the_run(places: dict[s
     assert 0 < kept["share"] <= SHARE
     assert kept["rates"][0] == pytest.approx(RATES["lora"] / 16)
     assert len(kept["losses"]) <= len(kept["rates"]) == STEPS
+    # It is told in two digits, of which the last is off by half at most: a twentieth of 10.
     assert kept["lr"] == pytest.approx(too_high(kept["rates"], kept["losses"], kept["untrained"]) / TOO_HIGH, rel=0.05)
     assert 'lr = "auto"' in (tmp_path / "run" / "run.toml").read_text()
+
+
+def test_a_resumed_run_keeps_what_was_found(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(range_test, "SHARE", math.inf)
+    first, _ = run(places, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()  # as if it had been killed after its last step
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    monkeypatch.setattr(range_test, "find", None)
+    again, printed = run(places, tmp_path / "run", resume=True)
+    assert (again["range_test"], again["settings"]["lr"]) == (first["range_test"], first["settings"]["lr"])
+    assert "resuming after step 20" in printed
 
 
 def test_a_run_that_is_too_short_has_the_usual_rate_and_says_so(places: dict[str, str], tmp_path: Path) -> None:
@@ -140,6 +155,10 @@ def test_a_loss_that_is_no_number_is_written_as_null() -> None:
 
 def test_a_model_that_loses_nothing_has_every_rate_too_high() -> None:
     assert too_high(RATES_TRIED, [0.5], 0.0) == RATES_TRIED[0]
+
+
+def test_a_loss_may_have_been_nothing_before_it_came_back() -> None:
+    assert RATES_TRIED[0] < too_high(RATES_TRIED, [0.0, 9.0], 3.0) <= RATES_TRIED[1]
 
 
 @pytest.mark.parametrize("given", ["fast", "0", "-1e-3", "nan"])

@@ -62,8 +62,6 @@ RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,
     "lora:vera": 2e-2, "head": 1.5e-3, "full:--layers": 1e-3,
 }  # fmt: skip
-# The end of a key there: with --layers, where fewer weights are trained.
-PART = "--layers"
 # The same on encoders, where it differs: docs/design/learning-rate.md.
 ENCODER_RATES = {"lora": 5e-4}
 # The same of the first component where ranks are nested, and how A starts there.
@@ -77,7 +75,7 @@ EPOCHS = {"head": 10}
 def usual_rate(method: str, variant: str | None = None, is_encoder: bool = False, in_part: bool = False) -> float:
     """The peak learning rate where none is given. is_encoder: of the model, such as BERT. in_part: of some blocks."""
     of_kind = {**RATES, **ENCODER_RATES} if is_encoder else RATES
-    of_part = of_kind.get(f"{method}:{PART}") if in_part else None
+    of_part = of_kind.get(f"{method}:--layers") if in_part else None
     return of_part or of_kind.get(f"{method}:{variant}") or of_kind[method]
 
 

@@ -101,7 +101,7 @@ def find(work: Work, usual: float, scratch: Path) -> RangeTest | None:
 
 def too_high(rates: Sequence[float], losses: Sequence[float], untrained: float) -> float:
     """The rate, between two of those tried, at which the loss comes above what it was; the last one if it never did."""
-    over = [loss / max(ABOVE * untrained, TINY) for loss in losses]
+    over = [max(loss, TINY) / max(ABOVE * untrained, TINY) for loss in losses]  # a loss of nan stays one
     step = next((step for step, share in enumerate(over) if not share < 1), None)
     if not step or not math.isfinite(over[step]):
         return rates[len(over) - 1 if step is None else step]
