@@ -76,11 +76,3 @@ def test_times_are_read(text: str, seconds: float) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--budget"):
         parse_seconds(text, "--budget")
-
-
-def test_nested_ranks_have_a_start_and_a_rate_of_their_own_unless_others_are_given() -> None:
-    settings = {"model": "m", "data": "d", "output": "o", "rank_schedule": "nested"}
-    found = [build(TrainConfig, settings, given)[0] for given in ({}, {"init": "kaiming"}, {"lr": "0.01"})]
-    assert [(one.init, one.lr) for one in found] == [("graded", 1e-3), ("kaiming", 1e-3), ("graded", 1e-2)]
-    usual = build(TrainConfig, {**settings, "rank_schedule": "none"}, {})[0]
-    assert (usual.init, usual.peak_rate) == ("gaussian", 2e-3)

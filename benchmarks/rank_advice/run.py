@@ -11,8 +11,8 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise`
-is `lorafit rank` on the same rows, and a training of the largest rank after it, for its time: leave the machine alone
-meanwhile. `scalings` searches the rate of some ranks under other scalings. results/SET.json is written after each run,
+is `lorafit rank` on the same rows, with each seed: leave the machine alone while the first one runs, whose times are
+reported. `scalings` searches the rate of some ranks under other scalings. results/SET.json is written after each run,
 and what it holds is not run again. Two of `separate` may run side by side on sets of their own, with --threads 1: that
 makes more runs an hour.
 """
@@ -257,37 +257,29 @@ def scalings(given: argparse.Namespace) -> None:
 
 
 def advised(given: argparse.Namespace) -> None:
-    """What `lorafit rank` says of each set, and what it took."""
+    """What `lorafit rank` says of each set with each seed, and what it took."""
     with tempfile.TemporaryDirectory(prefix="rank_advice.") as directory:
         scratch = Path(directory)
-        for name in given.sets.split(","):
-            one = Set(name, given, scratch)
-            if "advice" in one.found:
-                continue
-            out = scratch / "ranked"
-            shutil.rmtree(out, ignore_errors=True)
-            words = [
-                "rank",
-                MODEL,
-                one.train,
-                "--eval",
-                one.valid,
-                "-o",
-                out,
-                "--epochs",
-                EPOCHS,
-                "--precision",
-                "int8",
-            ]
-            command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout)
-            found["gradients"].pop("by_weight")
-            alone = trained(one.settings(RANKS_BY_SIZE[-1], FIRST_STEP, 0), one.scratch / "alone")
-            one.clear()
-            one.found["advice"] = found | {"alone_s": alone["train_s"]} | revision()
-            one.write()
-            print(name, found["recommended_r"], found["reason"], found["seconds"], flush=True)
+        sets = [Set(name, given, scratch) for name in given.sets.split(",")]
+        for seed in range(SEEDS):
+            for one in sets:
+                known = one.found.setdefault("advice", [])
+                if len(known) <= seed:
+                    known.append(asked(one, seed, scratch / "ranked") | revision())
+                    one.write()
+                    told = known[-1]
+                    print(one.found["set"], seed, told["recommended_r"], told["reason"], told["seconds"], flush=True)
+
+
+def asked(one: Set, seed: int, out: Path) -> Result:
+    """The advice of the command itself."""
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", EPOCHS, "--precision", "int8"]
+    words += ["--seed", seed, *(["--threads", one.threads] if one.threads else [])]
+    command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found["gradients"].pop("by_weight")
+    return dict(found)
 
 
 # --- what it comes to -----------------------------------------------------------------------------------------------
@@ -340,26 +332,26 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def table() -> str:
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    rest = [*nested_rows(every), *scaling_rows(every), *told_without_training(every)]
+    rest = [*curve_rows(every), *scaling_rows(every), *told_without_training(every)]
     return "\n".join([*separate_rows(every), *([""] if rest else []), *rest])
 
 
 def separate_rows(every: list[Result]) -> list[str]:
-    """Each rank's loss at its best rate, and what was advised; `-` where a rank was not trained yet."""
+    """Each rank's loss at its best rate, and what was advised with each seed; `-` where a rank was not trained yet."""
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
     lines = [f"| set | seeds | {ranks} | needed | advised | regret |", "|---|---|" + "---|" * (len(RANKS) + 3)]
     for found in every:
-        runs, advice = best_runs(found), found.get("advice")
+        runs, advice = best_runs(found), found.get("advice", [])
         losses = mean_losses(runs)
         cells = [f"{losses[r]:.4f} ({runs[r][0]['lr']:g})" if r in losses else "-" for r in RANKS_BY_SIZE]
-        smallest, advised, regret = ("-",) * 3
+        smallest, told, regret = ("-",) * 3
         if is_whole(runs):
             smallest = str(needed(runs).r)
         if is_whole(runs) and advice:
-            advised, least = str(advice["recommended_r"]), min(losses.values())
-            regret = f"{losses[advice['recommended_r']] / least - 1:.1%}"
+            told = ", ".join(str(one["recommended_r"]) for one in advice)
+            regret = ", ".join(f"{losses[one['recommended_r']] / min(losses.values()) - 1:.1%}" for one in advice)
         seeds = min(map(len, runs.values()), default=0)
-        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, advised, regret])} |")
+        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret])} |")
     return lines
 
 
@@ -368,26 +360,33 @@ def is_whole(runs: dict[int, list[Result]]) -> bool:
     return len(runs) == len(RANKS)
 
 
-def nested_rows(every: list[Result]) -> list[str]:
-    """How far each rank of the nested run is from the same rank alone, and its time in trainings of the largest."""
+def curve_rows(every: list[Result]) -> list[str]:
+    """How far each rank of the one run is from the same rank alone, both in the mean over their seeds.
+
+    And the time of the run in trainings of its largest rank, which is what it begins with.
+    """
     lines = []
     for found in every:
-        runs, advice = best_runs(found), found.get("advice")
-        if advice and is_whole(runs):
-            losses, nested = mean_losses(runs), {one["r"]: one["loss"] for one in advice["curve"]}
-            off = " | ".join(f"{nested[r] / losses[r] - 1:+.1%}" for r in RANKS_BY_SIZE)
-            lines.append(f"| {found['set']} | {off} | {advice['nested']['train_s'] / advice['alone_s']:.2f} |")
+        runs, advice = best_runs(found), found.get("advice", [])
+        if advice and runs:
+            losses = mean_losses(runs)
+            curves = [{point["r"]: point["loss"] for point in one["curve"]} for one in advice]
+            own = {r: statistics.mean(curve[r] for curve in curves) for r in losses}
+            off = " | ".join(f"{own[r] / losses[r] - 1:+.1%}" if r in losses else "-" for r in RANKS_BY_SIZE)
+            took = 1 + advice[0]["run"]["halving_s"] / advice[0]["run"]["train_s"]
+            lines.append(f"| {found['set']} | {len(advice)} | {off} | {took:.2f} |")
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    return [f"| set | {ranks} | time |", "|---|" + "---|" * (len(RANKS) + 1), *lines, ""] if lines else []
+    head = [f"| set | seeds | {ranks} | time |", "|---|---|" + "---|" * (len(RANKS) + 1)]
+    return [*head, *lines, ""] if lines else []
 
 
 def told_without_training(every: list[Result]) -> list[str]:
     """How what is known without training goes with the rank that a set needs."""
-    own = [found for found in every if "advice" in found and is_whole(best_runs(found))]
+    own = [found for found in every if found.get("advice") and is_whole(best_runs(found))]
     known = [found for found in own if not found["set"].endswith(SHUFFLED)]
     lines = []
     for number, name in enumerate(MEASURES if len(known) > 3 else ()):
-        pair = [measures(one["advice"])[number] for one in known], [float(needed(best_runs(one)).r) for one in known]
+        pair = [measures(one["advice"][0])[number] for one in known], [float(needed(best_runs(one)).r) for one in known]
         low, high = interval(*pair)
         sure = f"{spearman(*pair):.2f} ({low:.2f} to {high:.2f})"
         lines.append(f"Spearman's correlation of the {name} with the rank needed: {sure}.")

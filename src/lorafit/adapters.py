@@ -47,18 +47,12 @@ def combine(config: CombineConfig, console: Console) -> dict[str, Any]:
 
 def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
     """Write an adapter of a lower rank. Returns the JSON object. Raises LorafitError for whatever the user can mend."""
-    directory = _adapter(config.run)
-    by_rank = RunDir(config.run).losses_by_rank()
-    how = config.how if config.how != "auto" else "svd" if by_rank is None else "cut"
-    if how == "cut" and by_rank is None:
-        raise ConfigError(
-            f"--how cut is given, and {config.run} is no run whose ranks were trained nested",
-            "Take --how svd, or train with --rank-schedule nested",
-        )
+    directory, by_rank = _adapter(config.run), RunDir(config.run).by_rank()
+    source = RunDir(config.run).adapter_of(_least_above(by_rank, config.r)) or directory
     check_output(Path(config.output))
-    found = arithmetic.shrink(directory, config.r, how, Path(config.output))
-    console.print(f"wrote {config.output}: {_told_shrunk(found)}", highlight=False, markup=False)
-    for line in _told_by_rank(by_rank or [], config.r) if how == "cut" else ():
+    found = arithmetic.shrink(source, config.r, directory, Path(config.output)) | {"source": str(source)}
+    console.print(f"wrote {config.output}: {_told_shrunk(found)}", highlight=False)
+    for line in _told_by_rank(by_rank, config.r):
         console.print(line, highlight=False)
     if config.data:
         losses = [_loss(config, str(path), console) for path in (directory, Path(config.output))]
@@ -68,26 +62,29 @@ def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
     return found
 
 
+def _least_above(by_rank: list[dict[str, Any]], r: int) -> int:
+    """The smallest rank of which the run leaves an adapter that is not below r; 0 where it leaves none."""
+    return min((one["r"] for one in by_rank if one["r"] >= r), default=0)
+
+
 def _told_shrunk(found: dict[str, Any]) -> str:
     ranks = ", ".join(map(str, found["ranks_before"]))
-    if found["how"] == "svd":
-        return f"rank {ranks} truncated to {found['r']} by SVD, which loses {found['lost']:.1%} of the update's norm"
-    others = f"the others are {found['lost']:.1%} of the update's norm"
-    return f"rank {ranks} cut to its first {found['r']} components, which were trained to serve alone; {others}"
+    if max(found["ranks_before"]) <= found["r"]:
+        return f"rank {ranks}, as it is in {found['source']}"
+    return f"rank {ranks} truncated to {found['r']} by SVD, which loses {found['lost']:.1%} of the update's norm"
 
 
 def _told_by_rank(by_rank: list[dict[str, Any]], r: int) -> list[str]:
     """What the run found out about this rank when it ended."""
-    at = {entry["r"]: entry["loss"] for entry in by_rank}
-    most = max(at)
-    if r >= most:
+    at = {one["r"]: one["loss"] for one in by_rank}
+    if not at or r >= max(at):
         return []
     if r not in at:
-        return [f"rank {r} was not among those that were trained ({', '.join(map(str, at))})"]
-    if not by_rank[0]["rows"]:
+        return [f"rank {r} is none of those that the run trained ({', '.join(map(str, at))})"]
+    if all(loss is None for loss in at.values()):
         return ["the run had no held-out rows to measure its ranks on; --data measures this one"]
-    told = [f"{'not finite' if at[one] is None else f'{at[one]:.4f}'} at rank {one}" for one in (r, most)]
-    return [f"held-out loss when it was trained: {', '.join(told)}"]
+    told = [f"{'not finite' if at[one] is None else f'{at[one]:.4f}'} at rank {one}" for one in (r, max(at))]
+    return [f"held-out loss in that run: {', '.join(told)}"]
 
 
 def scale(config: ScaleConfig, log: Console, out: Console | None) -> dict[str, Any]:

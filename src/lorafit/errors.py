@@ -77,7 +77,7 @@ class Interrupted(LorafitError):
 
     def __init__(self, what: str, do: str, signal_number: int) -> None:
         super().__init__(what, do)
-        self.exit_code = 128 + signal_number
+        self.signal_number, self.exit_code = signal_number, 128 + signal_number
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

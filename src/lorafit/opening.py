@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from lorafit.engine import precision
-from lorafit.errors import AdapterError, ConfigError, ModelError
+from lorafit.errors import AdapterError, ConfigError, ModelError, listed
 from lorafit.export import saved
 from lorafit.methods import table
 from lorafit.methods.labels import Labels, put_head
@@ -73,6 +73,7 @@ def open_target(
     storage: str = "auto",
     full: bool = False,
     labelled: bool = False,
+    r: int | None = None,
 ) -> Opened:
     """Load a run, a model, or a model and an adapter, and set the scale. Says on `console` what it opened.
 
@@ -81,13 +82,15 @@ def open_target(
     be compared; for anything else it measures. storage: where it is not `auto`, frozen weights stay so in memory. The
     base of a run is rounded as in training in any case, and `auto` decodes it at once: the same numbers, faster. full:
     but not even that; the base is as it was before training rounded it. labelled: whether one that tells labels apart
-    will do as well.
+    will do as well. r: take the adapter of that rank, of a run that leaves several; by default its own.
     Raises ConfigError for a scale that is not finite or scales nothing, or another storage than the run's, RunDirError
     for an unfinished run, AdapterError for an adapter that does not belong to the model, ModelError.
     """
     if not math.isfinite(scale):
         raise ConfigError(f"--scale must be a finite number, got {scale}", "0 is the base model, 1 the tuned one")
     found = find(target, adapter)
+    if r is not None:
+        found = replace(found, adapter=_of_rank(target, r))
     if full:
         found = replace(found, storage="auto")
     labels = saved.labels_of(found.adapter) if found.adapter is not None else None
@@ -156,6 +159,18 @@ def find(target: str, adapter: str | None) -> Found:
             model_sha256=result.get("model_sha256"),
         )
     return Found(_base_of(path), path) if is_adapter else Found(target, None)
+
+
+def _of_rank(target: str, r: int) -> Path:
+    """The run's adapter of that rank. Raises ConfigError where there is none."""
+    run = RunDir(target)
+    path, ranks = run.adapter_of(r), [one["r"] for one in run.by_rank()]
+    if path is None:
+        has = f"has adapters of rank {listed(map(str, ranks))}" if ranks else "is no run that leaves other ranks"
+        raise ConfigError(
+            f"--r {r} is given, and {target} {has}", f"Make one of it first: lorafit shrink {target} --r {r} -o DIR"
+        )
+    return path
 
 
 def read_base(target: str, found: Found) -> model_spec.ModelSpec:

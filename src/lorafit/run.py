@@ -19,7 +19,6 @@ from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
-from lorafit.infer import by_rank
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure, measure_scores
 from lorafit.methods import gated, rounding, spectral, table
@@ -34,7 +33,7 @@ from lorafit.model.licence import licence_of
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.starting import Given, Settled, earlier_of, read, settle
-from lorafit.train import checkpoint, nested, outcome, range_test
+from lorafit.train import checkpoint, halving, outcome, range_test
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import Once, labelled_facts, look_once
 from lorafit.train.loop import Work, fit
@@ -88,6 +87,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(asked.model_dump())
         progress = _fit(run, work, earlier, console)
         result = _finish(config, settled, given, ready, work, progress, run) | {"load_s": load_s, "sources": source}
+        if halving.ranks(config):
+            result |= _halve(config, given, ready, work, result, run, console)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -242,7 +243,6 @@ def _finish(
         quality = measure(engine, ready.held_out, told, ready.evaluation_micro).summary
     if head := label_head(model):
         head.fold()
-    rank_losses = by_rank.losses(engine, ready.held_out, nested.ranks(config), ready.evaluation_micro)
     run.clean()
     ranks = gated.ranks(model, config)
     kept = ready.method.finish(model, config)
@@ -254,10 +254,23 @@ def _finish(
     result["predicted_train_s"] = given.predicted.train_s if given.predicted else None
     if not told or config.method == "head":
         outcome.remember_speed(result, settled.inputs.spec, config)
-    result |= {"ranks": ranks, "rank_schedule": config.rank_schedule, "nested": rank_losses or None}
+    result |= {"ranks": ranks, "rank_schedule": config.rank_schedule}
     result |= _facts(config, settled, given, ready)
     result |= labelled_facts(told, given.data, progress.tokens_seen - progress.tokens_supervised, quality, ready.once)
     return result | {name: chosen[name] for name in ("probe", "range_test") if name in chosen}
+
+
+def _halve(
+    config: TrainConfig, given: Given, ready: Ready, work: Work, result: dict[str, Any], run: RunDir, console: Console
+) -> dict[str, Any]:
+    """Leave an adapter of each rank below as well. Returns what is known of them, for run.json."""
+
+    def save(r: int) -> None:
+        kept = config.model_copy(update={"r": r, "alpha": config.alpha * r / config.r})
+        saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
+
+    rows_read = result["steps"] * config.batch_size
+    return halving.halve(work, rows_read, result["eval_loss"], save, console)
 
 
 def _facts(config: TrainConfig, settled: Settled, given: Given, ready: Ready) -> dict[str, Any]:

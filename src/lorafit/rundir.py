@@ -16,7 +16,7 @@ import tomli_w
 from lorafit import files
 from lorafit.errors import RunDirError
 
-FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "README.md")
+FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "ranks", "checkpoints", "README.md")
 LOCK = ".lock"
 
 
@@ -24,7 +24,8 @@ class RunDir:
     """Paths and small files of one run.
 
     run.toml: the resolved config. run.json: what happened; it exists once the run has finished. metrics.jsonl: a line a
-    step. adapter/: the result. checkpoints/: what --resume starts from. README.md: the model card.
+    step. adapter/: the result. ranks/: adapters of lower ranks, where the run leaves some.
+    checkpoints/: what --resume starts from. README.md: the model card.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -133,13 +134,23 @@ class RunDir:
         """The lines of metrics.jsonl; none where there is no such file. See `read_lines`."""
         return read_lines(self.metrics)
 
-    def losses_by_rank(self) -> list[dict[str, Any]] | None:
-        """Of a run whose ranks were trained nested: r, loss, rows of each; None of all else, such as no run at all.
+    def of_rank(self, r: int) -> Path:
+        """Where the adapter of a rank below the run's own is, if it leaves one."""
+        return self.path / "ranks" / f"r{r}"
+
+    def by_rank(self) -> list[dict[str, Any]]:
+        """Of a run that leaves an adapter of each rank: r, loss, steps, lr of each, in ascending order; else nothing.
 
         Raises RunDirError for an unfinished run.
         """
-        found: list[dict[str, Any]] | None = self.read_result().get("nested") if self.exists else None
-        return found
+        return self.read_result().get("by_rank") or [] if self.exists else []
+
+    def adapter_of(self, r: int) -> Path | None:
+        """The adapter of that rank; None where the run leaves none."""
+        ranks = [one["r"] for one in self.by_rank()]
+        if r not in ranks:
+            return None
+        return self.adapter if r == ranks[-1] else self.of_rank(r)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.slabs import SLABS
-from lorafit.train import checkpoint, nested, outcome
+from lorafit.train import checkpoint, halving, outcome
 from lorafit.train.checkpoint import Checkpoint
 from lorafit.train.labelled import find_labels, precision_of
 from lorafit.train.setup import Expected, expected, fit_to_memory, precision_that_fits
@@ -83,7 +83,7 @@ def settle(config: TrainConfig, earlier: Checkpoint | None, console: Console) ->
     """
     inputs = _read_inputs(config)
     labels = find_labels(config, inputs.train)
-    nested.check(config, labelled=labels is not None)
+    halving.check(config, labelled=labels is not None)
     if config.head_lr and (labels is None or config.method == "head"):
         why = "whose rate is --lr" if labels else "and the rows have no labels, so there is no head"
         raise ConfigError(f"--head-lr is given with --method {config.method}, {why}", "Leave --head-lr out")
@@ -224,7 +224,8 @@ def _plan(
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
     found = expected(spec, config, chosen["precision"], rows, split, chosen["threads"], adds)
     if found and found.told:
-        console.print(found.told, highlight=False)
+        more = f", the ranks below it {halving.SHARE:.0%} more" if halving.ranks(config) else ""
+        console.print(f"{found.told}{more}", highlight=False)
     return estimate, found
 
 

@@ -28,7 +28,6 @@ from lorafit.export import saved
 from lorafit.infer import answers as infer_answers
 from lorafit.infer import chat as infer_chat
 from lorafit.infer import evaluate as infer_evaluate
-from lorafit.infer.by_rank import using_rank
 from lorafit.infer.label_rows import evaluate_labels
 from lorafit.infer.show_labels import print_labels, print_numbers
 from lorafit.opening import find, open_target
@@ -62,6 +61,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         console,
         config.base_storage,
         labelled=labelled,
+        r=config.r,
     )
     what = {"target": config.target, "base": opened.base, "data": config.data, "adapter": config.adapter}
     how = {"scale": config.scale if opened.has_adapter else None, "precision": opened.precision}
@@ -72,19 +72,18 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
         return what | how | told
     if config.template:
         use_template(opened.tokenizer, config.template)
-    with using_rank(opened.model, config.target, config.r):
-        result = infer_evaluate.evaluate(
-            prepare(opened.model, share_prefix=True),
-            opened.tokenizer,
-            examples,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            generate=config.generate,
-            samples=len(examples) if config.answers else config.samples,
-            seq_len=config.seq_len,
-            micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
-            console=console,
-        )
+    result = infer_evaluate.evaluate(
+        prepare(opened.model, share_prefix=True),
+        opened.tokenizer,
+        examples,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        generate=config.generate,
+        samples=len(examples) if config.answers else config.samples,
+        seq_len=config.seq_len,
+        micro_tokens=config.seq_len,  # a forward pass is never larger than for the longest row that is allowed
+        console=console,
+    )
     _write_answers(config, rows, result.samples, console)
     # JSON has no infinity.
     finite = {"perplexity": result.perplexity if math.isfinite(result.perplexity) else None}

@@ -376,7 +376,7 @@ def test_different_ranks_on_one_shared_weight_are_an_error():
         (
             {"init": "zeros"},
             ConfigError,
-            "init 'zeros' is not known; there are gaussian, kaiming, graded. Choose one of them.",
+            "init 'zeros' is not known; there are gaussian, kaiming. Choose one of them.",
         ),
         (
             {"dropout": 1.0},

@@ -124,5 +124,5 @@ def test_a_run_starts_so_and_says_what_is_left(path: Path, tmp_path: Path) -> No
 def test_an_unknown_start_is_told_what_there_is(path: Path) -> None:
     model = model_load.load(model_spec.read(str(path)), torch.float32).model
     attach: Callable[..., Any] = lora.attach
-    with pytest.raises(ConfigError, match="there are gaussian, kaiming, graded, loftq, qera"):
+    with pytest.raises(ConfigError, match="there are gaussian, kaiming, loftq, qera"):
         attach(model, LoRAConfig(r=R, alpha=ALPHA, init="none of them"))

@@ -85,7 +85,7 @@ def test_the_curve_is_what_eval_gives_at_each_rank(
 ) -> None:
     directory, found, _ = searched
     for one in found["curve"]:
-        settings = {"target": str(directory / "trials" / "nested"), "data": inputs["eval"], "r": one["r"]}
+        settings = {"target": str(directory / "trials" / "all-ranks"), "data": inputs["eval"], "r": one["r"]}
         own = evaluate(EvalConfig(**settings, threads=1), quiet())
         assert one["loss"] == pytest.approx(own["loss"], rel=1e-5)
         assert one["right"] == own["exact_match"]  # a greedy answer is the reply where each of its tokens is likeliest

@@ -168,8 +168,3 @@ def test_other_words_and_numbers_are_refused(given: str, places: dict[str, str],
     settings = {"model": places["llama"], "data": places["chat"], "output": str(tmp_path / "run"), "lr": given}
     with pytest.raises(ConfigError, match="--lr"):
         build(TrainConfig, {}, settings)
-
-
-def test_nested_ranks_are_refused(places: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--lr auto"):
-        run(places, tmp_path / "run", rank_schedule="nested", init="gaussian")

@@ -87,9 +87,6 @@ class ShrinkConfig(Frozen):
     """The adapter directory to write."""
     r: int = Field(ge=1)
     """The rank to bring it to; layers of a lower one stay as they are."""
-    how: Literal["auto", "svd", "cut"] = "auto"
-    """svd: the nearest update of that rank. cut: the first components, of a run whose ranks were trained nested. auto:
-    cut where they were, else svd."""
     data: str | None = None
     """Rows, as for eval, on which the loss is measured before and after."""
     rows: int | None = Field(None, ge=1)

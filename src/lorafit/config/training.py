@@ -30,8 +30,8 @@ class LoRAConfig(Frozen):
     scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """How alpha becomes the scaling; alpha/sqrt(r) is rsLoRA (Kalajdzievski 2023)."""
     init: str = "gaussian"
-    """How A starts: gaussian (standard deviation 1/r), kaiming, or graded (1/k in row k; the default where ranks are
-    nested); B at 0. From the data: eva, lora-ga; from the weights: pissa, olora; over nf4 or int8: loftq, qera."""
+    """How A starts: gaussian (standard deviation 1/r) or kaiming; B at 0. From the data: eva, lora-ga; from the
+    weights: pissa, olora; over nf4 or int8: loftq, qera."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's input that is dropped while training."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -64,9 +64,6 @@ RATES = {
 }  # fmt: skip
 # The same on encoders, where it differs: docs/design/learning-rate.md.
 ENCODER_RATES = {"lora": 5e-4}
-# The same of the first component where ranks are nested, and how A starts there.
-NESTED_RATE = 1e-3
-NESTED = {"lr": NESTED_RATE, "init": "graded"}
 
 # Epochs where no number is given: a head alone is cheap to train, as the model is run once for all of them.
 EPOCHS = {"head": 10}
@@ -195,11 +192,11 @@ class TrainConfig(MethodConfig, RowsConfig):
     """AdamW's decay of the second moment."""
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; a larger gradient is scaled down to it."""
-    rank_schedule: Literal["none", "nested", "adalora"] = "none"
-    """nested: the first 1, 2, 4, ... components of the update are trained to serve without the others, all in one run,
-    and `lorafit shrink` cuts them out; --lr, by default 0.001, is that of the first, component k has lr / sqrt(k).
-    adalora: layers begin with --r-start, and the least important directions of all of them are taken away until their
-    mean rank is --r (Zhang et al. 2023)."""
+    rank_schedule: Literal["none", "halving", "adalora"] = "none"
+    """halving: after training the update is halved, trained on for a few steps, halved again, down to rank 1, in 1.45
+    times the time; each rank is measured and kept, for `lorafit eval --r` and `lorafit shrink`. adalora: layers begin
+    with --r-start, and the least important directions of all of them are taken away until their mean rank is --r
+    (Zhang et al. 2023)."""
     r_start: int | None = Field(None, ge=1)
     """Rank that adalora begins with. Default: half as much again as --r."""
     rank_hold: float = Field(0.1, ge=0, lt=1)
@@ -233,14 +230,6 @@ class TrainConfig(MethodConfig, RowsConfig):
         if not isinstance(values, dict) or values.get("epochs") is not None:
             return values
         return {**values, "epochs": EPOCHS.get(values.get("method") or "lora", 1)}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nested_ranks_have_their_own(cls, values: Any) -> Any:
-        """Where no rate and no start is given, ranks that are nested have those that serve each of them."""
-        if not isinstance(values, dict) or values.get("rank_schedule") != "nested":
-            return values
-        return {**values, **{name: value for name, value in NESTED.items() if values.get(name) is None}}
 
     @property
     def peak_rate(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lorafit.config.base import Frozen, Names, Texts
-from lorafit.config.training import EPOCHS, NESTED_RATE, RowsConfig
+from lorafit.config.training import EPOCHS, RowsConfig
 
 
 class EvalConfig(RowsConfig):
@@ -22,7 +22,7 @@ class EvalConfig(RowsConfig):
     scale: float = 1.0
     """Multiplies the update: 0 is the base, 1 the tuned model, above 1 emphasises."""
     r: int | None = Field(None, ge=1)
-    """Use the first components of the update alone, of a run whose ranks were trained nested. Default: all."""
+    """Use the adapter of this rank, of a run that leaves several (--rank-schedule halving). Default: its own."""
     rows: int | None = Field(None, ge=1)
     """Only the first N rows."""
     batch_size: int = Field(32, ge=1)
@@ -265,8 +265,8 @@ class RankConfig(TrialsConfig):
     but no more than 200 rows."""
     epochs: int = Field(3, ge=1)
     """How often each row is seen, at most: training stops when the held-out loss has risen for an epoch."""
-    lr: float = Field(NESTED_RATE, gt=0)
-    """Rate of the update's first component; component k has lr / sqrt(k)."""
+    lr: float = Field(1e-3, gt=0)
+    """Rate of the one training; what is brought to rank r learns at 2 lr / r afterwards."""
     verify: bool = False
     """Train the recommended rank and its neighbours by themselves too, each at the best of a few rates, and ranks
     that differ by layer: says what the advice has cost. Takes about a dozen runs."""

@@ -82,8 +82,7 @@ class FrozenLinears:
     def update(self, factors: Sequence[Tensor], x: Tensor) -> Update | PackedUpdate:
         """The update of an input like x. One that reads the factors where they lie serves as long as they lie there."""
         scalings = [f.scaling() for f in self.factors if f is not None]
-        # Where a factor is cut its first components lie where all of them begin.
-        key = x.dtype, x.device.type, scalings, [(t.data_ptr(), t.shape) for t in factors]
+        key = x.dtype, x.device.type, scalings, [t.data_ptr() for t in factors]
         if self._update is not None and self._update[0] == key:
             return self._update[1]
         made = make_update(self.spans(factors), factors, x)

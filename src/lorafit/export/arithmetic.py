@@ -21,7 +21,7 @@ from lorafit.errors import AdapterError, ConfigError, listed
 from lorafit.export.peft import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, AdapterConfig, read_config
 from lorafit.export.peft_names import exact_pattern, pattern_value
 from lorafit.export.peft_tensors import PREFIX, read_tensors
-from lorafit.lora.combine import DROPPING, HOWS, SHORTER, Factors, Recipe, norm
+from lorafit.lora.combine import DROPPING, HOWS, Factors, Recipe, norm, truncated
 from lorafit.lora.update import scaling
 
 # PEFT's names of A and B, by kind of module.
@@ -106,28 +106,28 @@ def combine(
         recipe = Recipe([weight for _, weight in own], density, r, generator)
         found = HOWS[how]([part.factors for part, _ in own], recipe)
         made[name] = Part(own[0][0].keys, own[0][0].shapes, found)
-    _write(adapters[0], made, out)
+    _write(adapters[0], made, out, adapters[0].directory)
     everywhere = sum(all(name in adapter.parts for adapter in adapters) for name in names)
     ranks = sorted({part.factors.r for part in made.values()})
     return {"adapter": str(out), "how": how, "modules": len(names), "in_all": everywhere, "ranks": ranks}
 
 
-def shrink(directory: Path, r: int, how: str, out: Path) -> dict[str, Any]:
-    """Write an adapter of rank r. Returns what was lost. Raises AdapterError or RankError.
+def shrink(directory: Path, r: int, beside: Path, out: Path) -> dict[str, Any]:
+    """Write the nearest adapter of rank r. Returns what was lost. Raises AdapterError or RankError.
 
-    how: of `SHORTER`: svd for the nearest, cut for the first components of one whose ranks were trained nested.
+    beside: the adapter directory whose tokenizer goes with it.
     """
     adapter = read(directory)
     made, lost, total = {}, 0.0, 0.0
     for name, part in adapter.parts.items():
-        found, share = SHORTER[how](part.factors, min(r, part.factors.r))
+        found, share = truncated(part.factors, min(r, part.factors.r))
         size = norm(part.factors)
         lost, total = lost + (share * size) ** 2, total + size**2
         made[name] = Part(part.keys, part.shapes, found)
-    _write(adapter, made, out)
+    _write(adapter, made, out, beside)
     before = sorted({part.factors.r for part in adapter.parts.values()})
     share = math.sqrt(lost / total) if total else 0.0
-    return {"adapter": str(out), "ranks_before": before, "r": r, "how": how, "lost": share}
+    return {"adapter": str(out), "ranks_before": before, "r": r, "lost": share}
 
 
 def _check(directories: Sequence[Path], weights: Sequence[float], how: str, density: float, r: int | None) -> None:
@@ -152,8 +152,11 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
         )
 
 
-def _write(like: Adapter, parts: dict[str, Part], out: Path) -> None:
-    """An adapter as `like`, of these updates. Scalings are in the factors: alpha is r."""
+def _write(like: Adapter, parts: dict[str, Part], out: Path, beside: Path) -> None:
+    """An adapter as `like`, of these updates, with the tokenizer of `beside`.
+
+    Scalings are in the factors: alpha is r.
+    """
     usual = max((part.factors.r for part in parts.values()), default=1)
     fields = json.loads((like.directory / CONFIG_NAME).read_text(encoding="utf-8"))
     others = {exact_pattern(name): part.factors.r for name, part in parts.items() if part.factors.r != usual}
@@ -184,7 +187,7 @@ def _write(like: Adapter, parts: dict[str, Part], out: Path) -> None:
         files.write_json(temporary / CONFIG_NAME, fields)
         (temporary / WEIGHTS_NAME).write_bytes(weights)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (like.directory / name).is_file():
-                (temporary / name).write_bytes((like.directory / name).read_bytes())
+            if (beside / name).is_file():
+                (temporary / name).write_bytes((beside / name).read_bytes())
 
     files.write_dir_atomic(out, fill)

@@ -104,9 +104,9 @@ def _spread(ranks: dict[str, int]) -> str:
 
 
 def _by_rank(result: dict[str, Any]) -> dict[str, Any]:
-    """Of a run whose ranks were trained nested."""
-    found = result.get("nested") or []
-    return {f"the first {entry['r']}": f"{entry['loss']:.4f}" for entry in found if entry["loss"] is not None}
+    """Of a run that leaves an adapter of each rank."""
+    found = result.get("by_rank") or []
+    return {f"rank {one['r']}": f"{one['loss']:.4f}" for one in found if one["loss"] is not None}
 
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:

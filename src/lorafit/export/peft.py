@@ -60,7 +60,7 @@ INITS: dict[Any, str] = {
 }
 # What starts from rounding is told as PEFT's default: under its own name PEFT would want to do it once more.
 WRITTEN_INIT: dict[str, bool | str] = {"gaussian": "gaussian", "kaiming": True, "loftq": True, "qera": True}
-WRITTEN_INIT |= dict.fromkeys(("graded", "pissa", "olora", "eva", "lora-ga"), True)
+WRITTEN_INIT |= dict.fromkeys(("pissa", "olora", "eva", "lora-ga"), True)
 
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "exclude_modules",

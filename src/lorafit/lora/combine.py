@@ -74,21 +74,10 @@ def truncated(update: Factors, r: int) -> tuple[Factors, float]:
     return Factors(A, B, update.scaling), math.sqrt(float(S[r:].square().sum()) / total) if total else 0.0
 
 
-def cut(update: Factors, r: int) -> tuple[Factors, float]:
-    """(the first r components, the norm of the others as a share of the whole update's)."""
-    first = Factors(update.A[:r], update.B[:, :r], update.scaling)
-    others, whole = norm(Factors(update.A[r:], update.B[:, r:], update.scaling)), norm(update)
-    return first, others / whole if whole else 0.0
-
-
 def norm(update: Factors) -> float:
     """|scaling * B A| in the Frobenius norm, without B A."""
     A, B = update.A.double(), update.B.double()
     return abs(update.scaling) * math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
-
-
-# Ways to a lower rank.
-SHORTER: dict[str, Callable[[Factors, int], tuple[Factors, float]]] = {"svd": truncated, "cut": cut}
 
 
 # --- sums of factors, which are not sums of updates -----------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lorafit.lora.init import layer_generator
 from lorafit.lora.layer import LoRALayer
-from lorafit.lora.update import scaling
 
 
 @torch.no_grad()
@@ -62,8 +61,5 @@ def fold(layer: LoRALayer, rule: str) -> None:
     kept = layer.gate.nonzero().flatten()
     A, _ = layer.variant.factors(layer)
     gate = layer.gate[kept].view(-1, *[1] * (A.dim() - 1))
-    layer.lora_A, layer.lora_B = nn.Parameter(gate * A[kept]), nn.Parameter(layer.lora_B[:, kept].clone())
-    layer.gate, layer.r = None, len(kept)
-    # To twelve digits: 98 is meant where 2 / (1 / 49) is 98.00000000000001.
-    layer.alpha = float(f"{layer.scaling / scaling(layer.r, 1.0, rule):.12g}")
-    layer.scaling = scaling(layer.r, layer.alpha, rule)
+    layer.gate = None
+    layer.replace(gate * A[kept], layer.lora_B[:, kept].clone(), rule)

@@ -27,20 +27,9 @@ def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
-def graded(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Row k of A, from 1, ~ N(0, (1/k)^2): what it would be as the last row of `gaussian` at rank k.
-
-    For ranks that are trained nested: whatever the rank is cut to, A begins about as one of that rank does, and the
-    first components, which have to serve alone, move the output most for the same step of B. float32 on the CPU.
-    """
-    rows = torch.arange(1, shape[0] + 1, dtype=torch.float32)
-    return torch.empty(shape).normal_(generator=generator) / rows.view(-1, *[1] * (len(shape) - 1))
-
-
 INITS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "gaussian": gaussian,
     "kaiming": kaiming,
-    "graded": graded,
 }
 
 

@@ -5,8 +5,7 @@ All base parameters are frozen and modules are replaced in place.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -226,23 +225,6 @@ def set_scale(model: nn.Module, scale: float) -> None:
     """
     for module in adapted_modules(model).values():
         module.set_scale(scale)
-
-
-@contextmanager
-def cut_to(model: nn.Module, r: int | None) -> Iterator[None]:
-    """Use the first r components of every update alone, all where it is None; afterwards again what was used before.
-
-    Layers of a lower rank stay whole. Raises TargetError if no adapter is attached.
-    """
-    layers = attached_layers(model)
-    before = [layer.cut for layer in layers]
-    for layer in layers:
-        layer.cut = r
-    try:
-        yield
-    finally:
-        for layer, earlier in zip(layers, before, strict=True):
-            layer.cut = earlier
 
 
 def merge(model: nn.Module) -> None:

@@ -34,7 +34,6 @@ class LoRALayer(Adapted):
     Casting the whole model (`model.half()`) casts them too.
     Attributes: base, r, alpha, scaling, scale, merged. `weight` is the base's own, without the update.
     Dropout applies to the input of the branch in training mode; an embedding's token ids are never dropped.
-    cut: how many of the update's components are in use, the first ones; None for all. The scaling stays that of r.
     started_at: A and B of a product that the base's weight gave up at the start, None where it is whole.
     transposed: the factors are used as A^T and B^T, because this module stores the owner's weight the other way round
     (a head tied to an embedding).
@@ -65,7 +64,6 @@ class LoRALayer(Adapted):
         self.variant_name, self.variant = variant, VARIANTS[variant]
         self.dropout, self.dropout_layer = dropout, stable_hash(name)
         self.started_at: tuple[Tensor, Tensor] | None = None
-        self.cut: int | None = None
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
         if "gate" not in parameters:
@@ -86,8 +84,6 @@ class LoRALayer(Adapted):
         A, B = self.variant.factors(self)
         if self.gate is not None:
             A = self.gate.view(-1, *[1] * (A.dim() - 1)) * A
-        if self.cut is not None and self.cut < self.r:
-            A, B = A[: self.cut], B[:, : self.cut]
         return (B.T, A.T) if self.transposed else (A, B)
 
     def lasting_factors(self) -> tuple[Tensor, Tensor, int]:
@@ -106,6 +102,23 @@ class LoRALayer(Adapted):
         """(r, alpha) of `lasting_factors`, whose scaling is this layer's."""
         r = self.lasting_factors()[2]
         return r, self.alpha * (scaling(self.r, 1.0, rule) / scaling(r, 1.0, rule))
+
+    def replace(self, lora_A: Tensor, lora_B: Tensor, rule: str) -> None:
+        """Put factors of another rank in the place of these, at the same scaling. rule: of alpha.
+
+        lora_A: (r, ...), lora_B: (out, r, ...), as the layer has them. What is trained stays so.
+        """
+        pairs = (lora_A, self.lora_A), (lora_B, self.lora_B)
+        self.lora_A, self.lora_B = (nn.Parameter(new.to(old), old.requires_grad) for new, old in pairs)
+        self.r = len(lora_A)
+        # To twelve digits: 98 is meant where 2 / (1 / 49) is 98.00000000000001.
+        self.alpha = float(f"{self.scaling / scaling(self.r, 1.0, rule):.12g}")
+        self.scaling = scaling(self.r, self.alpha, rule)
+
+    def share(self, owner: LoRALayer) -> None:
+        """Use the factors that the layer it is tied to has now."""
+        self.lora_A, self.lora_B = owner.lora_A, owner.lora_B
+        self.r, self.alpha, self.scaling = owner.r, owner.alpha, owner.scaling
 
     def delta_weight(self) -> Tensor:
         """The matrix scaling * B A: (out_features, in_features), float32 or float64; without the scale."""

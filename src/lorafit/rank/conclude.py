@@ -21,13 +21,13 @@ HELD = 0.9
 
 
 def conclude(
-    config: RankConfig, spec: ModelSpec, rows: Rows, look: Mapping[str, Any], nested: Found, curve: Found
+    config: RankConfig, spec: ModelSpec, rows: Rows, look: Mapping[str, Any], made: Found, curve: Found
 ) -> Found:
     """The content of rank.json."""
     nats = {int(r): own["nats"] for r, own in curve["ranks"].items()}
     advice = advise(nats, curve["tokens"])
     r = advice.r
-    result = nested["result"]
+    result = made["result"]
     found: Found = {
         "model": config.model,
         "data": config.data,
@@ -42,11 +42,12 @@ def conclude(
         "distance": look["distance"],
         "capacity": _capacity(spec, r, look["supervised_tokens"], config.epochs),
         "gradients": _gradients(look, list(nats), r),
-        "nested": {
-            "lr": config.lr, "steps": result["steps"], "train_s": result["train_s"], "wall_s": nested["wall_s"],
-            "epochs": config.epochs, "stopped_early": result.get("stopped_early"), "precision": result["precision"],
+        "run": {
+            "lr": config.lr, "steps": result["steps"], "train_s": result["train_s"], "halving_s": result["halving_s"],
+            "wall_s": made["wall_s"], "epochs": config.epochs, "stopped_early": result.get("stopped_early"),
+            "precision": result["precision"], "by_rank": result["by_rank"],
         },
-        "seconds": {"look": look["seconds"], "train": nested["wall_s"], "curve": curve["wall_s"]},
+        "seconds": {"look": look["seconds"], "train": made["wall_s"], "curve": curve["wall_s"]},
         "verified": None,
     }  # fmt: skip
     return found | {"command": command(config, found)}

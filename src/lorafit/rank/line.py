@@ -33,8 +33,8 @@ from lorafit.units import format_seconds
 FILE_NAMES = ("rank.json", "report.html", SETUP, "rows", "trials")
 # What may differ when a search is resumed.
 FREE_TO_CHANGE = frozenset({"output", "model", "data", "eval", "verify"})
-# The nested run, in the directory of trials.
-NESTED = "nested"
+# The run that leaves an adapter of each rank, in the directory of trials.
+ONE_RUN = "all-ranks"
 # What all runs of a search have in common.
 SHARED = (
     "model", "batch_size", "max_steps", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
@@ -64,13 +64,12 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         log.print(f"looked at base and rows in {format_seconds(setup['look']['seconds'])}", highlight=False)
         trials = Trials(config, directory, rows, setup["look"]["precision"], log)
         told = f"ranks 1 to {most} in one run"
-        nested = trials.train(
-            NESTED, told, {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "nested"}
-        )
-        if nested["result"] is None:
-            raise ConfigError(f"the run of all ranks failed: {nested['refused']}", "Lower --lr")
-        curve = trials.curve(NESTED, [one["r"] for one in nested["result"]["nested"]])
-        found = conclude(config, spec, rows, setup["look"], nested, curve)
+        settings = {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "halving"}
+        made = trials.train(ONE_RUN, told, settings)
+        if made["result"] is None:
+            raise ConfigError(f"the run of all ranks failed: {made['refused']}", "Lower --lr")
+        curve = trials.curve(ONE_RUN, [one["r"] for one in made["result"]["by_rank"]])
+        found = conclude(config, spec, rows, setup["look"], made, curve)
         if config.verify:
             found = with_verified(config, found, verify(trials, found))
         files.write_json(directory / "rank.json", found)

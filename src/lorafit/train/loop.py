@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from lorafit.errors import Interrupted, NumericsError, listed
 from lorafit.lora import inject
 from lorafit.methods.labels import PREFIX as HEAD
 from lorafit.methods.method import Method
-from lorafit.train import loss_scale, nested
+from lorafit.train import loss_scale
 from lorafit.train.adalora import RankSchedule, schedule
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.optim import adamw, clip_gradients, load_optimizer_state, optimizer_state, rate, set_rate
@@ -159,16 +158,10 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     started = time.perf_counter()
     epoch, index = divmod(progress.step, work.steps_per_epoch)
     row_ids = step_rows(len(work.rows), config.batch_size, config.order_seed, epoch, index)
-    shares = nested.shares_of(config, progress.step, row_ids)
-    parts = [
-        (r, batch)
-        for r, rows in shares
-        for batch in micro_batches(work.rows, rows, work.micro_tokens, work.engine.packing)
-    ]
-    batches = [batch for _, batch in parts]
+    batches = micro_batches(work.rows, row_ids, work.micro_tokens, work.engine.packing)
 
     counted = TALLY.flop
-    loss = loss_scale.scaled(progress, loop.parameters.values(), lambda: accumulate_gradients(work, progress, parts))
+    loss = loss_scale.scaled(progress, loop.parameters.values(), lambda: accumulate_gradients(work, progress, batches))
     if loop.ranks:
         loop.ranks.add_gradients()
     grad_norm = clip_gradients(list(loop.parameters.values()), config.clip or math.inf)
@@ -206,19 +199,18 @@ def _train_one_step(loop: _Loop, report: Reporter) -> None:
     )
 
 
-def accumulate_gradients(work: Work, progress: Progress, parts: Sequence[tuple[int | None, Batch]]) -> float:
+def accumulate_gradients(work: Work, progress: Progress, batches: Sequence[Batch]) -> float:
     """Gradients of a step's mean loss times `loss_scale`, added up over its micro-batches; returns that loss.
 
     Each micro-batch is divided by the supervised tokens of the whole step, never by its own, so the sum is exactly the
-    gradient of the undivided batch. parts: each with the rank that the update has for it, None for its own.
+    gradient of the undivided batch.
     """
-    supervised = sum(batch.supervised_tokens for _, batch in parts)
+    supervised = sum(batch.supervised_tokens for batch in batches)
     total, scale, step = 0.0, progress.loss_scale, progress.step
-    for r, batch in parts:
+    for batch in batches:
         work.method.before_forward(work.model, work.config.seed, step, batch.token_rows, batch.position_ids)
-        with nullcontext() if r is None else inject.cut_to(work.model, r):
-            loss: Tensor = work.engine.training_loss(batch) / supervised
-            (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
+        loss: Tensor = work.engine.training_loss(batch) / supervised
+        (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch ships it without annotations
         total += float(loss.detach())
         del loss  # or its graph would live through the next forward pass
     return total
@@ -228,8 +220,7 @@ def _apply(loop: _Loop, lr: float) -> None:
     first = loop.progress.step == len(loop.progress.skipped_steps)
     before = {name: p.detach().clone() for name, p in loop.parameters.items()} if first else {}
     set_rate(loop.optimizer, lr)
-    with nested.slower_by_rank(loop.parameters) if nested.ranks(loop.work.config) else nullcontext():
-        loop.optimizer.step()
+    loop.optimizer.step()
     loop.progress.bad_steps_in_a_row = 0
     if first:
         _check_everything_learns(loop.parameters, before)

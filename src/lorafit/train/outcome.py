@@ -109,7 +109,7 @@ def remember_speed(result: dict[str, Any], spec: ModelSpec, config: TrainConfig)
     Of a few steps, or of LoRA in a part of the layers, it would say little.
     """
     is_whole = (config.layers is None or config.method == "full") and config.targets == "all-linear"
-    is_whole = is_whole and config.rank_schedule == "none"
+    is_whole = is_whole and config.rank_schedule != "adalora"
     if is_whole and result["flop"] and result["steps"] >= STEPS_THAT_TELL and result["train_s"] and spec.hidden:
         kind = rates.kind_of(config.method, config.variant, config.layers)
         key = rates.run_key(rates.way(result["precision"], config.base_storage, kind), spec.hidden)

@@ -167,7 +167,7 @@ def _rising(work: Work, plan: _Plan, rates: Sequence[float], untrained: float) -
     progress, losses = Progress(), list[float]()
     loss_scale.begin(progress, work.engine.dtype)
     for batches, lr in zip(plan.steps, rates, strict=True):
-        accumulate = partial(accumulate_gradients, work, progress, [(None, batch) for batch in batches])
+        accumulate = partial(accumulate_gradients, work, progress, batches)
         loss = loss_scale.scaled(progress, parameters.values(), accumulate)
         norm = clip_gradients(list(parameters.values()), work.config.clip or math.inf)
         if math.isfinite(loss) and math.isfinite(norm):

@@ -31,13 +31,11 @@ from lorafit.lora.layer import LoRALayer
 from lorafit.methods.labels import engine_of
 from lorafit.model.spec import ModelSpec
 from lorafit.plan import memory, trained
-from lorafit.plan.flops import Flop
 from lorafit.plan.forecast import SPEEDS, flop_of_step, speed_of
 from lorafit.plan.memory import LEAST_MICRO_TOKENS, Split, splits
 from lorafit.plan.steps import ends_early, once, step
 from lorafit.plan.trained import Trained
 from lorafit.plan.work import Pass, amount_of
-from lorafit.train.nested import shares_of
 from lorafit.units import bytes_of, format_bytes, format_count, format_seconds
 
 # Steps that are looked at to find the largest micro-batch.
@@ -170,12 +168,9 @@ def expected(
         return None
     early = precision in ("bf16", "int8") and not adds.padded and ends_early(spec, config)
     steps, total = _first_steps(rows, config), _total_steps(rows, config)
-    shares = _by_rank(rows, config, steps, split.micro_tokens, adds.padded)
-    passes = [one for own in shares.values() for one in own]
+    passes = _passes(rows, config, steps, split.micro_tokens, adds.padded)
     try:
-        one = Flop(0, 0, 0)
-        for r, own in shares.items():
-            one += step(spec, config.model_copy(update={"r": r}), amount_of(own, early), adds.labels)
+        one = step(spec, config, amount_of(passes, early), adds.labels)
         below = _computed_once(spec, config, precision, rows, adds)
         lowest = once(spec, below, sum(own.tokens for own in passes), sum(own.pairs for own in passes))
     except ModelError:
@@ -199,17 +194,6 @@ def _steps_per_epoch(rows: Sequence[Encoded], config: TrainConfig) -> int:
 
 def _total_steps(rows: Sequence[Encoded], config: TrainConfig) -> int:
     return config.max_steps or _steps_per_epoch(rows, config) * config.epochs
-
-
-def _by_rank(
-    rows: Sequence[Encoded], config: TrainConfig, steps: list[list[int]], micro_tokens: int, padded: bool
-) -> dict[int, list[Pass]]:
-    """Passes of some steps, by the rank that the update has in them."""
-    found = dict[int, list[Pass]]()
-    for number, own in enumerate(steps):
-        for r, some in shares_of(config, number, own):
-            found.setdefault(r or config.r, []).extend(_passes(rows, config, [some], micro_tokens, padded))
-    return found
 
 
 def _passes(

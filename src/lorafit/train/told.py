@@ -69,7 +69,7 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     print_ranks(result["ranks"], console)
-    for line in _by_rank(result["nested"] or []):
+    for line in _by_rank(result):
         console.print(line, highlight=False)
     console.print(f"wrote {path}. Next:")
     chat = [f"lorafit chat {path}"] if result["task"] == "generate" else []
@@ -78,13 +78,16 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
         console.print(f"  {command}", highlight=False, markup=False)
 
 
-def _by_rank(found: list[dict[str, Any]]) -> list[str]:
-    """The held-out loss of each rank that was trained to be used alone, as a small table."""
+def _by_rank(result: dict[str, Any]) -> list[str]:
+    """The held-out loss of each rank that the run leaves an adapter of, as a small table."""
+    found = result.get("by_rank") or []
     if not found:
         return []
-    if not found[0]["rows"]:
-        return [f"no rows to measure ranks {', '.join(str(entry['r']) for entry in found)} on: --eval names some"]
+    took = f"{len(found) - 1} ranks below took {format_seconds(result['halving_s'])}"
+    if result["eval_loss"] is None:
+        return [f"{took}; no rows to measure them on: --eval names some"]
     width = len(str(found[-1]["r"]))
-    shown = ["not finite" if entry["loss"] is None else f"{entry['loss']:.4f}" for entry in found]
-    lines = [f"  r {entry['r']:>{width}}  {loss}" for entry, loss in zip(found, shown, strict=True)]
-    return [f"held-out loss by rank ({format_count(found[0]['rows'])} rows):", *lines]
+    shown = ["not finite" if one["loss"] is None else f"{one['loss']:.4f}" for one in found]
+    return [f"{took}; held-out loss by rank:"] + [
+        f"  r {one['r']:>{width}}  {loss}" for one, loss in zip(found, shown, strict=True)
+    ]

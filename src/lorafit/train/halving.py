@@ -1,0 +1,173 @@
+"""All ranks below a run's from that one run: its update is halved, trained on for a little, halved again, down to 1.
+
+Halving takes the nearest update of half the rank, weight by weight (Eckart and Young 1936); what that loses, a few
+steps bring back, as after pruning (Han et al. 2015, section 3.4). Each rank begins at what the one above it became, so
+that none has to make good more than one halving.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from lorafit.config import TrainConfig
+from lorafit.errors import ConfigError, Interrupted, NumericsError
+from lorafit.lora.truncate import truncate
+from lorafit.methods.spectral import MOVING
+from lorafit.train.loop import Work, fit
+from lorafit.train.reporting import StepReport
+from lorafit.train.signals import stop_on_signals
+
+CAN_BE_HALVED = ("lora", "lora-fa")
+# Of the rows that the run has read, what all steps after halving read; rank b has a share in 1 / sqrt(b) of it.
+SHARE = 0.45
+# What rank b learns at: so many times --lr, over b.
+RATE = 2.0
+# Rows of a step, as a part of --batch-size: there are few rows for each rank, and more steps use them better.
+PART_OF_BATCH = 2
+
+
+def ladder(r: int) -> list[int]:
+    """1, 2, 4, ... below r, and r."""
+    return [2**k for k in range((r - 1).bit_length())] + [r]
+
+
+def ranks(config: TrainConfig) -> list[int]:
+    """The ranks of which a run of these settings leaves an adapter, its own last; none by default."""
+    return ladder(max([config.r, *config.rank_pattern.values()])) if config.rank_schedule == "halving" else []
+
+
+def check(config: TrainConfig, labelled: bool) -> None:
+    """Refuse to halve what is no product of two factors alone. Raises ConfigError.
+
+    labelled: whether a head of labels is trained.
+    """
+    if not ranks(config):
+        return
+    reasons = {
+        f"--method {config.method}, which has no rank": config.method != "lora",
+        f"--variant {config.variant}, whose update is more than two factors": config.variant not in CAN_BE_HALVED,
+        f"--init {config.init}, whose update is saved together with what W0 gave up": config.init in MOVING,
+        "--add-tokens, and tokens have no rank": bool(config.add_tokens),
+        "rows with labels, and a head of labels has no rank": labelled,
+        "rank 1, below which there is none": ranks(config) == [1],
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason:
+        raise ConfigError(f"--rank-schedule {config.rank_schedule} is given with {reason}", "Leave one of the two out")
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What is done after the update was brought to rank r."""
+
+    r: int
+    steps: int
+    batch_size: int
+    lr: float
+
+
+def plan(config: TrainConfig, rows_read: int) -> list[Healing]:
+    """What each rank below the run's own is trained on, from the largest. rows_read: by the run until then.
+
+    The smaller the rank, the more a halving has lost, and the more steps there are for it, at a higher rate.
+    """
+    below = ranks(config)[-2::-1]
+    batch_size = max(1, config.batch_size // PART_OF_BATCH)
+    whole = SHARE * rows_read / batch_size / sum(r**-0.5 for r in below)
+    return [Healing(r, round(whole * r**-0.5), batch_size, float(f"{RATE * config.peak_rate / r:.3g}")) for r in below]
+
+
+def halve(
+    work: Work, rows_read: int, loss: float | None, save: Callable[[int], None], console: Console
+) -> dict[str, Any]:
+    """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
+
+    rows_read: by the run until now. loss: of the update as it is. save: called with each rank while the model has it.
+    Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss (None without such
+    rows, and where it is not finite); and `halving_s`. Raises Interrupted: it begins again when the run is resumed.
+    """
+    started = time.perf_counter()
+    healings = plan(work.config, rows_read)
+    found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "loss": loss}]
+    with _Told(console, sum(healing.steps for healing in healings)) as told:
+        for healing in healings:
+            truncate(work.model, healing.r, work.config.scaling_rule)
+            _heal(work, healing, told)
+            save(healing.r)
+            own = asdict(healing) | {"loss": _loss(work)}
+            found.append({name: own[name] for name in ("r", "steps", "lr", "loss")})
+            told.rank(found[-1])
+    return {"by_rank": found[::-1], "halving_s": time.perf_counter() - started}
+
+
+def _heal(work: Work, healing: Healing, told: _Told) -> None:
+    """Train on for a few steps; where that fails, what was cut stays as it was."""
+    if not healing.steps:
+        return
+    before = {name: value.clone() for name, value in work.method.state(work.model).items()}
+    # No warm-up, as nothing starts anew; another seed, so that these are not the rows that the run began with.
+    own = {"max_steps": healing.steps, "batch_size": healing.batch_size, "lr": healing.lr}
+    own |= {"warmup": 0.0, "seed": work.config.seed + healing.r}
+    short = replace(work, config=work.config.model_copy(update=own), evaluate=None)
+    try:
+        with stop_on_signals() as stop:
+            fit(short, None, lambda state: None, stop, told)
+    except NumericsError as error:
+        told.note(0, f"rank {healing.r} stays as it was cut: {error.what}")
+        work.method.load_state(work.model, before)
+    except Interrupted as error:
+        raise Interrupted(
+            f"stopped by signal {error.signal_number} while the ranks below were trained; the run itself is saved",
+            error.do,
+            error.signal_number,
+        ) from None
+
+
+def _loss(work: Work) -> float | None:
+    if work.evaluate is None:
+        return None
+    try:
+        loss = work.evaluate()
+    except NumericsError:  # the other ranks, and the run, are good all the same
+        return None
+    return loss if math.isfinite(loss) else None
+
+
+class _Told:
+    """A bar over all steps on a terminal, and a line for each rank."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._done = console, 0
+        columns = TextColumn("ranks below"), BarColumn(bar_width=24), MofNCompleteColumn()
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("ranks", total=steps)
+
+    def __enter__(self) -> _Told:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, report: StepReport) -> None:
+        """An optimizer step has ended."""
+        self._bar.advance(self._task)
+
+    def evaluated(self, step: int, loss: float, better: bool) -> None:
+        """There are no evaluations between steps."""
+
+    def note(self, step: int, message: str) -> None:
+        """Something that must not be silent."""
+        self._console.print(message, style="yellow", highlight=False)
+
+    def rank(self, found: dict[str, Any]) -> None:
+        """One is done."""
+        loss = "" if found["loss"] is None else f", held-out loss {found['loss']:.4f}"
+        self._console.print(f"rank {found['r']}: {found['steps']} steps at {found['lr']:g}{loss}", highlight=False)

@@ -1,0 +1,188 @@
+"""A run that leaves an adapter of each rank, from `train` to `shrink`, `eval --r` and PEFT."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+
+from lorafit import adapters
+from lorafit.config import EvalConfig, ShrinkConfig, TrainConfig
+from lorafit.errors import ConfigError, NumericsError
+from lorafit.export import saved
+from lorafit.run import Start, train
+from lorafit.train import halving
+from lorafit.use import evaluate
+from tests import tiny
+
+IDS = torch.arange(2, 26).view(2, 12)
+
+
+def run(settings: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any], str]:
+    heard = io.StringIO()
+    result = train(TrainConfig(**settings), {}, Start(resume, False, time.time()), Console(file=heard, width=1000))
+    return result, heard.getvalue()
+
+
+def shrunk(settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    heard = io.StringIO()
+    return adapters.shrink(ShrinkConfig(**settings), Console(file=heard, width=1000)), heard.getvalue()
+
+
+def loss(target: Path, data: Path, **more: Any) -> float:
+    settings = {"target": str(target), "data": str(data), "generate": False, "precision": "fp32", **more}
+    return float(evaluate(EvalConfig(**settings), Console(file=io.StringIO()))["loss"])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("inputs")
+    model, data = tiny.write_model(path / "model"), tiny.write_chat(path / "rows.jsonl", 22)
+    held_out = tiny.write_chat(path / "held.jsonl", 9)
+    settings = {"r": 6, "alpha": 9.0, "batch_size": 4, "precision": "fp32", "threads": 1, "lr": 2e-2, "epochs": 2}
+    places = {"model": str(model), "data": str(data), "eval": str(held_out)}
+    return {**settings, **places, "rank_schedule": "halving", "save_every": 1}
+
+
+Halved = tuple[Path, dict[str, Any], str]
+
+
+@pytest.fixture(scope="module")
+def halved(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Halved:
+    """A run, its result and what it printed."""
+    path = tmp_path_factory.mktemp("runs") / "halved"
+    return path, *run({**inputs, "output": str(path)})
+
+
+def test_every_rank_is_measured_and_shown(halved: Halved) -> None:
+    path, result, printed = halved
+    assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
+    assert result["by_rank"][-1]["loss"] == result["eval_loss"]
+    assert json.loads((path / "run.json").read_text())["by_rank"] == result["by_rank"]
+    assert "held-out loss by rank:" in printed
+    assert f"| rank 2 | {result['by_rank'][1]['loss']:.4f} |" in (path / "README.md").read_text()
+    for one in result["by_rank"]:
+        assert f"  r {one['r']}  {one['loss']:.4f}" in printed
+
+
+def test_the_run_itself_is_the_one_without_its_lower_ranks(
+    inputs: dict[str, Any], halved: Halved, tmp_path: Path
+) -> None:
+    run({**inputs, "output": str(tmp_path / "usual"), "rank_schedule": "none"})
+    files = [path / "adapter" / "adapter_model.safetensors" for path in (halved[0], tmp_path / "usual")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_was_halved_and_trained_on_fits_the_rows_better_than_the_nearest_update_of_that_rank(
+    inputs: dict[str, Any], halved: Halved, tmp_path: Path
+) -> None:
+    for r in (1, 2):
+        cut = tmp_path / f"cut{r}"
+        shrunk({"run": str(halved[0] / "adapter"), "r": r, "output": str(cut)})
+        assert loss(halved[0], Path(inputs["data"]), r=r) < loss(cut, Path(inputs["data"]))
+
+
+@pytest.mark.parametrize("left", ["ranks", "no ranks"])
+def test_a_stopped_run_goes_on_bitwise(left: str, inputs: dict[str, Any], halved: Halved, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(halved[0], again)
+    (again / "run.json").unlink()
+    shutil.rmtree(again / "adapter")
+    if left == "no ranks":
+        shutil.rmtree(again / "ranks")
+        shutil.rmtree(max((again / "checkpoints").iterdir()))
+    result, printed = run({**inputs, "output": str(again)}, resume=True)
+    assert f"resuming after step {11 if left == 'no ranks' else 12}" in printed
+    for part in ("adapter", "ranks/r1", "ranks/r2", "ranks/r4"):
+        files = [path / part / "adapter_model.safetensors" for path in (halved[0], again)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert result["by_rank"] == halved[1]["by_rank"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will drop
+@pytest.mark.parametrize("r", [1, 3, 4])
+def test_what_shrink_writes_is_what_the_run_trained_or_the_nearest_to_it_and_peft_reads_it(
+    r: int, inputs: dict[str, Any], halved: Halved, tmp_path: Path
+) -> None:
+    path, held_out, small = halved[0], Path(inputs["eval"]), tmp_path / "small"
+    found, printed = shrunk({"run": str(path), "r": r, "output": str(small), "data": str(held_out)})
+    assert found["loss_before"] == pytest.approx(halved[1]["eval_loss"], rel=1e-5)
+    assert found["loss_after"] == pytest.approx(loss(small, held_out), rel=1e-6)
+    measured = {one["r"]: one["loss"] for one in halved[1]["by_rank"]}
+    if r in measured:
+        assert found["loss_after"] == pytest.approx(measured[r], rel=1e-5)
+        assert loss(path, held_out, r=r) == pytest.approx(measured[r], rel=1e-5)
+        assert f"{measured[r]:.4f} at rank {r}, {measured[6]:.4f} at rank 6" in printed
+        assert f"rank {r}, as it is in" in printed
+    else:
+        assert "rank 4 truncated to 3 by SVD" in printed
+        assert "rank 3 is none of those that the run trained (1, 2, 4, 6)" in printed
+    model = tiny.llama()
+    saved.load(model, small)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    theirs = PeftModel.from_pretrained(tiny.llama(), str(small)).eval()
+    torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert theirs.peft_config["default"].r == r
+
+
+def test_a_rank_that_there_is_no_adapter_of_is_refused(inputs: dict[str, Any], halved: Halved, tmp_path: Path) -> None:
+    shrunk({"run": str(halved[0]), "r": 2, "output": str(tmp_path / "small")})
+    with pytest.raises(ConfigError, match="is no run that leaves other ranks"):
+        loss(tmp_path / "small", Path(inputs["eval"]), r=1)
+    with pytest.raises(ConfigError, match=r"--r 3 is given, and .* has adapters of rank 1, 2, 4, 6"):
+        loss(halved[0], Path(inputs["eval"]), r=3)
+
+
+def test_layers_of_a_lower_rank_stay_as_they_are_until_it_is_their_turn_and_tied_ones_follow(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {"rank_pattern": {"q_proj": 2}, "targets": "all-linear,embed_tokens", "epochs": 1}
+    result, _ = run({**inputs, **more, "output": str(tmp_path / "run")})
+    assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
+    for one in result["by_rank"]:
+        assert loss(tmp_path / "run", Path(inputs["eval"]), r=one["r"]) == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:
+    result, printed = run({**inputs, "eval": None, "epochs": 1, "output": str(tmp_path / "run")})
+    assert [one["loss"] for one in result["by_rank"]] == [None] * 4
+    assert "no rows to measure them on" in printed
+    _, printed = shrunk({"run": str(tmp_path / "run"), "r": 2, "output": str(tmp_path / "cut")})
+    assert "rank 2, as it is in" in printed and "no held-out rows" in printed
+
+
+def test_halving_is_refused_where_nothing_could_be_halved(inputs: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rank-schedule halving is given with --variant dora"):
+        run({**inputs, "variant": "dora", "output": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_cannot_be_trained_stays_as_it_was_cut(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, at = halving.fit, list[float]()
+
+    def failing(work: Any, *others: Any) -> Any:
+        at.append(work.config.lr)
+        found = real(work, *others)
+        if len(at) == 2:
+            raise NumericsError("the loss was not finite")
+        return found
+
+    monkeypatch.setattr(halving, "fit", failing)
+    result, printed = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+    assert "rank 2 stays as it was cut: the loss was not finite" in printed
+    assert len(at) == 3 and all(math.isfinite(one["loss"]) for one in result["by_rank"])
+    shrunk({"run": str(tmp_path / "run" / "ranks" / "r4"), "r": 2, "output": str(tmp_path / "cut")})
+    cut = loss(tmp_path / "cut", Path(inputs["eval"]))
+    assert result["by_rank"][1]["loss"] == pytest.approx(cut, rel=1e-5)
