@@ -29,7 +29,6 @@ WAYS: dict[str, list[str]] = {
     "lora, --init olora": ["--init", "olora"],
     "lora, --init eva": ["--init", "eva"],
     "lora, --init lora-ga": ["--init", "lora-ga"],
-    "lora, --rank-schedule nested": ["--rank-schedule", "nested"],
     "lora, --rank-schedule adalora": ["--rank-schedule", "adalora"],
     "lora:dora": ["--variant", "dora"],
     "lora:lora-fa": ["--variant", "lora-fa"],

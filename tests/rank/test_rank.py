@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lorafit.config import RATES, EvalConfig, RankConfig, ReportConfig, TrainConfig
+from lorafit.adapters import shrink
+from lorafit.config import RATES, EvalConfig, RankConfig, ReportConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import command
@@ -101,6 +102,21 @@ def test_the_command_that_is_advised_trains(searched: tuple[Path, dict[str, Any]
     assert settings["r"] == str(found["recommended_r"]) and settings["alpha"] == str(2 * found["recommended_r"])
 
 
+def test_the_adapter_that_the_search_left_is_taken_by_the_command_that_is_told(
+    searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str], tmp_path: Path
+) -> None:
+    _, found, printed = searched
+    words = found["shrink"].split()
+    assert words[:2] == ["lorafit", "shrink"] and words[3:5] == ["--r", str(found["recommended_r"])]
+    assert found["shrink"] in printed
+    shrink(ShrinkConfig(run=words[2], r=int(words[4]), output=str(tmp_path / "small")), quiet())
+    own = evaluate(
+        EvalConfig(target=str(tmp_path / "small"), data=inputs["eval"], threads=1, precision="fp32"), quiet()
+    )
+    chosen = next(one for one in found["curve"] if one["r"] == found["recommended_r"])
+    assert own["loss"] == pytest.approx(chosen["loss"], rel=1e-5)
+
+
 def test_verifying_trains_neighbours_and_ranks_by_layer_each_at_the_best_of_some_rates(
     searched: tuple[Path, dict[str, Any], str],
 ) -> None:
@@ -148,7 +164,8 @@ def test_a_search_goes_on_where_it_was_and_refuses_other_settings(
     with pytest.raises(CheckpointError, match="batch_size"):
         line.rank(config(inputs, copy, batch_size=5), True, quiet(), None)
     monkeypatch.setattr(child, "call", None)  # whatever was computed is not computed again
-    assert line.rank(config(inputs, copy), True, quiet(), None) == found
+    again = line.rank(config(inputs, copy), True, quiet(), None)
+    assert again == found | {"shrink": again["shrink"]} and str(copy) in again["shrink"]  # it names the directory
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_the_ranks_below_read_less_than_half_of_what_the_run_has_read_and_smalle
     assert abs(read - SHARE * rows_read) <= sum(one.batch_size for one in found) / 2  # each is rounded to whole steps
     for larger, smaller in pairwise(found):
         assert larger.steps <= smaller.steps and larger.lr < smaller.lr
-    assert {one.batch_size for one in found} == {max(1, batch_size // 2)}
+    assert {one.batch_size for one in found} == {max(1, batch_size // 4)}
 
 
 @pytest.mark.parametrize(

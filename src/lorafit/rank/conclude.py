@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from lorafit.rank.energies import Spectrum, allocate, held, mean_effective_rank
 from lorafit.trials.rows import Rows
 
 Found = dict[str, Any]
+# The directory of runs in that of a search, and the run in it that leaves an adapter of each rank.
+TRIALS, ONE_RUN = "trials", "all-ranks"
 # Of a gradient's energy, what a rank is asked to hold to be called enough by the spectra alone.
 HELD = 0.9
 
@@ -50,7 +53,7 @@ def conclude(
         "seconds": {"look": look["seconds"], "train": made["wall_s"], "curve": curve["wall_s"]},
         "verified": None,
     }  # fmt: skip
-    return found | {"command": command(config, found)}
+    return found | {"command": command(config, found), "shrink": shrink_command(config, r)}
 
 
 def _curve(advice: Advice, curve: Found, spec: ModelSpec, is_text: bool) -> list[Found]:
@@ -107,6 +110,11 @@ def with_verified(config: RankConfig, found: Found, verified: Found) -> Found:
     lr = found["recommended_lr"] if own["loss"] is None else own["lr"]
     found = found | {"verified": verified, "recommended_lr": lr}
     return found | {"command": command(config, found)}
+
+
+def shrink_command(config: RankConfig, r: int) -> str:
+    """What takes the adapter of rank r out of the search's own run."""
+    return f"lorafit shrink {Path(config.output) / TRIALS / ONE_RUN} --r {r} -o adapters/r{r}"
 
 
 def command(config: RankConfig, found: Found) -> str:

@@ -20,7 +20,7 @@ from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights
-from lorafit.rank.conclude import conclude, with_verified
+from lorafit.rank.conclude import ONE_RUN, TRIALS, conclude, with_verified
 from lorafit.rank.show import page, print_rank
 from lorafit.rank.verify import verify
 from lorafit.trials import child
@@ -30,11 +30,9 @@ from lorafit.trials.rows import KEEP, Rows, split_in_two
 from lorafit.trials.watching import watched
 from lorafit.units import format_seconds
 
-FILE_NAMES = ("rank.json", "report.html", SETUP, "rows", "trials")
+FILE_NAMES = ("rank.json", "report.html", SETUP, "rows", TRIALS)
 # What may differ when a search is resumed.
 FREE_TO_CHANGE = frozenset({"output", "model", "data", "eval", "verify"})
-# The run that leaves an adapter of each rank, in the directory of trials.
-ONE_RUN = "all-ranks"
 # What all runs of a search have in common.
 SHARED = (
     "model", "batch_size", "max_steps", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
@@ -103,7 +101,7 @@ def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Conso
     from lorafit.rank import looking  # needs torch
 
     arguments = (config, most, rows.path("train"), str(KEEP))
-    path = directory / "trials" / "look.log"
+    path = directory / TRIALS / "look.log"
     with watched(log, "looking at base and rows, without training", path):
         found = child.call(looking.look, arguments, path)
     for row in found["distance"]["furthest"]:
@@ -123,7 +121,7 @@ class Trials:
 
         told: what it is, for the log.
         """
-        run = self.directory / "trials" / name
+        run = self.directory / TRIALS / name
         wanted = {key: getattr(self.config, key) for key in SHARED} | {"patience": 1} | settings
         wanted |= {"data": self.rows.path("train"), "eval": self.rows.path("valid"), "output": str(run)}
 
@@ -151,12 +149,12 @@ class Trials:
         def work(path: Path) -> Record:
             from lorafit.rank import looking  # needs torch
 
-            run = str(self.directory / "trials" / name)
+            run = str(self.directory / TRIALS / name)
             return child.call(looking.curve, (run, self.config, self.precision, ranks, self.rows.path("valid")), path)
 
         return self._once(f"{name}.curve", work, "measuring each rank on the held-out rows")
 
     def _once(self, name: str, work: Work, doing: str) -> Record:
-        directory = self.directory / "trials"
+        directory = self.directory / TRIALS
         with watched(self.log, doing, log_of(directory, name)):
             return record(directory, name, work)

@@ -16,6 +16,8 @@ from lorafit.units import format_count, format_seconds
 
 PAGE = Path(__file__).parent / "page.html.jinja"
 COLUMNS = ("rank", "parameters", "loss", "more than the best", "right", "")
+# What stands before the command that takes an adapter from the search itself.
+LEFT = "Or without another training, the adapter of that rank that the search left"
 Found = dict[str, Any]
 
 
@@ -132,6 +134,7 @@ def print_rank(found: Found, console: Console) -> None:
     answer = f"Take r = {found['recommended_r']}: {found['reason']}."
     console.print(answer, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Next:\n  {found['command']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{LEFT}:\n  {found['shrink']}", highlight=False, markup=False, soft_wrap=True)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -188,4 +191,5 @@ def page(found: Found) -> str:
         verified_told=verified_told(found),
         kinds=kinds,
         costs=costs_told(found),
+        left=LEFT,
     )

@@ -25,12 +25,12 @@ from lorafit.train.reporting import StepReport
 from lorafit.train.signals import stop_on_signals
 
 CAN_BE_HALVED = ("lora", "lora-fa")
-# Of the rows that the run has read, what all steps after halving read; rank b has a share in 1 / sqrt(b) of it.
-SHARE = 0.45
+# Of the rows that the run has read, what all steps after halving read; rank b has a share in b ** -FALL of it.
+SHARE, FALL = 0.45, 0.75
 # What rank b learns at: so many times --lr, over b.
 RATE = 2.0
 # Rows of a step, as a part of --batch-size: there are few rows for each rank, and more steps use them better.
-PART_OF_BATCH = 2
+PART_OF_BATCH = 4
 
 
 def ladder(r: int) -> list[int]:
@@ -80,8 +80,8 @@ def plan(config: TrainConfig, rows_read: int) -> list[Healing]:
     """
     below = ranks(config)[-2::-1]
     batch_size = max(1, config.batch_size // PART_OF_BATCH)
-    whole = SHARE * rows_read / batch_size / sum(r**-0.5 for r in below)
-    return [Healing(r, round(whole * r**-0.5), batch_size, float(f"{RATE * config.peak_rate / r:.3g}")) for r in below]
+    whole = SHARE * rows_read / batch_size / sum(r**-FALL for r in below)
+    return [Healing(r, round(whole * r**-FALL), batch_size, float(f"{RATE * config.peak_rate / r:.3g}")) for r in below]
 
 
 def halve(
