@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +28,7 @@ CAN_BE_HALVED = ("lora", "lora-fa")
 # Of the rows that the run has read, what all steps after halving read; rank b has a share in b ** -FALL of it.
 SHARE, FALL = 0.45, 0.75
 # What rank b learns at: so many times --lr, over b.
-RATE = 2.0
+RATE = 1.5
 # Rows of a step, as a part of --batch-size: there are few rows for each rank, and more steps use them better.
 PART_OF_BATCH = 4
 
@@ -90,28 +90,45 @@ def halve(
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
     rows_read: by the run until now. loss: of the update as it is. save: called with each rank while the model has it.
-    Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss (None without such
-    rows, and where it is not finite); and `halving_s`. Raises Interrupted: it begins again when the run is resumed.
+    Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss, and that before
+    these steps (None without such rows, and where it is not finite); and `halving_s`, without evaluations. Raises
+    Interrupted: it begins again when the run is resumed.
     """
-    started = time.perf_counter()
-    healings = plan(work.config, rows_read)
-    found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "loss": loss}]
+    healings, took = plan(work.config, rows_read), 0.0
+    found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "cut_loss": None, "loss": loss}]
     with _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
+            started = time.perf_counter()
             truncate(work.model, healing.r, work.config.scaling_rule)
-            _heal(work, healing, told)
+            took += time.perf_counter() - started
+            own, heal_s = _better(work, healing, told)
+            took += heal_s
             save(healing.r)
-            own = asdict(healing) | {"loss": _loss(work)}
-            found.append({name: own[name] for name in ("r", "steps", "lr", "loss")})
+            found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **own})
             told.rank(found[-1])
-    return {"by_rank": found[::-1], "halving_s": time.perf_counter() - started}
+    return {"by_rank": found[::-1], "halving_s": took}
 
 
-def _heal(work: Work, healing: Healing, told: _Told) -> None:
-    """Train on for a few steps; where that fails, what was cut stays as it was."""
+def _better(work: Work, healing: Healing, told: _Told) -> tuple[dict[str, float | None], float]:
+    """What was cut, trained on, or as it was where it was better then or the training fails. Its losses; seconds."""
+    cut_loss = _loss(work)
     if not healing.steps:
-        return
+        return {"cut_loss": cut_loss, "loss": cut_loss}, 0.0
     before = {name: value.clone() for name, value in work.method.state(work.model).items()}
+    started = time.perf_counter()
+    failed = _heal(work, healing, told)
+    took = time.perf_counter() - started
+    loss = cut_loss if failed else _loss(work)
+    if failed:
+        told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
+    if failed or (cut_loss is not None and (loss is None or loss > cut_loss)):
+        work.method.load_state(work.model, before)
+        loss = cut_loss
+    return {"cut_loss": cut_loss, "loss": loss}, took
+
+
+def _heal(work: Work, healing: Healing, told: _Told) -> str | None:
+    """Train on for a few steps. Returns why that failed, if it did."""
     # No warm-up, as nothing starts anew; another seed, so that these are not the rows that the run began with.
     own = {"max_steps": healing.steps, "batch_size": healing.batch_size, "lr": healing.lr}
     own |= {"warmup": 0.0, "seed": work.config.seed + healing.r}
@@ -120,14 +137,14 @@ def _heal(work: Work, healing: Healing, told: _Told) -> None:
         with stop_on_signals() as stop:
             fit(short, None, lambda state: None, stop, told)
     except NumericsError as error:
-        told.note(0, f"rank {healing.r} stays as it was cut: {error.what}")
-        work.method.load_state(work.model, before)
+        return error.what
     except Interrupted as error:
         raise Interrupted(
             f"stopped by signal {error.signal_number} while the ranks below were trained; the run itself is saved",
             error.do,
             error.signal_number,
         ) from None
+    return None
 
 
 def _loss(work: Work) -> float | None:
@@ -169,5 +186,6 @@ class _Told:
 
     def rank(self, found: dict[str, Any]) -> None:
         """One is done."""
-        loss = "" if found["loss"] is None else f", held-out loss {found['loss']:.4f}"
-        self._console.print(f"rank {found['r']}: {found['steps']} steps at {found['lr']:g}{loss}", highlight=False)
+        loss, cut = ("not finite" if one is None else f"{one:.4f}" for one in (found["loss"], found["cut_loss"]))
+        told = "" if found["loss"] is None else f": held-out loss {cut} halved, {loss} after"
+        self._console.print(f"rank {found['r']}{told} {found['steps']} steps at {found['lr']:g}", highlight=False)
