@@ -269,8 +269,7 @@ def _halve(
         kept = config.model_copy(update={"r": r, "alpha": config.alpha * r / config.r})
         saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
 
-    rows_read = result["steps"] * config.batch_size
-    return halving.halve(work, rows_read, result["eval_loss"], save, console)
+    return halving.halve(work, result["tokens_computed"], result["eval_loss"], save, console)
 
 
 def _facts(config: TrainConfig, settled: Settled, given: Given, ready: Ready) -> dict[str, Any]:

@@ -266,7 +266,7 @@ class RankConfig(TrialsConfig):
     epochs: int = Field(3, ge=1)
     """How often each row is seen, at most: training stops when the held-out loss has risen for an epoch."""
     lr: float = Field(1e-3, gt=0)
-    """Rate of the one training; what is brought to rank r learns at 1.5 lr / r afterwards."""
+    """Rate of the one training; what is brought to rank r learns at 2 lr / r afterwards."""
     verify: bool = False
     """Train the recommended rank and its neighbours by themselves too, each at the best of a few rates, and ranks
     that differ by layer: says what the advice has cost. Takes about a dozen runs."""

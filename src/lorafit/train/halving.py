@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lorafit.config import TrainConfig
+from lorafit.data.batching import step_rows
+from lorafit.data.pack import micro_batches
 from lorafit.errors import ConfigError, Interrupted, NumericsError
 from lorafit.lora.truncate import truncate
 from lorafit.methods.spectral import MOVING
@@ -25,12 +27,14 @@ from lorafit.train.reporting import StepReport
 from lorafit.train.signals import stop_on_signals
 
 CAN_BE_HALVED = ("lora", "lora-fa")
-# Of the rows that the run has read, what all steps after halving read; rank b has a share in b ** -FALL of it.
+# Of the tokens that the run has computed, what all steps after halving compute; rank b has a share in b ** -FALL of it.
 SHARE, FALL = 0.45, 0.75
 # What rank b learns at: so many times --lr, over b.
-RATE = 1.5
+RATE = 2.0
 # Rows of a step, as a part of --batch-size: there are few rows for each rank, and more steps use them better.
-PART_OF_BATCH = 4
+PART_OF_BATCH = 2
+# Steps that are looked at to know how many tokens one computes.
+LOOKED_AT = 8
 
 
 def ladder(r: int) -> list[int]:
@@ -73,28 +77,33 @@ class Healing:
     lr: float
 
 
-def plan(config: TrainConfig, rows_read: int) -> list[Healing]:
-    """What each rank below the run's own is trained on, from the largest. rows_read: by the run until then.
+def plan(config: TrainConfig, run: int, step: float) -> list[Healing]:
+    """What each rank below the run's own is trained on, from the largest.
 
-    The smaller the rank, the more a halving has lost, and the more steps there are for it, at a higher rate.
+    run: tokens that it has computed. step: tokens that a step of `batch_size_of` rows computes. The smaller the rank,
+    the more a halving has lost, and the more steps there are for it, at a higher rate.
     """
-    below = ranks(config)[-2::-1]
-    batch_size = max(1, config.batch_size // PART_OF_BATCH)
-    whole = SHARE * rows_read / batch_size / sum(r**-FALL for r in below)
+    below, batch_size = ranks(config)[-2::-1], batch_size_of(config)
+    whole = SHARE * run / step / sum(r**-FALL for r in below)
     return [Healing(r, round(whole * r**-FALL), batch_size, float(f"{RATE * config.peak_rate / r:.3g}")) for r in below]
 
 
+def batch_size_of(config: TrainConfig) -> int:
+    """Rows of a step after halving."""
+    return max(1, config.batch_size // PART_OF_BATCH)
+
+
 def halve(
-    work: Work, rows_read: int, loss: float | None, save: Callable[[int], None], console: Console
+    work: Work, computed: int, loss: float | None, save: Callable[[int], None], console: Console
 ) -> dict[str, Any]:
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
-    rows_read: by the run until now. loss: of the update as it is. save: called with each rank while the model has it.
+    computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model has it.
     Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss, and that before
     these steps (None without such rows, and where it is not finite); and `halving_s`, without evaluations. Raises
     Interrupted: it begins again when the run is resumed.
     """
-    healings, took = plan(work.config, rows_read), 0.0
+    healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "cut_loss": None, "loss": loss}]
     with _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
@@ -107,6 +116,15 @@ def halve(
             found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **own})
             told.rank(found[-1])
     return {"by_rank": found[::-1], "halving_s": took}
+
+
+def _tokens_of_a_step(work: Work) -> float:
+    """How many a step after halving computes in the mean: what its rows begin with in common counts once."""
+    rows, size, seed = work.rows, batch_size_of(work.config), work.config.order_seed
+    count = min(LOOKED_AT, -(-len(rows) // size))
+    steps = [step_rows(len(rows), size, seed, 0, number) for number in range(count)]
+    batches = [batch for own in steps for batch in micro_batches(rows, own, work.micro_tokens, work.engine.packing)]
+    return sum(batch.computed_tokens for batch in batches) / count
 
 
 def _better(work: Work, healing: Healing, told: _Told) -> tuple[dict[str, float | None], float]:
