@@ -11,10 +11,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor
 
 from lorafit.config import TrainConfig
 from lorafit.data.batching import step_rows
@@ -27,8 +29,9 @@ from lorafit.train.reporting import StepReport
 from lorafit.train.signals import stop_on_signals
 
 CAN_BE_HALVED = ("lora", "lora-fa")
-# Of the tokens that the run has computed, what all steps after halving compute; rank b has a share in b ** -FALL of it.
-SHARE, FALL = 0.45, 0.75
+# Of the tokens that the run has computed, what steps after halving compute; rank b has a share in b ** -FALL of it, up
+# to HEALED: above, halving loses next to nothing, and a few steps do more harm than good.
+SHARE, FALL, HEALED = 0.45, 0.5, 8
 # What rank b learns at: so many times --lr, over b.
 RATE = 2.0
 # Rows of a step, as a part of --batch-size: there are few rows for each rank, and more steps use them better.
@@ -84,8 +87,12 @@ def plan(config: TrainConfig, run: int, step: float) -> list[Healing]:
     the more a halving has lost, and the more steps there are for it, at a higher rate.
     """
     below, batch_size = ranks(config)[-2::-1], batch_size_of(config)
-    whole = SHARE * run / step / sum(r**-FALL for r in below)
-    return [Healing(r, round(whole * r**-FALL), batch_size, float(f"{RATE * config.peak_rate / r:.3g}")) for r in below]
+    shares = {r: r**-FALL if r <= HEALED else 0.0 for r in below}
+    whole = SHARE * run / step / sum(shares.values())
+    return [
+        Healing(r, round(whole * share), batch_size, float(f"{RATE * config.peak_rate / r:.3g}"))
+        for r, share in shares.items()
+    ]
 
 
 def batch_size_of(config: TrainConfig) -> int:
@@ -98,10 +105,10 @@ def halve(
 ) -> dict[str, Any]:
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
-    computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model has it.
-    Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss, and that before
-    these steps (None without such rows, and where it is not finite); and `halving_s`, without evaluations. Raises
-    Interrupted: it begins again when the run is resumed.
+    computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model
+    has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss, and that
+    before these steps (None without such rows, and where it is not finite); and `halving_s`, without evaluations.
+    Raises Interrupted: it begins again when the run is resumed.
     """
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "cut_loss": None, "loss": loss}]
@@ -110,10 +117,9 @@ def halve(
             started = time.perf_counter()
             truncate(work.model, healing.r, work.config.scaling_rule)
             took += time.perf_counter() - started
-            own, heal_s = _better(work, healing, told)
+            losses, heal_s = _heal_and_save(work, healing, partial(save, healing.r), told)
             took += heal_s
-            save(healing.r)
-            found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **own})
+            found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **losses})
             told.rank(found[-1])
     return {"by_rank": found[::-1], "halving_s": took}
 
@@ -127,22 +133,37 @@ def _tokens_of_a_step(work: Work) -> float:
     return sum(batch.computed_tokens for batch in batches) / count
 
 
-def _better(work: Work, healing: Healing, told: _Told) -> tuple[dict[str, float | None], float]:
-    """What was cut, trained on, or as it was where it was better then or the training fails. Its losses; seconds."""
+def _heal_and_save(
+    work: Work, healing: Healing, save: Callable[[], None], told: _Told
+) -> tuple[dict[str, float | None], float]:
+    """Save what was cut or what steps make of it, whichever is better. Returns losses, and the seconds of the steps.
+
+    The model goes on with the latter in any case: also where it is no better at this rank, halving it loses less.
+    """
     cut_loss = _loss(work)
     if not healing.steps:
+        save()
         return {"cut_loss": cut_loss, "loss": cut_loss}, 0.0
-    before = {name: value.clone() for name, value in work.method.state(work.model).items()}
+    cut = _copy(work)
     started = time.perf_counter()
     failed = _heal(work, healing, told)
     took = time.perf_counter() - started
-    loss = cut_loss if failed else _loss(work)
     if failed:
         told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
-    if failed or (cut_loss is not None and (loss is None or loss > cut_loss)):
-        work.method.load_state(work.model, before)
-        loss = cut_loss
-    return {"cut_loss": cut_loss, "loss": loss}, took
+        work.method.load_state(work.model, cut)
+    loss = cut_loss if failed else _loss(work)
+    if failed or cut_loss is None or (loss is not None and loss <= cut_loss):
+        save()
+        return {"cut_loss": cut_loss, "loss": loss}, took
+    healed = _copy(work)
+    work.method.load_state(work.model, cut)
+    save()
+    work.method.load_state(work.model, healed)
+    return {"cut_loss": cut_loss, "loss": cut_loss}, took
+
+
+def _copy(work: Work) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in work.method.state(work.model).items()}
 
 
 def _heal(work: Work, healing: Healing, told: _Told) -> str | None:
@@ -205,5 +226,7 @@ class _Told:
     def rank(self, found: dict[str, Any]) -> None:
         """One is done."""
         loss, cut = ("not finite" if one is None else f"{one:.4f}" for one in (found["loss"], found["cut_loss"]))
-        told = "" if found["loss"] is None else f": held-out loss {cut} halved, {loss} after"
-        self._console.print(f"rank {found['r']}{told} {found['steps']} steps at {found['lr']:g}", highlight=False)
+        told = "" if found["loss"] is None else f": held-out loss {cut}"
+        if found["steps"]:
+            told += f", {loss} after {found['steps']} steps at {found['lr']:g}"
+        self._console.print(f"halved to rank {found['r']}{told}", highlight=False)
