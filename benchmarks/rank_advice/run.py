@@ -71,6 +71,8 @@ SCALINGS: dict[str, Callable[[int], dict[str, Any]]] = {
 SCALED_RANKS = (16, 4, 1, 64)
 SHUFFLED = " shuffled"
 WORD = re.compile(r"[^\W\d_]+")
+# Stands behind an advice that came with the warning that the loss still fell.
+WARNED = "*"
 # Of a column of the separate runs, and of rank.json, what is held against it.
 MEASURES = ("surprise", "effective rank", "rank that holds 90%")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -288,7 +290,7 @@ def asked(one: Set, seed: int, out: Path) -> Result:
 def best_runs(found: Result) -> dict[int, list[Result]]:
     """Of each rank the runs at its best rate, one a seed."""
     steps = {one["r"]: one["best_step"] for one in found.get("best", []) if one["scaling"] == USUAL}
-    runs = [run for run in found["runs"] if run["scaling"] == USUAL and run["eval_loss"] is not None]
+    runs = [run for run in found["runs"] if run["scaling"] == USUAL and "nats" in run]
     return {r: [run for run in runs if (run["r"], run["step"]) == (r, step)] for r, step in sorted(steps.items())}
 
 
@@ -300,7 +302,8 @@ def needed(runs: dict[int, list[Result]]) -> Advice:
 
 
 def mean_losses(runs: dict[int, list[Result]]) -> dict[int, float]:
-    return {r: statistics.mean(run["eval_loss"] for run in own) for r, own in runs.items()}
+    """Of each rank, over seeds, on the base as its files have it: a run's own evaluations are in int8, as it trains."""
+    return {r: statistics.mean(sum(run["nats"]) / sum(run["tokens"]) for run in own) for r, own in runs.items()}
 
 
 def measures(advice: Result, most: int = 128) -> tuple[float, ...]:
@@ -345,10 +348,12 @@ def separate_rows(every: list[Result]) -> list[str]:
         losses = mean_losses(runs)
         cells = [f"{losses[r]:.4f} ({runs[r][0]['lr']:g})" if r in losses else "-" for r in RANKS_BY_SIZE]
         smallest, told, regret = ("-",) * 3
+        if advice:
+            warned = [WARNED * any("still fell" in note for note in one["notes"]) for one in advice]
+            told = ", ".join(f"{one['recommended_r']}{star}" for one, star in zip(advice, warned, strict=True))
         if is_whole(runs):
             smallest = str(needed(runs).r)
         if is_whole(runs) and advice:
-            told = ", ".join(str(one["recommended_r"]) for one in advice)
             regret = ", ".join(f"{losses[one['recommended_r']] / min(losses.values()) - 1:.1%}" for one in advice)
         seeds = min(map(len, runs.values()), default=0)
         lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret])} |")

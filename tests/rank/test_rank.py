@@ -15,7 +15,7 @@ from lorafit.adapters import shrink
 from lorafit.config import RATES, EvalConfig, RankConfig, ReportConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
-from lorafit.rank.conclude import command
+from lorafit.rank.conclude import command, still_falling
 from lorafit.rank.verify import _next
 from lorafit.showing import report
 from lorafit.trials import child
@@ -207,3 +207,12 @@ def test_a_command_names_what_rows_need(inputs: dict[str, str], tmp_path: Path) 
     own = config({"model": "m", "data": "d"}, tmp_path, template="t.jinja", rename={"a": "prompt"}, verify=False)
     advised = command(own, {"recommended_r": 4, "recommended_lr": 4e-3, "recommended_alpha": 8})
     assert "--template t.jinja" in advised and "--rename a=prompt" in advised and "--eval 20%" in advised
+
+
+def test_a_run_that_was_far_from_its_end_is_warned_of(searched: tuple[Path, dict[str, Any], str]) -> None:
+    assert "fell by 20% in the last epoch" in still_falling([1.0, 0.5, 0.4])[0]
+    assert [still_falling(losses) for losses in ([1.0, 0.91], [1.0, 1.2], [1.0], [0.0, 0.0], [])] == [[]] * 5
+    _, found, printed = searched
+    assert len(found["run"]["evaluations"]) == 2
+    for warning in still_falling(found["run"]["evaluations"]):
+        assert warning in found["notes"] and warning in " ".join(printed.split())

@@ -23,6 +23,7 @@ from lorafit.plan.counts import block_weights
 from lorafit.rank.conclude import ONE_RUN, TRIALS, conclude, with_verified
 from lorafit.rank.show import page, print_rank
 from lorafit.rank.verify import verify
+from lorafit.rundir import RunDir
 from lorafit.trials import child
 from lorafit.trials.directory import SETUP, check_usable, held, settle
 from lorafit.trials.records import Record, Work, log_of, record
@@ -67,7 +68,9 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         if made["result"] is None:
             raise ConfigError(f"the run of all ranks failed: {made['refused']}", "Lower --lr")
         curve = trials.curve(ONE_RUN, [one["r"] for one in made["result"]["by_rank"]])
-        found = conclude(config, spec, rows, setup["look"], made, curve)
+        metrics = RunDir(directory / TRIALS / ONE_RUN).read_metrics()
+        evaluations = [line["loss"] for line in metrics if line["kind"] == "eval" and line["loss"] is not None]
+        found = conclude(config, spec, rows, setup["look"], made, curve, evaluations)
         if config.verify:
             found = with_verified(config, found, verify(trials, found))
         files.write_json(directory / "rank.json", found)
