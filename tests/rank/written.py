@@ -35,7 +35,8 @@ def found(spec: ModelSpec, losses: dict[int, float], text: str, spread: float = 
     for r, loss in losses.items():
         nats = TOKENS * (loss + spread * chance.standard_normal(ROWS))
         curve["ranks"][str(r)] = {"nats": nats.tolist(), "likeliest": chance.integers(3, 5, ROWS).tolist()}
-    result = {"steps": 9, "train_s": 5.0, "precision": "fp32"}
+    by_rank = [{"r": r, "steps": 2, "lr": 1e-3, "cut_loss": loss + 0.1, "loss": loss} for r, loss in losses.items()]
+    result = {"steps": 9, "train_s": 5.0, "halving_s": 2.0, "precision": "fp32", "by_rank": by_rank}
     config = RankConfig(model="m", data="d.jsonl", output="out")
     rows = Rows(Path("rows"), {"train": 200, "valid": ROWS}, ["there is something to know"], {})
-    return conclude(config, spec, rows, look, {"result": result, "wall_s": 6.0}, curve)
+    return conclude(config, spec, rows, look, {"result": result, "wall_s": 6.0}, curve, [2.0, 1.5, 1.2])
