@@ -20,7 +20,7 @@ Found = dict[str, Any]
 # The directory of runs in that of a search, and the run in it that leaves an adapter of each rank.
 TRIALS, ONE_RUN = "trials", "all-ranks"
 # What share of the held-out loss may fall in the last epoch of the one run. Above, a larger rank looks better than it
-# is, as it learns faster: of six sets the three above this were advised the largest rank, and none of the others.
+# is, as it learns faster: of eight sets the three above this were advised the largest rank, and one of the others.
 FALLING = 0.1
 # Of a gradient's energy, what a rank is asked to hold to be called enough by the spectra alone.
 HELD = 0.9
