@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rich.console import Console
 
 from lorafit import adapters
 from lorafit.config import EvalConfig, ShrinkConfig, TrainConfig
-from lorafit.errors import ConfigError, NumericsError
+from lorafit.errors import ConfigError, Interrupted, NumericsError
 from lorafit.export import saved
 from lorafit.run import Start, train
 from lorafit.train import halving
@@ -104,6 +106,25 @@ def test_a_stopped_run_goes_on_bitwise(left: str, inputs: dict[str, Any], halved
     for part in ("adapter", "ranks/r1", "ranks/r2", "ranks/r4"):
         files = [path / part / "adapter_model.safetensors" for path in (halved[0], again)]
         assert files[0].read_bytes() == files[1].read_bytes()
+    assert result["by_rank"] == halved[1]["by_rank"]
+
+
+def test_a_run_that_is_interrupted_while_it_is_halved_says_so_and_goes_on_bitwise(
+    inputs: dict[str, Any], halved: Halved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = halving.truncate
+
+    def interrupted(model: Any, r: int, rule: str) -> None:
+        if r == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(model, r, rule)
+
+    monkeypatch.setattr(halving, "truncate", interrupted)
+    with pytest.raises(Interrupted, match="while the ranks below were trained; the run itself is saved") as stopped:
+        run({**inputs, "output": str(tmp_path / "run")})
+    assert stopped.value.exit_code == 130
+    monkeypatch.undo()
+    result, _ = run({**inputs, "output": str(tmp_path / "run")}, resume=True)
     assert result["by_rank"] == halved[1]["by_rank"]
 
 

@@ -26,7 +26,7 @@ from lorafit.lora.truncate import truncate
 from lorafit.methods.spectral import MOVING
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import StepReport
-from lorafit.train.signals import stop_on_signals
+from lorafit.train.signals import StopRequest, stop_on_signals
 
 CAN_BE_HALVED = ("lora", "lora-fa")
 # Of the tokens that the run has computed, what steps after halving compute; rank b has a share in b ** -FALL of it, up
@@ -112,15 +112,17 @@ def halve(
     """
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "cut_loss": None, "loss": loss}]
-    with _Told(console, sum(healing.steps for healing in healings)) as told:
+    with stop_on_signals() as stop, _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
             started = time.perf_counter()
             truncate(work.model, healing.r, work.config.scaling_rule)
             took += time.perf_counter() - started
-            losses, heal_s = _heal_and_save(work, healing, partial(save, healing.r), told)
+            losses, heal_s = _heal_and_save(work, healing, partial(save, healing.r), stop, told)
             took += heal_s
             found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **losses})
             told.rank(found[-1])
+            if stop.signal:
+                raise _interrupted(stop.signal)
     return {"by_rank": found[::-1], "halving_s": took}
 
 
@@ -134,7 +136,7 @@ def _tokens_of_a_step(work: Work) -> float:
 
 
 def _heal_and_save(
-    work: Work, healing: Healing, save: Callable[[], None], told: _Told
+    work: Work, healing: Healing, save: Callable[[], None], stop: StopRequest, told: _Told
 ) -> tuple[dict[str, float | None], float]:
     """Save what was cut or what steps make of it, whichever is better. Returns losses, and the seconds of the steps.
 
@@ -146,7 +148,7 @@ def _heal_and_save(
         return {"cut_loss": cut_loss, "loss": cut_loss}, 0.0
     cut = _copy(work)
     started = time.perf_counter()
-    failed = _heal(work, healing, told)
+    failed = _heal(work, healing, stop, told)
     took = time.perf_counter() - started
     if failed:
         told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
@@ -166,24 +168,27 @@ def _copy(work: Work) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in work.method.state(work.model).items()}
 
 
-def _heal(work: Work, healing: Healing, told: _Told) -> str | None:
+def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
     """Train on for a few steps. Returns why that failed, if it did."""
     # No warm-up, as nothing starts anew; another seed, so that these are not the rows that the run began with.
     own = {"max_steps": healing.steps, "batch_size": healing.batch_size, "lr": healing.lr}
     own |= {"warmup": 0.0, "seed": work.config.seed + healing.r}
     short = replace(work, config=work.config.model_copy(update=own), evaluate=None)
     try:
-        with stop_on_signals() as stop:
-            fit(short, None, lambda state: None, stop, told)
+        fit(short, None, lambda state: None, stop, told)
     except NumericsError as error:
         return error.what
     except Interrupted as error:
-        raise Interrupted(
-            f"stopped by signal {error.signal_number} while the ranks below were trained; the run itself is saved",
-            error.do,
-            error.signal_number,
-        ) from None
+        raise _interrupted(error.signal_number) from None
     return None
+
+
+def _interrupted(signal_number: int) -> Interrupted:
+    return Interrupted(
+        f"stopped by signal {signal_number} while the ranks below were trained; the run itself is saved",
+        "Run the same command with --resume to go on",
+        signal_number,
+    )
 
 
 def _loss(work: Work) -> float | None:
@@ -228,5 +233,6 @@ class _Told:
         loss, cut = ("not finite" if one is None else f"{one:.4f}" for one in (found["loss"], found["cut_loss"]))
         told = "" if found["loss"] is None else f": held-out loss {cut}"
         if found["steps"]:
-            told += f", {loss} after {found['steps']} steps at {found['lr']:g}"
+            steps = "1 step" if found["steps"] == 1 else f"{found['steps']} steps"
+            told += f", {loss} after {steps} at {found['lr']:g}"
         self._console.print(f"halved to rank {found['r']}{told}", highlight=False)
