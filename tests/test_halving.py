@@ -20,7 +20,7 @@ from rich.console import Console
 from lorafit import adapters
 from lorafit.config import EvalConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import ConfigError, Interrupted, NumericsError
-from lorafit.export import saved
+from lorafit.export import arithmetic, saved
 from lorafit.run import Start, train
 from lorafit.train import halving
 from lorafit.use import evaluate
@@ -171,6 +171,33 @@ def test_layers_of_a_lower_rank_stay_as_they_are_until_it_is_their_turn_and_tied
     assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
     for one in result["by_rank"]:
         assert loss(tmp_path / "run", Path(inputs["eval"]), r=one["r"]) == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [{"scaling_rule": "alpha/sqrt(r)"}, {"lr": "auto", "epochs": 12}])
+def test_other_scalings_and_a_rate_that_is_found_serve_as_well(
+    more: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    result, _ = run({**inputs, **more, "output": str(tmp_path / "run")})
+    assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
+    for one in result["by_rank"]:
+        assert loss(tmp_path / "run", Path(inputs["eval"]), r=one["r"]) == pytest.approx(one["loss"], rel=1e-5)
+    settings = json.loads((tmp_path / "run" / "ranks" / "r4" / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and settings["rank_pattern"] == settings["alpha_pattern"] == {}
+
+
+def test_the_chain_goes_on_with_what_was_trained_where_what_was_halved_is_saved(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse = iter(range(99))
+    monkeypatch.setattr(halving, "_loss", lambda work: float(next(worse)))
+    run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+
+    for source, r, is_nearest in (("adapter", 4, True), ("ranks/r4", 2, False)):
+        shrunk({"run": str(tmp_path / "run" / source), "r": r, "output": str(tmp_path / f"near{r}")})
+        nearest, kept = arithmetic.read(tmp_path / f"near{r}"), arithmetic.read(tmp_path / "run" / "ranks" / f"r{r}")
+        for name, part in kept.parts.items():
+            own, other = (one.scaling * one.B @ one.A for one in (part.factors, nearest.parts[name].factors))
+            assert torch.allclose(own, other, atol=1e-6) == is_nearest
 
 
 def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
 from lorafit.infer.evaluate import mean_loss
 from lorafit.infer.labels import measure, measure_scores
+from lorafit.lora import inject
 from lorafit.methods import gated, rounding, spectral, table
 from lorafit.methods.depth import check_layer
 from lorafit.methods.labels import Labels, label_head, put_head
@@ -266,7 +267,8 @@ def _halve(
     """Leave an adapter of each rank below as well. Returns what is known of them, for run.json."""
 
     def save(r: int) -> None:
-        kept = config.model_copy(update={"r": r, "alpha": config.alpha * r / config.r})
+        one = next(layer for layer in inject.owners(ready.model).values() if layer.r == r)
+        kept = config.model_copy(update={"r": r, "alpha": one.alpha})
         saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
 
     return halving.halve(work, result["tokens_computed"], result["eval_loss"], save, console)

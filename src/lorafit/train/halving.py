@@ -16,7 +16,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch import Tensor
 
 from lorafit.config import TrainConfig
 from lorafit.data.batching import step_rows
@@ -72,7 +71,7 @@ def check(config: TrainConfig, labelled: bool) -> None:
 
 @dataclass(frozen=True)
 class Healing:
-    """What is done after the update was brought to rank r."""
+    """What is done after the update was brought to rank r: so many steps of batch_size rows, at lr falling to 0."""
 
     r: int
     steps: int
@@ -146,7 +145,7 @@ def _heal_and_save(
     if not healing.steps:
         save()
         return {"cut_loss": cut_loss, "loss": cut_loss}, 0.0
-    cut = _copy(work)
+    cut = work.method.state(work.model)
     started = time.perf_counter()
     failed = _heal(work, healing, stop, told)
     took = time.perf_counter() - started
@@ -157,22 +156,18 @@ def _heal_and_save(
     if failed or cut_loss is None or (loss is not None and loss <= cut_loss):
         save()
         return {"cut_loss": cut_loss, "loss": loss}, took
-    healed = _copy(work)
+    healed = work.method.state(work.model)
     work.method.load_state(work.model, cut)
     save()
     work.method.load_state(work.model, healed)
     return {"cut_loss": cut_loss, "loss": cut_loss}, took
 
 
-def _copy(work: Work) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in work.method.state(work.model).items()}
-
-
 def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
     """Train on for a few steps. Returns why that failed, if it did."""
     # No warm-up, as nothing starts anew; another seed, so that these are not the rows that the run began with.
     own = {"max_steps": healing.steps, "batch_size": healing.batch_size, "lr": healing.lr}
-    own |= {"warmup": 0.0, "seed": work.config.seed + healing.r}
+    own |= {"warmup": 0.0, "seed": work.config.seed ^ healing.r}
     short = replace(work, config=work.config.model_copy(update=own), evaluate=None)
     try:
         fit(short, None, lambda state: None, stop, told)
@@ -205,7 +200,7 @@ class _Told:
     """A bar over all steps on a terminal, and a line for each rank."""
 
     def __init__(self, console: Console, steps: int) -> None:
-        self._console, self._done = console, 0
+        self._console = console
         columns = TextColumn("ranks below"), BarColumn(bar_width=24), MofNCompleteColumn()
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("ranks", total=steps)
