@@ -51,7 +51,7 @@ def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
     source = RunDir(config.run).adapter_of(_least_above(by_rank, config.r)) or directory
     check_output(Path(config.output))
     found = arithmetic.shrink(source, config.r, directory, Path(config.output)) | {"source": str(source)}
-    console.print(f"wrote {config.output}: {_told_shrunk(found)}", highlight=False)
+    console.print(f"wrote {config.output}: {_told_shrunk(found)}", highlight=False, markup=False)
     for line in _told_by_rank(by_rank, config.r):
         console.print(line, highlight=False)
     if config.data:
