@@ -168,7 +168,8 @@ def _of_rank(target: str, r: int) -> Path:
     if path is None:
         has = f"has adapters of rank {listed(map(str, ranks))}" if ranks else "is no run that leaves other ranks"
         raise ConfigError(
-            f"--r {r} is given, and {target} {has}", f"Make one of that rank first: lorafit shrink {target} --r {r} -o DIR"
+            f"--r {r} is given, and {target} {has}",
+            f"Make one of that rank first: lorafit shrink {target} --r {r} -o DIR",
         )
     return path
 
