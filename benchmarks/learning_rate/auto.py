@@ -69,7 +69,7 @@ class Case:
             directory = self.scratch / "run"
             found = {"asked": lr} | revision() | trained(self.settings | {"lr": lr}, directory)
             if found["eval_loss"] is not None:
-                found["range_test"] = json.loads((directory / "run.json").read_text()).get("range_test")
+                found["race"] = json.loads((directory / "run.json").read_text()).get("race")
             shutil.rmtree(directory, ignore_errors=True)
             self.found["runs"].append(found)
             self.write()
@@ -130,7 +130,7 @@ def table() -> str:
         best, auto = min(grid, key=lambda lr: grid[lr]), runs["auto"]
         above.append(auto["eval_loss"] / grid[best] - 1)
         others.append(runs[str(OF_OTHERS)]["eval_loss"] / grid[best] - 1)
-        lr = auto["range_test"]["lr"] if auto["range_test"] else "the usual"
+        lr = auto["race"]["lr"] if auto["race"] else "the usual"
         losses = f"{grid[best]:.4f} | {lr} | {auto['eval_loss']:.4f}"
         lines.append(f"| {case} | {best:g} | {losses} | {above[-1]:+.1%} | {others[-1]:+.1%} |")
     if not above:

@@ -37,7 +37,7 @@ import numpy as np
 
 from lorafit.compare import measure
 from lorafit.config import CompareConfig
-from lorafit.rank.advise import Advice, advise
+from lorafit.rank.advise import advise
 from lorafit.trials import child, measuring
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -294,11 +294,11 @@ def best_runs(found: Result) -> dict[int, list[Result]]:
     return {r: [run for run in runs if (run["r"], run["step"]) == (r, step)] for r, step in sorted(steps.items())}
 
 
-def needed(runs: dict[int, list[Result]]) -> Advice:
+def needed(runs: dict[int, list[Result]]) -> int:
     """The smallest rank within one standard error of the best, of rows' losses averaged over seeds."""
     nats = {r: np.mean([run["nats"] for run in own], 0).tolist() for r, own in runs.items()}
     tokens = next(iter(runs.values()))[0]["tokens"]
-    return advise(nats, tokens)
+    return next(one.r for one in advise(nats, tokens).curve if one.gap <= one.se)
 
 
 def mean_losses(runs: dict[int, list[Result]]) -> dict[int, float]:
@@ -352,7 +352,7 @@ def separate_rows(every: list[Result]) -> list[str]:
             warned = [WARNED * any("still fell" in note for note in one["notes"]) for one in advice]
             told = ", ".join(f"{one['recommended_r']}{star}" for one, star in zip(advice, warned, strict=True))
         if is_whole(runs):
-            smallest = str(needed(runs).r)
+            smallest = str(needed(runs))
         if is_whole(runs) and advice:
             regret = ", ".join(f"{losses[one['recommended_r']] / min(losses.values()) - 1:.1%}" for one in advice)
         seeds = min(map(len, runs.values()), default=0)
@@ -378,7 +378,9 @@ def curve_rows(every: list[Result]) -> list[str]:
             curves = [{point["r"]: point["loss"] for point in one["curve"]} for one in advice]
             own = {r: statistics.mean(curve[r] for curve in curves) for r in losses}
             off = " | ".join(f"{own[r] / losses[r] - 1:+.1%}" if r in losses else "-" for r in RANKS_BY_SIZE)
-            took = 1 + advice[0]["run"]["halving_s"] / advice[0]["run"]["train_s"]
+            run = advice[0]["run"]
+            others = (run.get("race") or {"seconds": 0.0})["seconds"]  # of the rates that lost
+            took = 1 + (run["halving_s"] + others) / run["train_s"]
             lines.append(f"| {found['set']} | {len(advice)} | {off} | {took:.2f} |")
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
     head = [f"| set | seeds | {ranks} | time |", "|---|---|" + "---|" * (len(RANKS) + 1)]
@@ -391,7 +393,7 @@ def told_without_training(every: list[Result]) -> list[str]:
     known = [found for found in own if not found["set"].endswith(SHUFFLED)]
     lines = []
     for number, name in enumerate(MEASURES if len(known) > 3 else ()):
-        pair = [measures(one["advice"][0])[number] for one in known], [float(needed(best_runs(one)).r) for one in known]
+        pair = [measures(one["advice"][0])[number] for one in known], [float(needed(best_runs(one))) for one in known]
         low, high = interval(*pair)
         sure = f"{spearman(*pair):.2f} ({low:.2f} to {high:.2f})"
         lines.append(f"Spearman's correlation of the {name} with the rank needed: {sure}.")

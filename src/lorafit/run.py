@@ -34,7 +34,7 @@ from lorafit.model.licence import licence_of
 from lorafit.plan.memory import Split
 from lorafit.rundir import RunDir
 from lorafit.starting import Given, Settled, earlier_of, read, settle
-from lorafit.train import checkpoint, halving, outcome, range_test
+from lorafit.train import checkpoint, halving, outcome, race
 from lorafit.train.checkpoint import Checkpoint, Progress
 from lorafit.train.labelled import Once, labelled_facts, look_once
 from lorafit.train.loop import Work, fit
@@ -81,12 +81,13 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         given = read(config, settled, start.force, console)
         ready = _make_ready(config, settled, given, run, console)
         work = _work(config, settled, ready)
-        if asked.lr == "auto":
-            work = _with_found_rate(work, settled, run, console)
-            config = work.config
         load_s = time.time() - start.started_at
+        begun = None
+        if asked.lr == "auto":
+            work, begun = _with_found_rate(work, settled, earlier, run, console)
+            config = work.config
         run.write_config(asked.model_dump())
-        progress = _fit(run, work, earlier, console)
+        progress = _fit(run, work, earlier, begun, console)
         result = _finish(config, settled, given, ready, work, progress, run) | {"load_s": load_s, "sources": source}
         if halving.ranks(config):
             result |= _halve(config, given, ready, work, result, run, console)
@@ -206,29 +207,39 @@ def _work(config: TrainConfig, settled: Settled, ready: Ready) -> Work:
     )
 
 
-def _with_found_rate(work: Work, settled: Settled, run: RunDir, console: Console) -> Work:
-    """With the learning rate that a range test finds, or has found when the run began."""
+def _with_found_rate(
+    work: Work, settled: Settled, earlier: Checkpoint | None, run: RunDir, console: Console
+) -> tuple[Work, race.Begun | None]:
+    """With the learning rate that wins a race, or has won it when the run began; and how far a race has come."""
     chosen, usual = settled.chosen, work.config.peak_rate
-    if "range_test" not in chosen:
-        found = range_test.find(work, usual, run.scratch)
-        chosen |= {"range_test": found.as_dict() if found else None, "lr": found.lr if found else usual}
-        short = f"{usual:g}, the usual one: {work.total_steps} steps are too few to test others"
-        console.print(f"learning rate {found.told if found else short}", highlight=False)
-    return replace(work, config=work.config.model_copy(update={"lr": chosen["lr"]}))
+    raced = None if earlier else race.run(work, usual, run.scratch, console)
+    if raced:
+        chosen |= {"race": raced[0].as_dict(), "lr": raced[0].lr}
+        console.print(f"learning rate {raced[0].told}", highlight=False)
+    elif not earlier:
+        chosen |= {"race": None, "lr": usual}
+        why = race.why_not(work) or "no rate came to the end of the race"
+        console.print(f"learning rate {usual:g}, the usual one: {why}", highlight=False)
+    found = replace(work, config=work.config.model_copy(update={"lr": chosen["lr"]}))
+    return found, raced[1] if raced else None
 
 
 # --- a run and its resumption -------------------------------------------------------------------------------------
 
 
-def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, console: Console) -> Progress:
-    done = earlier.progress.step if earlier else 0
-    log = MetricsLog(run.metrics, done)
+def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, begun: race.Begun | None, console: Console) -> Progress:
+    """To the end, from an earlier run or from a race of rates."""
+    log = MetricsLog(run.metrics, earlier.progress.step if earlier else 0)
+    if begun:
+        log.write_steps(begun.steps)
+    state = begun.state if begun else earlier
 
     def save(state: Checkpoint) -> None:
         checkpoint.write(run.checkpoints, state)
 
+    done = state.progress.step if state else 0
     with ConsoleReporter(log, console, work.total_steps, done) as report, stop_on_signals() as stop:
-        return fit(work, earlier, save, stop, report)
+        return fit(work, state, save, stop, report)
 
 
 # --- what happened ----------------------------------------------------------------------------------------------------
@@ -258,7 +269,7 @@ def _finish(
     result |= {"ranks": ranks, "rank_schedule": config.rank_schedule}
     result |= _facts(config, settled, given, ready)
     result |= labelled_facts(told, given.data, progress.tokens_seen - progress.tokens_supervised, quality, ready.once)
-    return result | {name: chosen[name] for name in ("probe", "range_test") if name in chosen}
+    return result | {name: chosen[name] for name in ("probe", "race") if name in chosen}
 
 
 def _halve(

@@ -97,6 +97,8 @@ def settle(config: TrainConfig, earlier: Checkpoint | None, console: Console) ->
         chosen["precision"] = precision_that_fits(inputs.spec, config, fastest, _limit(config), adds)
         if chosen["precision"] != fastest:
             console.print(f"bf16, as {fastest}, which is faster here, would take more memory than there is")
+    if slow := precision.warning(config.precision):
+        console.print(slow, style="yellow", highlight=False)
     identity = _identity(config, inputs, chosen)
     if earlier:
         _check_same_run(earlier.identity, identity, console)

@@ -49,3 +49,18 @@ def test_the_best_rate_ever_measured_is_kept_and_a_broken_cache_is_written_anew(
 def test_a_rate_is_that_of_a_machine() -> None:
     rates = precision.flop_per_s()
     assert all(1e8 < rate < 1e15 for rate in rates.values()) and rates.keys() == {"fp32", "bf16", "int8"}
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", None), ("fp32", None), ("bf16", None), ("int8", "40.0 times as")])
+def test_a_type_that_is_far_slower_here_is_warned_of(
+    asked: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "flop_per_s", lambda: {"fp32": 8e10, "bf16": 6e10, "int8": 2e9})
+    found = precision.warning(asked)
+    assert (found is None) if told is None else (found is not None and told in found)
+
+
+def test_what_is_warned_of_is_what_was_measured() -> None:
+    rate = precision.flop_per_s()
+    for name in ("bf16", "int8"):
+        assert (precision.warning(name) is not None) == (rate["fp32"] >= 2 * rate[name])

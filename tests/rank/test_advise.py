@@ -24,7 +24,7 @@ def test_the_smallest_rank_that_paired_rows_cannot_tell_from_the_best_is_advised
     assert found.r == 2
     # Rows differ by half a nat among themselves: without pairing rank 1 would pass.
     first = found.curve[0]
-    assert not first.is_as_good and first.gap > first.se and first.gap < 4 * first.loss_se
+    assert not first.as_good and first.gap > first.se and first.gap < 4 * first.loss_se
     assert "r = 1 loses" in found.reason
 
 
@@ -61,3 +61,25 @@ def test_the_smallest_rank_may_be_the_best_alone() -> None:
     nats = {r: rows(1.0 + 0.1 * k, 0.001, r) for k, r in enumerate((1, 2, 4))}
     found = advise(nats, TOKENS)
     assert found.r == 1 and "smallest that was tried" in found.reason
+
+
+def test_a_difference_of_less_than_a_hundredth_does_not_count_however_sure_it_is() -> None:
+    nats = {r: rows(1.0 + 0.004 * k, 1e-4, r) for k, r in enumerate((8, 4, 2, 1))}
+    found = advise(nats, TOKENS)
+    assert [one.as_good for one in found.curve] == [False, True, True, True]
+    assert found.curve[1].gap > 10 * found.curve[1].se
+    assert found.r == 2 and "within 1% of the lowest, which is that of r = 8; r = 1 loses" in found.reason
+
+
+def test_where_no_rank_gains_a_hundredth_the_smallest_is_enough() -> None:
+    nats = {r: rows(1.0 + 0.004 * k, 1e-4, r) for k, r in enumerate((4, 2, 1))}
+    found = advise(nats, TOKENS)
+    assert found.r == 1 and found.reason == "no rank loses 1% less than r = 1: the smallest is enough"
+
+
+def test_a_rank_beyond_a_worse_one_is_not_as_good_however_wide_its_own_error_is() -> None:
+    nats = {1: rows(1.02, 0.5, 1), 2: rows(1.02, 1e-3, 2), 4: rows(1.0, 1e-3, 4)}
+    found = advise(nats, TOKENS)
+    assert found.curve[0].gap < found.curve[0].se
+    assert [one.as_good for one in found.curve] == [False, False, True]
+    assert found.r == 4

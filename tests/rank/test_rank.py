@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from lorafit.adapters import shrink
-from lorafit.config import RATES, EvalConfig, RankConfig, ReportConfig, ShrinkConfig, TrainConfig
+from lorafit.config import EvalConfig, RankConfig, ReportConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import command, still_falling
+from lorafit.rank.show import rate_told
 from lorafit.rank.verify import _next
 from lorafit.showing import report
 from lorafit.trials import child
@@ -189,9 +190,25 @@ def test_rows_with_labels_are_refused_with_what_to_do(inputs: dict[str, str], tm
     with pytest.raises(ConfigError, match="--rename text=prompt,label=completion"):
         line.rank(config(inputs | {"data": data}, tmp_path / "out"), False, quiet(), None)
     renamed = {"data": data, "eval": "30%", "rename": {"text": "prompt", "label": "completion"}}
-    found = line.rank(config(inputs, tmp_path / "out", verify=False, **renamed), False, quiet(), None)
-    assert (found["verified"], found["recommended_lr"]) == (None, RATES["lora"])
+    more = {"verify": False, "lr": "auto", "epochs": 6}
+    found = line.rank(config(inputs, tmp_path / "out", **more, **renamed), False, quiet(), None)
+    race = found["run"]["race"]
+    assert race["lr"] == found["run"]["lr"] == found["recommended_lr"] and len(race["rates"]) > 1
+    assert found["verified"] is None and f"--lr {race['lr']:g} " in found["command"]
     assert "--rename text=prompt,label=completion" in found["command"]
+
+
+def test_a_search_at_a_rate_that_is_given_advises_that_rate(inputs: dict[str, str], tmp_path: Path) -> None:
+    found = line.rank(config(inputs, tmp_path / "out", verify=False, epochs=1), False, quiet(), None)
+    assert (found["run"]["race"], found["recommended_lr"]) == (None, 2e-3)
+    assert rate_told(found) == []
+
+
+def test_which_rates_raced_is_told() -> None:
+    race = {"lr": 3e-3, "rates": [1e-3, 3e-3, 9e-3], "losses": [[3.0, 2.5], [3.0, 2.0], []], "ahead": [2.4, 1.9, None]}
+    raced = "0.001 loses 2.4000, 0.003 loses 1.9000, 0.009 failed"
+    told = f"Rates raced over the first 2 steps, and on the rows to come {raced}: 0.003 went on."
+    assert rate_told({"run": {"race": race}}) == [told]
 
 
 def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:

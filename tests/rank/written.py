@@ -37,6 +37,13 @@ def found(spec: ModelSpec, losses: dict[int, float], text: str, spread: float = 
         curve["ranks"][str(r)] = {"nats": nats.tolist(), "likeliest": chance.integers(3, 5, ROWS).tolist()}
     by_rank = [{"r": r, "steps": 2, "lr": 1e-3, "cut_loss": loss + 0.1, "loss": loss} for r, loss in losses.items()]
     result = {"steps": 9, "train_s": 5.0, "halving_s": 2.0, "precision": "fp32", "by_rank": by_rank}
+    result["settings"] = {"lr": 3.2e-3}
+    result["race"] = {
+        "lr": 3.2e-3,
+        "rates": [1e-3, 3.2e-3],
+        "losses": [[2.5, 2.3, 2.1], [2.5, 2.2, 1.9]],
+        "ahead": [2.0, 1.8],
+    }
     config = RankConfig(model="m", data="d.jsonl", output="out")
     rows = Rows(Path("rows"), {"train": 200, "valid": ROWS}, ["there is something to know"], {})
     return conclude(config, spec, rows, look, {"result": result, "wall_s": 6.0}, curve, [2.0, 1.5, 1.2])

@@ -116,7 +116,7 @@ def test_a_run_in_fp16_learns_what_one_in_fp32_does(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fp16")
 def test_a_run_in_fp16_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, "whole", precision="fp16")
-    plain = loop._train_one_step
+    plain = loop.train_one_step
 
     def stopping(own: Any, report: Any) -> None:
         plain(own, report)
@@ -124,10 +124,10 @@ def test_a_run_in_fp16_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.Monke
             own.save()
             raise Interrupted("stopped", "", 15)
 
-    monkeypatch.setattr(loop, "_train_one_step", stopping)
+    monkeypatch.setattr(loop, "train_one_step", stopping)
     with pytest.raises(Interrupted):
         run(tmp_path, "halves", precision="fp16")
-    monkeypatch.setattr(loop, "_train_one_step", plain)
+    monkeypatch.setattr(loop, "train_one_step", plain)
     run(tmp_path, "halves", resume=True, precision="fp16")
     ours, theirs = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "halves"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -174,7 +174,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     add_tokens: Texts = Field(default_factory=list)
     """Texts that become one token each, with embeddings that are trained: '<call>,</call>'."""
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
-    """Peak learning rate of AdamW; auto: found by a test on the first rows. Default: the usual one of the method in
+    """Peak learning rate of AdamW; auto: found by a race over the first steps. Default: the usual one of the method in
     short runs; take less for long ones."""
     head_lr: float | None = Field(None, gt=0)
     """Peak rate of a head of labels that is trained beside something else. Default: that of a head alone."""

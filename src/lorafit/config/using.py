@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -265,8 +265,9 @@ class RankConfig(TrialsConfig):
     but no more than 200 rows."""
     epochs: int = Field(3, ge=1)
     """How often each row is seen, at most: training stops when the held-out loss has risen for an epoch."""
-    lr: float = Field(1e-3, gt=0)
-    """Rate of the one training; what is brought to rank r learns at 2 lr / r afterwards."""
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Rate of the one training; auto: found by a race of rates over its first steps. What is brought to rank r learns
+    at 2 lr / r afterwards."""
     verify: bool = False
     """Train the recommended rank and its neighbours by themselves too, each at the best of a few rates, and ranks
     that differ by layer: says what the advice has cost. Takes about a dozen runs."""

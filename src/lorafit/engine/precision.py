@@ -22,6 +22,8 @@ from lorafit.errors import ConfigError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 # Fewer bits must pay for their rounding with time.
 MUST_BE_FASTER_BY = 1.3
+# A type that is asked for by name and is so many times slower is warned of.
+FAR_SLOWER = 2.0
 ROWS, IN, OUT = 512, 576, 1536
 REPEATS = 7
 
@@ -49,6 +51,20 @@ def choose(precision: str, storage: str = "auto") -> str:
         if rate[name] > MUST_BE_FASTER_BY * rate[best]:
             best = name
     return best
+
+
+def warning(precision: str) -> str | None:
+    """What to say of a type that is asked for by name and is far slower than fp32 here, if there is anything."""
+    if precision in ("auto", "fp32"):
+        return None
+    rate = flop_per_s()
+    times = rate["fp32"] / rate[precision]
+    if times < FAR_SLOWER:
+        return None
+    return (
+        f"products in {precision} take {times:.1f} times as long as in fp32 on this processor, which has none of their "
+        "own. Leave --precision out, unless memory is short"
+    )
 
 
 def has_fp16() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.config import RankConfig, usual_rate
+from lorafit.config import RankConfig
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import lora_params
 from lorafit.rank.advise import Advice, advise
@@ -47,7 +47,7 @@ def conclude(
         "notes": [*rows.notes, *still_falling(evaluations)],
         "recommended_r": r,
         "recommended_alpha": 2 * r,
-        "recommended_lr": usual_rate("lora"),
+        "recommended_lr": result["settings"]["lr"],
         "targets": "all-linear",
         "reason": advice.reason,
         "curve": _curve(advice, curve, spec, look["is_text"]),
@@ -55,8 +55,9 @@ def conclude(
         "capacity": _capacity(spec, r, look["supervised_tokens"], config.epochs),
         "gradients": _gradients(look, list(nats), r),
         "run": {
-            "lr": config.lr, "steps": result["steps"], "train_s": result["train_s"], "halving_s": result["halving_s"],
-            "wall_s": made["wall_s"], "epochs": config.epochs, "stopped_early": result.get("stopped_early"),
+            "lr": result["settings"]["lr"], "race": result.get("race"), "epochs": config.epochs,
+            "steps": result["steps"], "stopped_early": result.get("stopped_early"), "wall_s": made["wall_s"],
+            "train_s": result["train_s"], "halving_s": result["halving_s"],
             "precision": result["precision"], "by_rank": result["by_rank"],
             "evaluations": list(evaluations),
         },
@@ -87,7 +88,7 @@ def _curve(advice: Advice, curve: Found, spec: ModelSpec, is_text: bool) -> list
             "standard_error": one.loss_se,
             "gap": one.gap if math.isfinite(one.gap) else None,
             "gap_standard_error": one.se,
-            "as_good": one.is_as_good,
+            "as_good": one.as_good,
             "right": None if is_text else float(np.mean(np.array(curve["ranks"][str(one.r)]["likeliest"]) == tokens)),
             "params": lora_params(spec, one.r),
         }

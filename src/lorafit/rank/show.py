@@ -70,6 +70,19 @@ def distance_told(found: Found) -> list[str]:
     ]
 
 
+def rate_told(found: Found) -> list[str]:
+    """Which rate the one run had, and what it is better than."""
+    race = found["run"]["race"]
+    if race is None:
+        return []
+    each = ", ".join(
+        f"{lr:g} {'failed' if loss is None else f'loses {loss:.4f}'}"
+        for lr, loss in zip(race["rates"], race["ahead"], strict=True)
+    )
+    steps = max(map(len, race["losses"]))
+    return [f"Rates raced over the first {steps} steps, and on the rows to come {each}: {race['lr']:g} went on."]
+
+
 def verified_told(found: Found) -> list[str]:
     """What training ranks by themselves gave."""
     verified = found["verified"]
@@ -129,7 +142,7 @@ def print_rank(found: Found, console: Console) -> None:
     if found["verified"]:
         columns = ("trained by itself", "loss", "rate", "rates that were tried")
         print_table(Table("Verified", columns, verified_rows(found)), console)
-    for line in [*verified_told(found), *found["notes"], costs_told(found)]:
+    for line in [*rate_told(found), *verified_told(found), *found["notes"], costs_told(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     answer = f"Take r = {found['recommended_r']}: {found['reason']}."
     console.print(answer, style="bold", highlight=False, markup=False, soft_wrap=True)
@@ -186,6 +199,7 @@ def page(found: Found) -> str:
         columns=COLUMNS,
         curve=curve_rows(found),
         told=distance_told(found),
+        rate=rate_told(found),
         pictures=pictures(found),
         verified=verified_rows(found),
         verified_told=verified_told(found),

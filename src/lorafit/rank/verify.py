@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorafit.config import usual_rate
 from lorafit.rank.advise import advise
 
 if TYPE_CHECKING:
     from lorafit.rank.line import Trials
 
 Found = dict[str, Any]
-# Rates that are tried for each, as multiples of the usual one; further out where the best is at the edge.
+# Rates that are tried for each, as multiples of that of the one run; further out where the best is at the edge.
 FACTORS = (1.0, 0.5, 2.0)
 FURTHEST = 4.0
 PATTERN = "ranks by layer"
@@ -26,7 +25,7 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     pattern = found["gradients"]["rank_pattern"]
     if pattern:
         names[PATTERN] = (found["recommended_r"], pattern)
-    made = {name: _best(trials, name, *what) for name, what in names.items()}
+    made = {name: _best(trials, name, found["run"]["lr"], *what) for name, what in names.items()}
     known = {name: one for name, one in made.items() if one["loss"] is not None}
     own = made[str(found["recommended_r"])]
     uniform = {int(name): one for name, one in known.items() if name != PATTERN}
@@ -45,11 +44,11 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     }
 
 
-def _best(trials: Trials, name: str, r: int, pattern: Mapping[str, int]) -> Found:
-    """The run of the best rate. pattern: ranks of single layers, with the alpha that goes with each."""
-    tried, usual = dict[float, Found](), usual_rate("lora")
+def _best(trials: Trials, name: str, begin: float, r: int, pattern: Mapping[str, int]) -> Found:
+    """The run of the best rate, from `begin` outwards. pattern: ranks of single layers, each with its alpha."""
+    tried = dict[float, Found]()
     while (factor := _next({key: one["loss"] for key, one in tried.items()})) is not None:
-        lr = float(f"{usual * factor:.2g}")
+        lr = float(f"{begin * factor:.2g}")
         run = f"{'pattern' if pattern else 'r'}-{r}/lr-{lr:g}"
         settings: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "lr": lr, "rank_pattern": dict(pattern)}
         settings["alpha_pattern"] = {layer: 2.0 * rank for layer, rank in pattern.items()}

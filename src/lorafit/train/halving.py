@@ -30,7 +30,7 @@ from lorafit.train.signals import StopRequest, stop_on_signals
 CAN_BE_HALVED = ("lora", "lora-fa")
 # Of the tokens that the run has computed, what steps after halving compute; rank b has a share in b ** -FALL of it, up
 # to HEALED: above, halving loses next to nothing, and a few steps do more harm than good.
-SHARE, FALL, HEALED = 0.45, 0.5, 8
+SHARE, FALL, HEALED = 0.4, 0.5, 8
 # What rank b learns at: so many times --lr, over b.
 RATE = 2.0
 # Rows of a step, as a part of --batch-size: there are few rows for each rank, and more steps use them better.

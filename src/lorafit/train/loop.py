@@ -68,10 +68,11 @@ def fit(
     Raises Interrupted after saving when stopped, NumericsError when the loss is not finite three times in a row or a
     part of the adapter does not learn.
     """
-    loop = _Loop(work, start, save)
+    loop = Loop(work, start, save)
     config, progress = work.config, loop.progress
+    progress.train_s += work.engine.prepare_s
     while progress.step < work.total_steps and not progress.stopped_early:
-        _train_one_step(loop, report)
+        train_one_step(loop, report)
         epoch_ended = progress.step % work.steps_per_epoch == 0 or progress.step == work.total_steps
         if work.evaluate and (progress.step % config.eval_every == 0 if config.eval_every else epoch_ended):
             _evaluate(loop, work.evaluate, report)
@@ -88,13 +89,12 @@ def fit(
     return progress
 
 
-class _Loop:
-    """The mutable state of a run: the optimizer, the counts, the best adapter so far."""
+class Loop:
+    """The mutable state of a run: the optimizer, the counts, the best adapter so far. save: keeps it."""
 
     def __init__(self, work: Work, start: Checkpoint | None, save: Callable[[Checkpoint], None]) -> None:
         self.work = work
         self.progress = start.progress if start else Progress()
-        self.progress.train_s += work.engine.prepare_s
         loss_scale.begin(self.progress, work.engine.dtype)
         self.best = start.best if start else {}
         self.ranks = _rank_schedule(work)
@@ -114,6 +114,7 @@ class _Loop:
         return time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
 
     def save(self) -> None:
+        """Keep the state as it is."""
         # The tensors themselves, not copies: nothing changes them until they are written.
         adapter = dict(self.work.method.state(self.work.model))
         moments = optimizer_state(self.optimizer, list(self.parameters))
@@ -152,7 +153,7 @@ def _rate_factor(name: str, config: TrainConfig) -> float:
     return config.lora_plus if name.endswith(".lora_B") else 1.0
 
 
-def _train_one_step(loop: _Loop, report: Reporter) -> None:
+def train_one_step(loop: Loop, report: Reporter) -> None:
     """One optimizer step, micro-batch by micro-batch; the loss is the mean over all supervised tokens of the step."""
     work, progress, config = loop.work, loop.progress, loop.work.config
     started = time.perf_counter()
@@ -216,7 +217,7 @@ def accumulate_gradients(work: Work, progress: Progress, batches: Sequence[Batch
     return total
 
 
-def _apply(loop: _Loop, lr: float) -> None:
+def _apply(loop: Loop, lr: float) -> None:
     first = loop.progress.step == len(loop.progress.skipped_steps)
     before = {name: p.detach().clone() for name, p in loop.parameters.items()} if first else {}
     set_rate(loop.optimizer, lr)
@@ -244,7 +245,7 @@ def _check_everything_learns(parameters: Mapping[str, Tensor], before: dict[str,
         )
 
 
-def _count_bad_step(loop: _Loop, row_ids: list[int], loss: float, grad_norm: float, report: Reporter) -> None:
+def _count_bad_step(loop: Loop, row_ids: list[int], loss: float, grad_norm: float, report: Reporter) -> None:
     """Skip a step whose loss or gradient is not finite. Raises NumericsError after three in a row."""
     progress = loop.progress
     progress.skipped_steps.append(progress.step)
@@ -259,7 +260,7 @@ def _count_bad_step(loop: _Loop, row_ids: list[int], loss: float, grad_norm: flo
         )
 
 
-def _evaluate(loop: _Loop, evaluate: Callable[[], float], report: Reporter) -> None:
+def _evaluate(loop: Loop, evaluate: Callable[[], float], report: Reporter) -> None:
     """Measure the held-out loss, keep the adapter if it is the best so far, stop early when it no longer improves."""
     progress, config = loop.progress, loop.work.config
     loss = evaluate()

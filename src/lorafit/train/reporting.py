@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -64,6 +65,11 @@ class MetricsLog:
             self._file.write(json.dumps(clean, ensure_ascii=False) + "\n")
             self._file.flush()
 
+    def write_steps(self, steps: Iterable[StepReport]) -> None:
+        """A line for each optimizer step."""
+        for report in steps:
+            self.write({"kind": "step", **asdict(report)})
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -102,7 +108,7 @@ class ConsoleReporter:
 
     def step(self, report: StepReport) -> None:
         """Log the step; show loss (averaged over about ten steps), tokens/s, memory and the time left."""
-        self._log.write({"kind": "step", **asdict(report)})
+        self._log.write_steps([report])
         if report.applied:
             last = self._smooth_loss
             self._smooth_loss = report.loss if last is None else 0.9 * last + 0.1 * report.loss

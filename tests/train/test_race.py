@@ -1,0 +1,195 @@
+"""--lr auto: which rate wins, what the others cost, and that the run is the one that is given that rate."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorafit.config import RATES, TrainConfig
+from lorafit.errors import ConfigError
+from lorafit.run import Start, train
+from lorafit.train import loop, race
+from lorafit.train.race import FACTORS, FEWEST, SHARE
+from tests import tiny
+
+RATES_OF_RACE = [float(f"{factor * RATES['lora']:.2g}") for factor in FACTORS]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("inputs")
+    return {
+        "llama": str(tiny.write_model(directory / "llama")),
+        "bert": str(tiny.write_bert(directory / "bert")),
+        "chat": str(tiny.write_chat(directory / "chat.jsonl", 40)),
+        "labelled": str(tiny.write_labelled(directory / "labelled.jsonl", 40)),
+    }
+
+
+def run(places: dict[str, str], output: Path, resume: bool = False, **given: Any) -> tuple[dict[str, Any], str]:
+    """What it comes to, in steps of 4 short rows, and what is said meanwhile."""
+    settings = {"model": places["llama"], "data": places["chat"], "output": str(output), "r": 3, "alpha": 7.0}
+    settings |= {"batch_size": 4, "epochs": 4, "precision": "fp32", "threads": 1, "lr": "auto", **given}
+    heard = io.StringIO()
+    result = train(TrainConfig(**settings), {}, Start(resume, False, time.time()), Console(file=heard, width=1000))
+    return result, heard.getvalue()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"eval": "25%", "epochs": 5},
+    "dropout": {"dropout": 0.2, "precision": "bf16"},
+    "pissa": {"init": "pissa"},
+    "dora": {"variant": "dora"},
+    "adalora": {"rank_schedule": "adalora"},
+    "adapter": {"method": "adapter", "bottleneck": 5},
+    "prefix": {"method": "prefix", "variant": "reparametrised", "virtual_tokens": 3},
+    "full": {"method": "full"},
+    "last block": {"method": "full", "layers": "last:1", "lora_plus": 3.0},
+    "labels": {"model": "bert", "data": "labelled"},
+    "head": {"model": "bert", "data": "labelled", "method": "head"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_after_it_is_bitwise_the_one_that_is_given_that_rate(
+    kind: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    own = {name: places.get(str(value), value) for name, value in KINDS[kind].items()}
+    found, printed = run(places, tmp_path / "found", **own)
+    assert found["race"]["lr"] == found["settings"]["lr"]
+    first, steps = found["race"]["rates"][0], len(found["race"]["losses"][0])
+    told = f"learning rate {found['race']['lr']:g}: after {steps} steps, on the rows to come, {first:g} loses "
+    assert told in printed
+    given, _ = run(places, tmp_path / "given", **own, lr=found["settings"]["lr"])
+    assert "race" not in given
+    files = sorted(
+        path.relative_to(tmp_path / "given") for path in (tmp_path / "given" / "adapter").glob("*.safetensors")
+    )
+    assert files
+    for name in files:
+        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+    for fact in ("flop", "train_loss", "eval_loss", "steps", "tokens_seen", "tokens_computed"):
+        assert found.get(fact) == given.get(fact)
+    assert losses(tmp_path / "found") == losses(tmp_path / "given")
+    assert not list((tmp_path / "found").glob(".scratch/*"))
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    """Every line of a run's log."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines]
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_rate_that_loses_least_goes_on_and_the_others_are_what_it_costs(
+    best: int, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two rates one of which hardly moves anything, whichever runs first."""
+    monkeypatch.setattr(race, "FACTORS", [(1.0, 1e-6), (1e-6, 1.0)][best])
+    result, _ = run(places, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["race"]
+    assert kept == result["race"]
+    assert kept["lr"] == RATES["lora"] == kept["rates"][best] == result["settings"]["lr"]
+    assert [len(own) for own in kept["losses"]] == [3, 3]
+    assert kept["losses"][0][0] == kept["losses"][1][0], "the first step's rows are the same, and nothing has moved yet"
+    assert kept["share"] == pytest.approx((3 + 2 / 3) / 40) and kept["share"] < SHARE
+    assert 'lr = "auto"' in (tmp_path / "run" / "run.toml").read_text()
+    trained = [line[2] for line in losses(tmp_path / "run") if line[0] == "step"]
+    assert trained[:3] == kept["losses"][best]
+    # What they are judged by is what the winner then trains on; a mean of some tens of float32 losses.
+    assert trained[3] == pytest.approx(kept["ahead"][best], rel=1e-6)
+    assert kept["ahead"][best] < kept["ahead"][1 - best]
+
+
+def test_a_rate_whose_loss_is_no_number_is_out(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "FACTORS", (1.0, 1e30))
+    result, printed = run(places, tmp_path / "run")
+    assert result["race"]["lr"] == RATES["lora"]
+    assert len(result["race"]["losses"][1]) < 3 and result["race"]["ahead"][1] is None
+    assert "2e+27 failed" in printed
+    assert "in the race of rates: step" in printed
+    assert result["skipped_steps"] == []
+
+
+def test_where_no_rate_comes_to_the_end_the_usual_one_trains_from_the_beginning(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "FACTORS", (1e30, 1e31))
+    result, printed = run(places, tmp_path / "run")
+    assert "learning rate 0.002, the usual one: no rate came to the end of the race" in printed
+    assert result["race"] is None
+    given, _ = run(places, tmp_path / "given", lr=RATES["lora"])
+    assert (result["train_loss"], result["flop"]) == (given["train_loss"], given["flop"])
+
+
+def test_a_resumed_run_keeps_what_was_found(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = run(places, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()  # as if it had been killed after its last step
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    monkeypatch.setattr(race, "run", None)
+    again, printed = run(places, tmp_path / "run", resume=True)
+    assert (again["race"], again["settings"]["lr"]) == (first["race"], first["settings"]["lr"])
+    assert "resuming after step 40" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"epochs": 3}, "30 steps, 10 an epoch, leave 2 for a race, which takes 3"),
+        ({"eval": "25%", "eval_every": 2, "epochs": 5}, "40 steps, 8 an epoch, leave 1 for a race, which takes 3"),
+        ({"batch_size": 20, "epochs": 50}, "100 steps, 2 an epoch, leave 1 for a race, which takes 3"),
+    ],
+)
+def test_a_run_that_is_too_short_has_the_usual_rate_and_says_so(
+    given: dict[str, Any], why: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    result, printed = run(places, tmp_path / "run", **given)
+    assert result["settings"]["lr"] == RATES["lora"]
+    assert result["race"] is None
+    assert f"learning rate 0.002, the usual one: {why}" in printed
+
+
+def test_a_head_beside_something_else_keeps_its_own_rate(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[float]] = []
+    plain = loop.set_rate
+
+    def recorded(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        plain(optimizer, lr)
+        part = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
+        seen.append({round(own / RATES["head"], 6) for own in part})
+
+    monkeypatch.setattr(loop, "set_rate", recorded)
+    run(places, tmp_path / "run", model=places["bert"], data=places["labelled"], schedule="constant", warmup=0.0)
+    assert len(seen) == 40 + 3
+    assert all(1.0 in rates and len(rates) == 2 for rates in seen)
+
+
+def test_it_takes_less_than_its_share_of_any_run(places: dict[str, str], tmp_path: Path) -> None:
+    assert (len(FACTORS), FEWEST) == (len(RATES_OF_RACE), 3)
+    for epochs in (4, 7):
+        kept = run(places, tmp_path / f"run{epochs}", epochs=epochs)[0]["race"]
+        assert kept["share"] < SHARE
+        assert kept["rates"] == RATES_OF_RACE
+
+
+@pytest.mark.parametrize("given", ["fast", "0", "-1e-3", "nan"])
+def test_other_words_and_numbers_are_refused(given: str, places: dict[str, str], tmp_path: Path) -> None:
+    from lorafit.config import build
+
+    settings = {"model": places["llama"], "data": places["chat"], "output": str(tmp_path / "run"), "lr": given}
+    with pytest.raises(ConfigError, match="--lr"):
+        build(TrainConfig, {}, settings)
