@@ -12,16 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
 
+import lorafit.run
 from lorafit import adapters
 from lorafit.config import EvalConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import ConfigError, Interrupted, NumericsError
 from lorafit.export import arithmetic, saved
 from lorafit.run import Start, train
+from lorafit.rundir import RunDir
 from lorafit.train import halving
 from lorafit.use import evaluate
 from tests import tiny
@@ -188,8 +191,13 @@ def test_other_scalings_and_a_rate_that_is_found_serve_as_well(
 def test_the_chain_goes_on_with_what_was_trained_where_what_was_halved_is_saved(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worse = iter(range(99))
-    monkeypatch.setattr(halving, "_loss", lambda work: float(next(worse)))
+    real, worse = lorafit.run.row_scores, iter(range(1, 99))
+
+    def scores(*given: Any) -> Any:
+        nats, tokens, likeliest = real(*given)
+        return next(worse) * np.ones_like(nats), tokens, likeliest
+
+    monkeypatch.setattr(lorafit.run, "row_scores", scores)
     run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
 
     for source, r, is_nearest in (("adapter", 4, True), ("ranks/r4", 2, False)):
@@ -198,6 +206,34 @@ def test_the_chain_goes_on_with_what_was_trained_where_what_was_halved_is_saved(
         for name, part in kept.parts.items():
             own, other = (one.scaling * one.B @ one.A for one in (part.factors, nearest.parts[name].factors))
             assert torch.allclose(own, other, atol=1e-6) == is_nearest
+
+
+def test_what_each_rank_loses_on_each_row_is_left(inputs: dict[str, Any], halved: Halved) -> None:
+    path, result, _ = halved
+    rows = RunDir(path).read_held_out()
+    assert list(rows) == [1, 2, 4, 6]
+    for one in result["by_rank"]:
+        own = rows[one["r"]]
+        assert len(own["nats"]) == len(Path(inputs["eval"]).read_text().splitlines())
+        # Each a sum of some tens of float32 losses.
+        assert sum(own["nats"]) / sum(own["tokens"]) == pytest.approx(one["loss"], rel=1e-6)
+        assert all(0 <= likeliest <= tokens for likeliest, tokens in zip(own["likeliest"], own["tokens"], strict=True))
+
+
+def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, number = lorafit.run.row_scores, iter(range(99))
+
+    def scores(*given: Any) -> Any:
+        nats, tokens, likeliest = real(*given)
+        if next(number) == 3:  # of rank 2 as it was cut: the own rank's, rank 4's before and after its steps, and this
+            nats[0] = math.nan
+        return nats, tokens, likeliest
+
+    monkeypatch.setattr(lorafit.run, "row_scores", scores)
+    result, _ = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+    assert result["by_rank"][1]["cut_loss"] is None and math.isfinite(result["by_rank"][1]["loss"])
 
 
 def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:

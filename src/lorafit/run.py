@@ -5,6 +5,7 @@ config -> model spec -> rows -> plan -> model + adapter -> token ids and masks -
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
-from lorafit.infer.evaluate import mean_loss
+from lorafit.infer.evaluate import by_row, mean_loss, row_scores
 from lorafit.infer.labels import measure, measure_scores
 from lorafit.lora import inject
 from lorafit.methods import gated, rounding, spectral, table
@@ -90,7 +91,7 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         progress = _fit(run, work, earlier, begun, console)
         result = _finish(config, settled, given, ready, work, progress, run) | {"load_s": load_s, "sources": source}
         if halving.ranks(config):
-            result |= _halve(config, given, ready, work, result, run, console)
+            result |= _halve(config, ready, work, result, run, console)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -273,7 +274,7 @@ def _finish(
 
 
 def _halve(
-    config: TrainConfig, given: Given, ready: Ready, work: Work, result: dict[str, Any], run: RunDir, console: Console
+    config: TrainConfig, ready: Ready, work: Work, result: dict[str, Any], run: RunDir, console: Console
 ) -> dict[str, Any]:
     """Leave an adapter of each rank below as well. Returns what is known of them, for run.json."""
 
@@ -282,7 +283,24 @@ def _halve(
         kept = config.model_copy(update={"r": r, "alpha": one.alpha})
         saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
 
-    return halving.halve(work, result["tokens_computed"], result["eval_loss"], save, console)
+    measure = partial(_held_out_rows, ready)
+    found, rows = halving.halve(work, result["tokens_computed"], result["eval_loss"], measure, save, console)
+    if ready.held_out:
+        files.write_json(run.held_out, {str(r): own for r, own in rows.items()})
+    return found
+
+
+def _held_out_rows(ready: Ready) -> halving.HeldOut:
+    """What the model as it is loses on each held-out row."""
+    if not ready.held_out:
+        return halving.HeldOut(None, {})
+    ready.engine.model.eval()
+    nats, tokens, likeliest = row_scores(ready.engine, ready.held_out, ready.evaluation_micro, lambda rows: None)
+    figures = by_row({"nats": nats, "tokens": tokens, "likeliest": likeliest}, ready.held_out)
+    loss = float(nats.sum() / tokens.sum())
+    if not math.isfinite(loss):
+        figures["nats"] = [own if math.isfinite(own) else None for own in figures["nats"]]
+    return halving.HeldOut(loss if math.isfinite(loss) else None, figures)
 
 
 def _facts(config: TrainConfig, settled: Settled, given: Given, ready: Ready) -> dict[str, Any]:

@@ -138,6 +138,21 @@ class RunDir:
         """Where the adapter of a rank below the run's own is, if it leaves one."""
         return self.path / "ranks" / f"r{r}"
 
+    @property
+    def held_out(self) -> Path:
+        """Of a run that leaves an adapter of each rank, what each loses on each held-out row; see `read_held_out`."""
+        return self.path / "ranks" / "held_out.json"
+
+    def read_held_out(self) -> dict[int, dict[str, list[Any]]]:
+        """By rank: nats (None where not finite), tokens with a loss, how many of these are the likeliest; of each row.
+
+        Raises RunDirError where the file is damaged or missing.
+        """
+        try:
+            return {int(r): dict(own) for r, own in json.loads(self.held_out.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise RunDirError(f"{self.held_out} cannot be read: {error}", "Train again, or restore the file") from None
+
     def by_rank(self) -> list[dict[str, Any]]:
         """Of a run that leaves an adapter of each rank: r, loss, steps, lr of each, in ascending order; else nothing.
 

@@ -31,10 +31,11 @@ def found(spec: ModelSpec, losses: dict[int, float], text: str, spread: float = 
             for name, shape in weights.items()
         },
     }  # fmt: skip
-    curve: dict[str, Any] = {"tokens": [TOKENS] * ROWS, "wall_s": 1.0, "ranks": {}}
+    curve = dict[int, dict[str, Any]]()
     for r, loss in losses.items():
         nats = TOKENS * (loss + spread * chance.standard_normal(ROWS))
-        curve["ranks"][str(r)] = {"nats": nats.tolist(), "likeliest": chance.integers(3, 5, ROWS).tolist()}
+        likeliest = chance.integers(3, 5, ROWS).tolist()
+        curve[r] = {"nats": nats.tolist(), "tokens": [TOKENS] * ROWS, "likeliest": likeliest}
     by_rank = [{"r": r, "steps": 2, "lr": 1e-3, "cut_loss": loss + 0.1, "loss": loss} for r, loss in losses.items()]
     result = {"steps": 9, "train_s": 5.0, "halving_s": 2.0, "precision": "fp32", "by_rank": by_rank}
     result["settings"] = {"lr": 3.2e-3}

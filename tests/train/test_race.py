@@ -191,5 +191,5 @@ def test_other_words_and_numbers_are_refused(given: str, places: dict[str, str],
     from lorafit.config import build
 
     settings = {"model": places["llama"], "data": places["chat"], "output": str(tmp_path / "run"), "lr": given}
-    with pytest.raises(ConfigError, match="--lr"):
+    with pytest.raises(ConfigError, match=r"--lr: .* or .auto., got"):
         build(TrainConfig, {}, settings)

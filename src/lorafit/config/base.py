@@ -103,10 +103,13 @@ def build(cls: type[C], file: dict[str, Any], flags: dict[str, Any]) -> tuple[C,
 
 
 def _explain(error: ValidationError) -> ConfigError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    every = error.errors(include_url=False, include_context=False)
+    first = every[0]
     field = str(first["loc"][0]) if first["loc"] else "config"
     flag = "--" + field.replace("_", "-")
     if first["type"] == "missing":
         return ConfigError(f"{field} is missing", f"Give it on the command line or in the config file ({field} = ...)")
-    reason = str(first["msg"]).removeprefix("Value error, ")
+    # A setting of several types has an error for each.
+    own = [str(one["msg"]).removeprefix("Value error, ") for one in every if one["loc"][:1] == first["loc"][:1]]
+    reason = ", or ".join([own[0], *(other.removeprefix("Input should be ") for other in own[1:])])
     return ConfigError(f"{flag}: {reason}, got {first['input']!r}", "See --help for what it takes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +172,22 @@ def row_scores(
         nats[number], likeliest[number] = np.sum(told, 0)
         counts[number] = len(told)
     return nats, counts, likeliest
+
+
+def by_row(
+    columns: Mapping[str, NDArray[np.float64] | NDArray[np.int64]], pieces: Sequence[Encoded]
+) -> dict[str, list[Any]]:
+    """Figures of pieces, added up to those of rows; pieces of a single long text stand for themselves."""
+    origins: list[Any] = [piece.origin for piece in pieces]
+    if len(set(origins)) == 1:
+        origins = list(range(len(origins)))
+    found = {}
+    for name, values in columns.items():
+        added = dict.fromkeys(origins, 0.0 if values.dtype.kind == "f" else 0)
+        for origin, own in zip(origins, values.tolist(), strict=True):
+            added[origin] += own
+        found[name] = list(added.values())
+    return found
 
 
 def _of_rows(

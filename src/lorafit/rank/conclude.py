@@ -17,6 +17,8 @@ from lorafit.rank.energies import Spectrum, allocate, held, mean_effective_rank
 from lorafit.trials.rows import Rows
 
 Found = dict[str, Any]
+# By rank, of each held-out row: nats, tokens and likeliest, as RunDir.read_held_out gives them.
+Curve = Mapping[int, Mapping[str, Sequence[Any]]]
 # The directory of runs in that of a search, and the run in it that leaves an adapter of each rank.
 TRIALS, ONE_RUN = "trials", "all-ranks"
 # What share of the held-out loss may fall in the last epoch of the one run. Above, a larger rank looks better than it
@@ -32,12 +34,12 @@ def conclude(
     rows: Rows,
     look: Mapping[str, Any],
     made: Found,
-    curve: Found,
+    curve: Curve,
     evaluations: Sequence[float],
 ) -> Found:
     """The content of rank.json. evaluations: the one run's held-out losses, epoch by epoch."""
-    nats = {int(r): own["nats"] for r, own in curve["ranks"].items()}
-    advice = advise(nats, curve["tokens"])
+    nats = {r: [math.nan if one is None else one for one in own["nats"]] for r, own in curve.items()}
+    advice = advise(nats, next(iter(curve.values()))["tokens"])
     r = advice.r
     result = made["result"]
     found: Found = {
@@ -61,7 +63,7 @@ def conclude(
             "precision": result["precision"], "by_rank": result["by_rank"],
             "evaluations": list(evaluations),
         },
-        "seconds": {"look": look["seconds"], "train": made["wall_s"], "curve": curve["wall_s"]},
+        "seconds": {"look": look["seconds"], "train": made["wall_s"]},
         "verified": None,
     }  # fmt: skip
     return found | {"command": command(config, found), "shrink": shrink_command(config, r)}
@@ -78,9 +80,8 @@ def still_falling(evaluations: Sequence[float]) -> list[str]:
     ]
 
 
-def _curve(advice: Advice, curve: Found, spec: ModelSpec, is_text: bool) -> list[Found]:
+def _curve(advice: Advice, curve: Curve, spec: ModelSpec, is_text: bool) -> list[Found]:
     """A line for each rank. right: share of rows whose reply is the greedy answer; None of running text."""
-    tokens = np.array(curve["tokens"])
     return [
         {
             "r": one.r,
@@ -89,7 +90,7 @@ def _curve(advice: Advice, curve: Found, spec: ModelSpec, is_text: bool) -> list
             "gap": one.gap if math.isfinite(one.gap) else None,
             "gap_standard_error": one.se,
             "as_good": one.as_good,
-            "right": None if is_text else float(np.mean(np.array(curve["ranks"][str(one.r)]["likeliest"]) == tokens)),
+            "right": None if is_text else float(np.mean(np.equal(curve[one.r]["likeliest"], curve[one.r]["tokens"]))),
             "params": lora_params(spec, one.r),
         }
         for one in advice.curve

@@ -67,10 +67,8 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         made = trials.train(ONE_RUN, told, settings)
         if made["result"] is None:
             raise ConfigError(f"the run of all ranks failed: {made['refused']}", "Lower --lr")
-        curve = trials.curve(ONE_RUN, [one["r"] for one in made["result"]["by_rank"]])
-        metrics = RunDir(directory / TRIALS / ONE_RUN).read_metrics()
-        evaluations = [line["loss"] for line in metrics if line["kind"] == "eval" and line["loss"] is not None]
-        found = conclude(config, spec, rows, setup["look"], made, curve, evaluations)
+        one = RunDir(directory / TRIALS / ONE_RUN)
+        found = conclude(config, spec, rows, setup["look"], made, one.read_held_out(), _evaluations(one))
         if config.verify:
             found = with_verified(config, found, verify(trials, found))
         files.write_json(directory / "rank.json", found)
@@ -79,6 +77,11 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         print_rank(found, out)
     log.print(f"wrote {directory / 'rank.json'} and {directory / 'report.html'}", highlight=False, markup=False)
     return found
+
+
+def _evaluations(run: RunDir) -> list[float]:
+    """Held-out losses, epoch by epoch; those that are not finite are left out."""
+    return [line["loss"] for line in run.read_metrics() if line["kind"] == "eval" and line["loss"] is not None]
 
 
 def _most(spec: ModelSpec, config: RankConfig, log: Console) -> int:
@@ -146,16 +149,16 @@ class Trials:
         self.log.print(f"{told}: {what} ({format_seconds(made['wall_s'])})", highlight=False, markup=False)
         return made
 
-    def curve(self, name: str, ranks: list[int]) -> Record:
-        """What each rank of a run, or the whole of it by its own rank, loses on each row."""
+    def losses(self, name: str) -> Record:
+        """What a run loses on each held-out row: nats and tokens."""
 
         def work(path: Path) -> Record:
             from lorafit.rank import looking  # needs torch
 
             run = str(self.directory / TRIALS / name)
-            return child.call(looking.curve, (run, self.config, self.precision, ranks, self.rows.path("valid")), path)
+            return child.call(looking.losses, (run, self.config, self.precision, self.rows.path("valid")), path)
 
-        return self._once(f"{name}.curve", work, "measuring each rank on the held-out rows")
+        return self._once(f"{name}.losses", work, "measuring it on the held-out rows")
 
     def _once(self, name: str, work: Work, doing: str) -> Record:
         directory = self.directory / TRIALS

@@ -1,4 +1,4 @@
-"""What a child process does for `lorafit rank`: a look at base and rows without training, and a run's curve."""
+"""What a child process does for `lorafit rank`: a look at base and rows without training, and a run's losses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ from lorafit.data.example import Plain
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
 from lorafit.engine.engine import Engine, prepare
-from lorafit.export import saved
-from lorafit.infer.evaluate import row_scores
-from lorafit.lora.inject import detach
 from lorafit.rank import distance, spectra
 from lorafit.rank.energies import Spectrum
-from lorafit.rundir import RunDir
-from lorafit.trials.measuring import by_row, examples_of, nothing, open_model, text_to_keep
+from lorafit.trials.measuring import examples_of, losses_of, nothing, open_model, text_to_keep
 
 if TYPE_CHECKING:
     from lorafit.data.store import Encoded
@@ -88,24 +84,7 @@ def _as_json(one: Spectrum) -> dict[str, Any]:
     return {"shape": one.shape, "energies": one.energies.tolist(), "rest": one.rest, "mean": one.mean.tolist()}
 
 
-def curve(
-    run: str, config: RankConfig, precision: str, ranks: Sequence[int], valid: str, console: Console
-) -> dict[str, Any]:
-    """What a run's adapter of each of `ranks` loses on the rows of `valid`. Raises LorafitError.
-
-    Returns tokens, and for each rank nats and likeliest: (rows,) all, see `row_scores`.
-    """
+def losses(run: str, config: RankConfig, precision: str, valid: str, console: Console) -> dict[str, Any]:
+    """What a run loses on each row of `valid`: nats and tokens. Raises LorafitError."""
     opened = open_model(run, config, precision, console)
-    encoded = encode_all(examples_of(valid, config), opened.tokenizer, config.seq_len, config.loss_on)
-    found: dict[str, Any] = {"ranks": {}}
-    for r in ranks:
-        if path := RunDir(run).adapter_of(r):
-            detach(opened.model)
-            saved.load(opened.model, path)
-        engine = prepare(opened.model, share_prefix=True)
-        engine.model.eval()
-        nats, tokens, likeliest = row_scores(engine, encoded.encoded, config.seq_len, nothing)
-        added = by_row({"nats": nats, "tokens": tokens, "likeliest": likeliest}, encoded)
-        found["tokens"] = added.pop("tokens")
-        found["ranks"][str(r)] = added
-    return found
+    return losses_of(prepare(opened.model, share_prefix=True), opened, examples_of(valid, config), config)

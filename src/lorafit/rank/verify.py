@@ -31,8 +31,8 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     uniform = {int(name): one for name, one in known.items() if name != PATTERN}
     if own["loss"] is None:
         return {"trials": made, "regret": None, "best_r": None}
-    rows = {r: trials.curve(one["run"], [r])["ranks"][str(r)]["nats"] for r, one in uniform.items()}
-    tokens = trials.curve(own["run"], [found["recommended_r"]])["tokens"]
+    rows = {r: trials.losses(one["run"])["nats"] for r, one in uniform.items()}
+    tokens = trials.losses(own["run"])["tokens"]
     judged = advise(rows, tokens)
     best = min(uniform, key=lambda r: uniform[r]["loss"])
     return {

@@ -7,7 +7,6 @@ that none has to make good more than one halving.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -99,30 +98,46 @@ def batch_size_of(config: TrainConfig) -> int:
     return max(1, config.batch_size // PART_OF_BATCH)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What the model as it is loses on held-out rows. loss: nats per supervised token, None without rows and where that
+    is not finite. rows: figures of each row.
+    """
+
+    loss: float | None
+    rows: dict[str, list[Any]]
+
+
+Measure = Callable[[], HeldOut]
+
+
 def halve(
-    work: Work, computed: int, loss: float | None, save: Callable[[int], None], console: Console
-) -> dict[str, Any]:
+    work: Work, computed: int, loss: float | None, measure: Measure, save: Callable[[int], None], console: Console
+) -> tuple[dict[str, Any], dict[int, dict[str, list[Any]]]]:
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
     computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model
     has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss, and that
     before these steps (None without such rows, and where it is not finite); and `halving_s`, without evaluations.
-    Raises Interrupted: it begins again when the run is resumed.
+    And of each rank the figures of each held-out row. Raises Interrupted: it begins again when the run is resumed.
     """
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
-    found = [{"r": ranks(work.config)[-1], "steps": None, "lr": None, "cut_loss": None, "loss": loss}]
+    most = ranks(work.config)[-1]
+    found, rows = [{"r": most, "steps": None, "lr": None, "cut_loss": None, "loss": loss}], {most: measure().rows}
     with stop_on_signals() as stop, _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
             started = time.perf_counter()
             truncate(work.model, healing.r, work.config.scaling_rule)
             took += time.perf_counter() - started
-            losses, heal_s = _heal_and_save(work, healing, partial(save, healing.r), stop, told)
-            took += heal_s
+            cut = measure()
+            kept, heal_s = _heal_and_save(work, healing, cut, measure, partial(save, healing.r), stop, told)
+            took, rows[healing.r] = took + heal_s, kept.rows
+            losses = {"cut_loss": cut.loss, "loss": kept.loss}
             found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **losses})
             told.rank(found[-1])
             if stop.signal:
                 raise _interrupted(stop.signal)
-    return {"by_rank": found[::-1], "halving_s": took}
+    return {"by_rank": found[::-1], "halving_s": took}, dict(sorted(rows.items()))
 
 
 def _tokens_of_a_step(work: Work) -> float:
@@ -135,32 +150,39 @@ def _tokens_of_a_step(work: Work) -> float:
 
 
 def _heal_and_save(
-    work: Work, healing: Healing, save: Callable[[], None], stop: StopRequest, told: _Told
-) -> tuple[dict[str, float | None], float]:
-    """Save what was cut or what steps make of it, whichever is better. Returns losses, and the seconds of the steps.
+    work: Work,
+    healing: Healing,
+    cut: HeldOut,
+    measure: Measure,
+    save: Callable[[], None],
+    stop: StopRequest,
+    told: _Told,
+) -> tuple[HeldOut, float]:
+    """Save what was cut or what steps make of it, whichever is better, and return that; and the seconds of the steps.
 
     The model goes on with the latter in any case: also where it is no better at this rank, halving it loses less.
     """
-    cut_loss = _loss(work)
     if not healing.steps:
         save()
-        return {"cut_loss": cut_loss, "loss": cut_loss}, 0.0
-    cut = work.method.state(work.model)
+        return cut, 0.0
+    before = work.method.state(work.model)
     started = time.perf_counter()
     failed = _heal(work, healing, stop, told)
     took = time.perf_counter() - started
     if failed:
         told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
-        work.method.load_state(work.model, cut)
-    loss = cut_loss if failed else _loss(work)
-    if failed or cut_loss is None or (loss is not None and loss <= cut_loss):
+        work.method.load_state(work.model, before)
         save()
-        return {"cut_loss": cut_loss, "loss": loss}, took
-    healed = work.method.state(work.model)
-    work.method.load_state(work.model, cut)
+        return cut, took
+    healed = measure()
+    if cut.loss is None or (healed.loss is not None and healed.loss <= cut.loss):
+        save()
+        return healed, took
+    after = work.method.state(work.model)
+    work.method.load_state(work.model, before)
     save()
-    work.method.load_state(work.model, healed)
-    return {"cut_loss": cut_loss, "loss": cut_loss}, took
+    work.method.load_state(work.model, after)
+    return cut, took
 
 
 def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
@@ -184,16 +206,6 @@ def _interrupted(signal_number: int) -> Interrupted:
         "Run the same command with --resume to go on",
         signal_number,
     )
-
-
-def _loss(work: Work) -> float | None:
-    if work.evaluate is None:
-        return None
-    try:
-        loss = work.evaluate()
-    except NumericsError:  # the other ranks, and the run, are good all the same
-        return None
-    return loss if math.isfinite(loss) else None
 
 
 class _Told:

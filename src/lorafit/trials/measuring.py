@@ -16,15 +16,13 @@ from lorafit.data.load import locate
 from lorafit.data.mask import EncodedSet, encode_all
 from lorafit.data.template import use_template
 from lorafit.engine.engine import Engine
-from lorafit.infer.evaluate import row_losses
+from lorafit.infer.evaluate import by_row, row_losses
 from lorafit.opening import Opened, open_target
 from lorafit.plan import machine
 from lorafit.run import Start
 from lorafit.run import train as train_run
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 # Text to be kept is cut into pieces of so many tokens, so that a long one is not read at once.
@@ -64,18 +62,4 @@ def losses_of(engine: Engine, model: Opened, examples: Sequence[Example], config
     engine.model.eval()
     encoded = encode_all(examples, model.tokenizer, config.seq_len, config.loss_on)
     nats, tokens = row_losses(engine, encoded.encoded, config.seq_len, nothing)
-    return by_row({"nats": nats, "tokens": tokens}, encoded)
-
-
-def by_row(columns: dict[str, NDArray[np.float64] | NDArray[np.int64]], encoded: EncodedSet) -> dict[str, Any]:
-    """Figures of pieces, added up to those of rows; pieces of a single long text stand for themselves."""
-    origins: list[Any] = [piece.origin for piece in encoded.encoded[:]]
-    if len(set(origins)) == 1:
-        origins = list(range(len(origins)))
-    found = {}
-    for name, values in columns.items():
-        added = dict.fromkeys(origins, 0.0 if values.dtype.kind == "f" else 0)
-        for origin, own in zip(origins, values.tolist(), strict=True):
-            added[origin] += own
-        found[name] = list(added.values())
-    return found
+    return by_row({"nats": nats, "tokens": tokens}, encoded.encoded)
