@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lorafit import cli
 from lorafit.adapters import shrink
 from lorafit.config import EvalConfig, RankConfig, ReportConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
-from lorafit.rank.conclude import command, still_falling
+from lorafit.rank.conclude import commands, still_falling, train_command
 from lorafit.rank.show import rate_told
 from lorafit.rank.verify import _next
 from lorafit.showing import report
@@ -166,7 +167,8 @@ def test_a_search_goes_on_where_it_was_and_refuses_other_settings(
         line.rank(config(inputs, copy, batch_size=5), True, quiet(), None)
     monkeypatch.setattr(child, "call", None)  # whatever was computed is not computed again
     again = line.rank(config(inputs, copy), True, quiet(), None)
-    assert again == found | {"shrink": again["shrink"]} and str(copy) in again["shrink"]  # it names the directory
+    named = {name: again[name] for name in ("shrink", "by_layer")}  # what names the directory
+    assert again == found | named and all(str(copy) in command for command in named.values())
 
 
 @pytest.mark.parametrize(
@@ -222,8 +224,38 @@ def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:
 
 def test_a_command_names_what_rows_need(inputs: dict[str, str], tmp_path: Path) -> None:
     own = config({"model": "m", "data": "d"}, tmp_path, template="t.jinja", rename={"a": "prompt"}, verify=False)
-    advised = command(own, {"recommended_r": 4, "recommended_lr": 4e-3, "recommended_alpha": 8})
+    advised = train_command(own, "--r 4")
     assert "--template t.jinja" in advised and "--rename a=prompt" in advised and "--eval 20%" in advised
+
+
+def test_ranks_by_layer_are_trained_by_the_command_and_the_file_that_are_left(
+    searched: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, found, printed = searched
+    pattern, best = found["gradients"]["rank_pattern"], found["verified"]["trials"]["ranks by layer"]["lr"]
+    words = found["by_layer"].split()
+    assert found["by_layer"] in printed and words[words.index("--lr") + 1] == f"{best:g}"
+    assert words[words.index("--config") + 1] == str(directory / "by-layer.toml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [*words, "--batch-size", "8", "--max-steps", "1"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    kept = json.loads((tmp_path / "runs" / "by-layer" / "adapter" / "adapter_config.json").read_text())
+    ranks, alphas = (
+        {name.removeprefix("^").replace("\\.", "."): value for name, value in kept[kind].items()}
+        for kind in ("rank_pattern", "alpha_pattern")
+    )
+    assert {name: ranks.get(name, kept["r"]) for name in pattern} == pattern
+    assert all(alphas.get(name, kept["lora_alpha"]) == 2 * r for name, r in pattern.items())
+
+
+def test_ranks_that_are_alike_in_all_layers_are_no_other_advice() -> None:
+    found = {"recommended_r": 1, "recommended_lr": 1e-3, "recommended_alpha": 2, "verified": None}
+    told = commands(
+        RankConfig(model="m", data="d", output="o"), found | {"gradients": {"rank_pattern": {"a": 1, "b": 1}}}
+    )
+    assert told["by_layer"] is None and told["settings_by_layer"] is None
 
 
 def test_a_run_that_was_far_from_its_end_is_warned_of(searched: tuple[Path, dict[str, Any], str]) -> None:

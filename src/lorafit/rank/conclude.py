@@ -21,6 +21,8 @@ Found = dict[str, Any]
 Curve = Mapping[int, Mapping[str, Sequence[Any]]]
 # The directory of runs in that of a search, and the run in it that leaves an adapter of each rank.
 TRIALS, ONE_RUN = "trials", "all-ranks"
+# Settings of a training with ranks by layer, and what it is called among those that verify.
+BY_LAYER, PATTERN = "by-layer.toml", "ranks by layer"
 # What share of the held-out loss may fall in the last epoch of the one run. Above, a larger rank looks better than it
 # is, as it learns faster: of eight sets the three above this were advised the largest rank, and one of the others.
 FALLING = 0.1
@@ -66,7 +68,7 @@ def conclude(
         "seconds": {"look": look["seconds"], "train": made["wall_s"]},
         "verified": None,
     }  # fmt: skip
-    return found | {"command": command(config, found), "shrink": shrink_command(config, r)}
+    return found | commands(config, found)
 
 
 def still_falling(evaluations: Sequence[float]) -> list[str]:
@@ -132,20 +134,36 @@ def with_verified(config: RankConfig, found: Found, verified: Found) -> Found:
     own = verified["trials"][str(found["recommended_r"])]
     lr = found["recommended_lr"] if own["loss"] is None else own["lr"]
     found = found | {"verified": verified, "recommended_lr": lr}
-    return found | {"command": command(config, found)}
+    return found | commands(config, found)
 
 
-def shrink_command(config: RankConfig, r: int) -> str:
-    """What takes the adapter of rank r out of the search's own run."""
-    return f"lorafit shrink {Path(config.output) / TRIALS / ONE_RUN} --r {r} -o adapters/r{r}"
+def by_layer(r: int, pattern: Mapping[str, int]) -> dict[str, Any]:
+    """Settings of a training with ranks by layer, each with its alpha. Without a pattern: of rank r everywhere."""
+    alphas = {layer: 2.0 * rank for layer, rank in pattern.items()}
+    return {"r": r, "alpha": 2.0 * r, "rank_pattern": dict(pattern), "alpha_pattern": alphas}
 
 
-def command(config: RankConfig, found: Found) -> str:
-    """What to type. Settings that are the default are left out."""
-    r, lr, alpha = found["recommended_r"], found["recommended_lr"], found["recommended_alpha"]
+def commands(config: RankConfig, found: Found) -> Found:
+    """What to type: to train the advised rank, or ranks by layer (None where all are alike), or to take what is there.
+
+    The second is trained from a file, BY_LAYER, whose content is `settings_by_layer`.
+    """
+    r, lr, pattern = found["recommended_r"], found["recommended_lr"], found["gradients"]["rank_pattern"]
+    verified = ((found["verified"] or {}).get("trials") or {}).get(PATTERN)
+    best = verified["lr"] if verified and verified["loss"] is not None else lr
+    layers = f"-o runs/by-layer --config {Path(config.output) / BY_LAYER} --lr {best:g}"
+    alike = len(set(pattern.values())) < 2
+    return {
+        "command": train_command(config, f"-o runs/r{r} --r {r} --alpha {found['recommended_alpha']:g} --lr {lr:g}"),
+        "by_layer": None if alike else train_command(config, layers),
+        "settings_by_layer": None if alike else by_layer(r, pattern),
+        "shrink": f"lorafit shrink {Path(config.output) / TRIALS / ONE_RUN} --r {r} -o adapters/r{r}",
+    }
+
+
+def train_command(config: RankConfig, what: str) -> str:
+    """A training of the same rows. what: the flags that differ. Settings that are the default are left out."""
     given = [f"--{name} {value}" for name in ("format", "template") if (value := getattr(config, name))]
     given += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
-    return " ".join(
-        ["lorafit train", config.model, config.data, f"-o runs/r{r} --r {r} --alpha {alpha:g} --lr {lr:g}",
-         f"--epochs {config.epochs} --patience 1 --eval {config.eval or '20%'}", *given]
-    )  # fmt: skip
+    rows = f"--epochs {config.epochs} --patience 1 --eval {config.eval or '20%'}"
+    return " ".join(["lorafit train", config.model, config.data, what, rows, *given])

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from rich.console import Console
 
 from lorafit import files
@@ -20,7 +21,7 @@ from lorafit.errors import ConfigError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights
-from lorafit.rank.conclude import ONE_RUN, TRIALS, conclude, with_verified
+from lorafit.rank.conclude import BY_LAYER, ONE_RUN, TRIALS, conclude, with_verified
 from lorafit.rank.show import page, print_rank
 from lorafit.rank.verify import verify
 from lorafit.rundir import RunDir
@@ -31,7 +32,7 @@ from lorafit.trials.rows import KEEP, Rows, split_in_two
 from lorafit.trials.watching import watched
 from lorafit.units import format_seconds
 
-FILE_NAMES = ("rank.json", "report.html", SETUP, "rows", TRIALS)
+FILE_NAMES = ("rank.json", "report.html", BY_LAYER, SETUP, "rows", TRIALS)
 # What may differ when a search is resumed.
 FREE_TO_CHANGE = frozenset({"output", "model", "data", "eval", "verify"})
 # What all runs of a search have in common.
@@ -72,6 +73,8 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         if config.verify:
             found = with_verified(config, found, verify(trials, found))
         files.write_json(directory / "rank.json", found)
+        if found["settings_by_layer"]:
+            files.write_atomic(directory / BY_LAYER, tomli_w.dumps(found["settings_by_layer"]))
         files.write_atomic(directory / "report.html", page(found))
     if out is not None:
         print_rank(found, out)

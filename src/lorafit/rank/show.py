@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lorafit.chart import Point, heat, scatter
 from lorafit.page import inside, render
-from lorafit.rank.verify import PATTERN
+from lorafit.rank.conclude import PATTERN
 from lorafit.report.places import place
 from lorafit.tables import Table, print_table
 from lorafit.units import format_count, format_seconds
@@ -18,6 +18,7 @@ PAGE = Path(__file__).parent / "page.html.jinja"
 COLUMNS = ("rank", "parameters", "loss", "more than the best", "right", "")
 # What stands before the command that takes an adapter from the search itself.
 LEFT = "Or without another training, the adapter of that rank that the search left"
+LAYERS = "Or as many parameters, more of them where gradients have more energy (--verify says which is better)"
 Found = dict[str, Any]
 
 
@@ -146,8 +147,9 @@ def print_rank(found: Found, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     answer = f"Take r = {found['recommended_r']}: {found['reason']}."
     console.print(answer, style="bold", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Next:\n  {found['command']}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{LEFT}:\n  {found['shrink']}", highlight=False, markup=False, soft_wrap=True)
+    for told, command in (("Next", "command"), (LEFT, "shrink"), (LAYERS, "by_layer")):
+        if found[command]:
+            console.print(f"{told}:\n  {found[command]}", highlight=False, markup=False, soft_wrap=True)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -206,4 +208,5 @@ def page(found: Found) -> str:
         kinds=kinds,
         costs=costs_told(found),
         left=LEFT,
+        layers=LAYERS,
     )

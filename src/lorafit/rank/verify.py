@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorafit.rank.advise import advise
+from lorafit.rank.conclude import PATTERN, by_layer
 
 if TYPE_CHECKING:
     from lorafit.rank.line import Trials
@@ -14,7 +15,6 @@ Found = dict[str, Any]
 # Rates that are tried for each, as multiples of that of the one run; further out where the best is at the edge.
 FACTORS = (1.0, 0.5, 2.0)
 FURTHEST = 4.0
-PATTERN = "ranks by layer"
 
 
 def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
@@ -50,8 +50,7 @@ def _best(trials: Trials, name: str, begin: float, r: int, pattern: Mapping[str,
     while (factor := _next({key: one["loss"] for key, one in tried.items()})) is not None:
         lr = float(f"{begin * factor:.2g}")
         run = f"{'pattern' if pattern else 'r'}-{r}/lr-{lr:g}"
-        settings: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "lr": lr, "rank_pattern": dict(pattern)}
-        settings["alpha_pattern"] = {layer: 2.0 * rank for layer, rank in pattern.items()}
+        settings = by_layer(r, pattern) | {"lr": lr}
         made = trials.train(run, f"{name if pattern else f'rank {r}'}, rate {lr:g}", settings)["result"]
         tried[factor] = {"run": run, "lr": lr, "loss": made["eval_loss"] if made else None}
     known = [one for one in tried.values() if one["loss"] is not None]
