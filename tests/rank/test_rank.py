@@ -17,7 +17,7 @@ from lorafit.config import EvalConfig, RankConfig, ReportConfig, ShrinkConfig, T
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import commands, still_falling, train_command
-from lorafit.rank.show import rate_told
+from lorafit.rank.show import _about, rate_told
 from lorafit.rank.verify import _next
 from lorafit.showing import report
 from lorafit.trials import child
@@ -226,6 +226,16 @@ def test_a_command_names_what_rows_need(inputs: dict[str, str], tmp_path: Path) 
     own = config({"model": "m", "data": "d"}, tmp_path, template="t.jinja", rename={"a": "prompt"}, verify=False)
     advised = train_command(own, "--r 4")
     assert "--template t.jinja" in advised and "--rename a=prompt" in advised and "--eval 20%" in advised
+    # As tests have it, and what has its default is left out.
+    assert "--batch-size 4 " in advised and "--precision fp32 --threads 1" in advised and "--seed" not in advised
+    own = config({"model": "m", "data": "d"}, tmp_path, seed=3, trust_remote_code=True)
+    assert "--seed 3 " in train_command(own, "--r 4") and train_command(own, "--r 4").count("--trust-remote-code") == 1
+    assert "--trust-remote-code True" not in train_command(own, "--r 4")
+
+
+@pytest.mark.parametrize(("number", "told"), [(0.01234, "0.0123"), (99.94, "99.9"), (1529.3, "1,529")])
+def test_numbers_for_each_token_are_told_in_full(number: float, told: str) -> None:
+    assert _about(number) == told
 
 
 def test_ranks_by_layer_are_trained_by_the_command_and_the_file_that_are_left(
@@ -237,7 +247,7 @@ def test_ranks_by_layer_are_trained_by_the_command_and_the_file_that_are_left(
     assert found["by_layer"] in printed and words[words.index("--lr") + 1] == f"{best:g}"
     assert words[words.index("--config") + 1] == str(directory / "by-layer.toml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [*words, "--batch-size", "8", "--max-steps", "1"])
+    monkeypatch.setattr("sys.argv", [*words, "--max-steps", "1"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code

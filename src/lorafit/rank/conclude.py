@@ -16,6 +16,11 @@ from lorafit.rank.advise import Advice, advise
 from lorafit.rank.energies import Spectrum, allocate, held, mean_effective_rank
 from lorafit.trials.rows import Rows
 
+# Settings that a training has as the search had them, beside those that every command names.
+AS_SEARCHED = (
+    "format", "template", "loss_on", "seq_len", "batch_size", "max_steps", "seed", "precision", "threads",
+    "trust_remote_code",
+)  # fmt: skip
 Found = dict[str, Any]
 # By rank, of each held-out row: nats, tokens and likeliest, as RunDir.read_held_out gives them.
 Curve = Mapping[int, Mapping[str, Sequence[Any]]]
@@ -162,8 +167,10 @@ def commands(config: RankConfig, found: Found) -> Found:
 
 
 def train_command(config: RankConfig, what: str) -> str:
-    """A training of the same rows. what: the flags that differ. Settings that are the default are left out."""
-    given = [f"--{name} {value}" for name in ("format", "template") if (value := getattr(config, name))]
-    given += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
+    """A training of the same rows in the same way. what: the flags that differ. Defaults are left out."""
+    fields = RankConfig.model_fields
+    given = {name: value for name in AS_SEARCHED if (value := getattr(config, name)) != fields[name].default}
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
+    flags += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
     rows = f"--epochs {config.epochs} --patience 1 --eval {config.eval or '20%'}"
-    return " ".join(["lorafit train", config.model, config.data, what, rows, *given])
+    return " ".join(["lorafit train", config.model, config.data, what, rows, *flags])

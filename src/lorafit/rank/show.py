@@ -66,9 +66,14 @@ def distance_told(found: Found) -> list[str]:
         f"the first directions hold {held}"
         + (f"; r = {enough} is the first that holds 90%." if enough else "; no rank that was tried holds 90%."),
         f"Rank {found['recommended_r']} has {format_count(capacity['params'])} numbers, "
-        f"{capacity['params_per_token']:.3g} for each of the {format_count(capacity['supervised_tokens'])} tokens with "
-        "a loss: below one they cannot hold every row by heart.",
+        f"{_about(capacity['params_per_token'])} for each of the {format_count(capacity['supervised_tokens'])} tokens "
+        "with a loss: below one they cannot hold every row by heart.",
     ]
+
+
+def _about(number: float) -> str:
+    """Three digits of it, and all that stand before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def rate_told(found: Found) -> list[str]:
