@@ -65,10 +65,12 @@ def fit(
 ) -> Progress:
     """Train to the end, or until `stop` is asked for. The adapter ends as the best that an evaluation found, if any.
 
-    Raises Interrupted after saving when stopped, NumericsError when the loss is not finite three times in a row or a
-    part of the adapter does not learn.
+    start: where to go on from; its adapter is given up. Raises Interrupted after saving when stopped, NumericsError
+    when the loss is not finite three times in a row or a part of the adapter does not learn.
     """
     loop = Loop(work, start, save)
+    if start:
+        start.adapter.clear()  # the model has it: a copy would last as long as the run
     config, progress = work.config, loop.progress
     progress.train_s += work.engine.prepare_s
     while progress.step < work.total_steps and not progress.stopped_early:

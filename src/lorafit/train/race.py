@@ -115,19 +115,21 @@ def run(work: Work, usual: float, scratch: Path, console: Console) -> tuple[Race
     beginning = scratch / "before_the_race.safetensors"
     save_file({name: value.contiguous() for name, value in work.method.state(work.model).items()}, beginning)
     rates = [float(f"{factor * usual:.2g}") for factor in FACTORS]
+    runners = list[_Runner]()
     try:
         with _Told(console, rates, count) as told:
-            runners = [_run(work, lr, count, scratch / f"rate-{lr:g}", beginning, told) for lr in rates]
+            for lr in rates:
+                work.method.load_state(work.model, load_file(beginning))
+                to_beat = min((runner.loss for runner in runners), default=math.inf)
+                runners.append(_run(work, lr, count, scratch / "best", to_beat, told))
     finally:
         work.method.load_state(work.model, load_file(beginning))
         beginning.unlink()
     best = min(runners, key=lambda runner: runner.loss)
-    if not math.isfinite(best.loss):
+    state = checkpoint.newest(scratch / "best")[0]
+    if state is None:
         return None
-    state = checkpoint.newest(best.directory)[0]
-    assert state is not None
-    for runner in runners:
-        shutil.rmtree(runner.directory, ignore_errors=True)
+    shutil.rmtree(scratch / "best")
     race = Race(
         lr=best.lr,
         rates=rates,
@@ -146,29 +148,26 @@ class _Runner:
     lr: float
     steps: list[StepReport]
     loss: float
-    directory: Path
 
 
-def _run(work: Work, lr: float, count: int, directory: Path, beginning: Path, told: _Told) -> _Runner:
-    """The first steps of the run at one rate, and its state after them in `directory`."""
-    work.method.load_state(work.model, load_file(beginning))
-    own = replace(work, config=work.config.model_copy(update={"lr": lr}))
+def _run(work: Work, lr: float, count: int, best: Path, to_beat: float, told: _Told) -> _Runner:
+    """The first steps of the run at one rate; where that loses less than `to_beat`, its state is left in `best`."""
 
     def save(state: Checkpoint) -> None:
-        checkpoint.write(directory, state)
+        shutil.rmtree(best, ignore_errors=True)  # a state is several times what is trained: never two of them
+        checkpoint.write(best, state)
 
-    loop = Loop(own, None, save)
+    loop = Loop(replace(work, config=work.config.model_copy(update={"lr": lr})), None, save)
     told.begin()
     try:
         while loop.progress.step < count and len(told.steps) == loop.progress.step:
             train_one_step(loop, told)
     except NumericsError:  # what it says, the run says too where no rate does better
-        return _Runner(lr, told.steps, math.inf, directory)
-    loss = _loss_ahead(work, count) if len(told.steps) == count else math.nan
-    if not math.isfinite(loss):
-        return _Runner(lr, told.steps, math.inf, directory)
-    loop.save()
-    return _Runner(lr, told.steps, loss, directory)
+        return _Runner(lr, told.steps, math.inf)
+    loss = _loss_ahead(work, count) if len(told.steps) == count else math.inf
+    if loss < to_beat:
+        loop.save()
+    return _Runner(lr, told.steps, loss if math.isfinite(loss) else math.inf)
 
 
 @torch.no_grad()
