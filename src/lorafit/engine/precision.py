@@ -61,9 +61,10 @@ def warning(precision: str) -> str | None:
     times = rate["fp32"] / rate[precision]
     if times < FAR_SLOWER:
         return None
+    unless = ", unless memory is short" if precision == "bf16" else ""
     return (
-        f"products in {precision} take {times:.1f} times as long as in fp32 on this processor, which has none of their "
-        "own. Leave --precision out, unless memory is short"
+        f"{precision} products take {times:.1f} times as long as fp32 ones on this processor, which has no instructions "
+        f"for them: leave --precision out{unless}"
     )
 
 

@@ -78,7 +78,7 @@ def _about(number: float) -> str:
 
 def rate_told(found: Found) -> list[str]:
     """Which rate the one run had, and what it is better than."""
-    race = found["run"]["race"]
+    race = found["run"].get("race")  # a search of an earlier version has none
     if race is None:
         return []
     each = ", ".join(
