@@ -63,8 +63,8 @@ def warning(precision: str) -> str | None:
         return None
     unless = ", unless memory is short" if precision == "bf16" else ""
     return (
-        f"{precision} products take {times:.1f} times as long as fp32 ones on this processor, which has no instructions "
-        f"for them: leave --precision out{unless}"
+        f"{precision} products take {times:.1f} times as long as fp32 ones on this processor, which has no "
+        f"instructions for them: leave --precision out{unless}"
     )
 
 
