@@ -172,7 +172,7 @@ def test_force_starts_what_the_plan_refuses(inputs: dict[str, Any], tmp_path: Pa
 def test_where_the_fastest_precision_does_not_fit_bf16_is_taken_and_kept_when_resumed(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "flop_per_s", lambda again=False: {"fp32": 9.0, "bf16": 1.0, "int8": 1.0})
+    monkeypatch.setattr(precision, "flop_per_s", lambda names=None: {"fp32": 9.0, "bf16": 1.0, "int8": 1.0})
     settings = {**inputs, "output": str(tmp_path / "run"), "precision": "auto", "max_steps": 1}
     spec = model_spec.read(inputs["model"])
     adds = trained.of(spec, TrainConfig(**settings))
@@ -285,7 +285,7 @@ def test_a_run_tells_later_ones_how_long_they_will_take(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
-    precision._best_rates.cache_clear()
+    precision._best_rate.cache_clear()
     settings = {**inputs, "epochs": 4, "shuffle": False}  # 12 steps; every epoch the same ones
     first, printed = run({**settings, "output": str(tmp_path / "first")})
     assert first["predicted_train_s"] is None and "predicted time" not in printed
@@ -296,14 +296,14 @@ def test_a_run_tells_later_ones_how_long_they_will_take(
     assert "predicted time: " in printed and "tokens/s, predicted " in printed
     # The operations of the second at the rate that the first reached.
     assert second["predicted_train_s"] == pytest.approx(second["flop"] / (first["flop"] / first["train_s"]))
-    precision._best_rates.cache_clear()
+    precision._best_rate.cache_clear()
 
 
 def test_another_method_is_timed_by_lora_first_which_is_said_and_then_by_itself(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
-    precision._best_rates.cache_clear()
+    precision._best_rate.cache_clear()
     settings = {**inputs, "epochs": 4, "shuffle": False}
     lora, _ = run({**settings, "output": str(tmp_path / "lora")})
     adapter = {**settings, "method": "adapter", "variant": "houlsby", "bottleneck": 8}
@@ -316,4 +316,4 @@ def test_another_method_is_timed_by_lora_first_which_is_said_and_then_by_itself(
     # Layers below what is trained are computed in the first of four epochs alone.
     part, _ = run({**adapter, "output": str(tmp_path / "part"), "layers": "last:1"})
     assert part["flop"] < 0.7 * first["flop"]
-    precision._best_rates.cache_clear()
+    precision._best_rate.cache_clear()

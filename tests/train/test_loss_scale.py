@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_is_not_tried_again_and_other_types_are_left_a
 def fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the processor had products of float16: torch computes them anywhere, slowly."""
     monkeypatch.setattr(processor, "has_fp16", lambda: True)
-    precision._best_rates.cache_clear()
+    precision._best_rate.cache_clear()
 
 
 def run(directory: Path, name: str, resume: bool = False, **more: Any) -> dict[str, Any]:
@@ -141,9 +141,9 @@ def test_fp16_is_refused_where_nothing_multiplies_in_it_and_a_run_in_it_is_still
         run(tmp_path, "refused", precision="fp16")
     with monkeypatch.context() as here:
         here.setattr(processor, "has_fp16", lambda: True)
-        precision._best_rates.cache_clear()
+        precision._best_rate.cache_clear()
         run(tmp_path, "half", precision="fp16", max_steps=2)
-    precision._best_rates.cache_clear()
+    precision._best_rate.cache_clear()
     found = evaluate(
         EvalConfig(target=str(tmp_path / "half"), data=str(tmp_path / "rows.jsonl"), threads=1),
         Console(file=io.StringIO()),

@@ -9,7 +9,9 @@ that is busy today does not choose for tomorrow.
 from __future__ import annotations
 
 import functools
+import math
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -25,7 +27,11 @@ MUST_BE_FASTER_BY = 1.3
 # A type that is asked for by name and is so many times slower is warned of.
 FAR_SLOWER = 2.0
 ROWS, IN, OUT = 512, 576, 1536
+FLOP = 2 * ROWS * IN * OUT
 REPEATS = 7
+# So many times as slow as fp32 a type will not become the fastest by measuring on: where there are no instructions for
+# int8, seven products of it take seconds.
+HOPELESS = 4.0
 
 
 def choose(precision: str, storage: str = "auto") -> str:
@@ -57,7 +63,7 @@ def warning(precision: str) -> str | None:
     """What to say of a type that is asked for by name and is far slower than fp32 here, if there is anything."""
     if precision in ("auto", "fp32"):
         return None
-    rate = flop_per_s()
+    rate = flop_per_s(("fp32", precision))
     times = rate["fp32"] / rate[precision]
     if times < FAR_SLOWER:
         return None
@@ -78,35 +84,42 @@ def known() -> list[str]:
     return ["fp32", "bf16", *(["fp16"] if has_fp16() else []), "int8"]
 
 
-def flop_per_s(again: bool = False) -> dict[str, float]:
+def flop_per_s(names: Iterable[str] | None = None, again: bool = False) -> dict[str, float]:
     """Floating-point operations a second in a product of 512 x 576 with 576 x 1536, by precision: the best ever seen.
 
-    Measured once a process, in about 20 ms, and again where that is asked for: a core that idled is slow at first.
+    names: those that are asked for, by default all. Each is measured once a process, all together in about 20 ms, and
+    again where that is asked for: a core that idled is slow at first.
     """
     if again:
-        _best_rates.cache_clear()
-    return _best_rates(torch.get_num_threads())
+        _best_rate.cache_clear()
+    threads = torch.get_num_threads()
+    return {name: _best_rate(name, threads) for name in names or known()}
 
 
 @functools.cache
-def _best_rates(threads: int) -> dict[str, float]:
-    before = rates.read(threads).flop_per_s
-    found = {name: max(_measure(name), before.get(name, 0.0)) for name in known()}
-    rates.keep(threads, rates.Rates(flop_per_s=found))
+def _best_rate(name: str, threads: int) -> float:
+    most_s = math.inf if name == "fp32" else HOPELESS * FLOP / _best_rate("fp32", threads)
+    found = max(_measure(name, most_s), rates.read(threads).flop_per_s.get(name, 0.0))
+    rates.keep(threads, rates.Rates(flop_per_s={name: found}))
     workspace.forget()  # or blocks of the first batches would be as large as what was measured on
     return found
 
 
-def _measure(precision: str) -> float:
-    """FLOP/s of x W^T, the best of several: what the machine can do when it is left alone."""
+def _measure(precision: str, most_s: float) -> float:
+    """FLOP/s of x W^T, the best of several: what the machine can do when it is left alone.
+
+    most_s: of one product; a second one that takes longer is the last.
+    """
     product = _product(precision, torch.ones(OUT, IN, dtype=DTYPES[precision]))
     x = torch.ones(ROWS, IN, dtype=DTYPES[precision])
-    best = float("inf")
-    for _ in range(REPEATS):
+    best = math.inf
+    for number in range(REPEATS):
         start = time.perf_counter()
         product.forward(x)
         best = min(best, time.perf_counter() - start)
-    return 2 * ROWS * IN * OUT / best
+        if number and best > most_s:
+            break
+    return FLOP / best
 
 
 def _product(precision: str, W: torch.Tensor) -> Product:

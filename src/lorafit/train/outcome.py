@@ -99,7 +99,7 @@ def flop_of(config: TrainConfig, progress: Progress, predicted: float | None, st
 
 def _mfu(flop: float | None, train_s: float, precision_name: str) -> float | None:
     """Model FLOPs utilization: the share of the machine's measured matrix rate that training reached."""
-    rate = precision.flop_per_s()[precision_name]
+    rate = precision.flop_per_s((precision_name,))[precision_name]
     return flop / train_s / rate if train_s and flop else None
 
 
