@@ -306,6 +306,16 @@ def mean_losses(runs: dict[int, list[Result]]) -> dict[int, float]:
     return {r: statistics.mean(sum(run["nats"]) / sum(run["tokens"]) for run in own) for r, own in runs.items()}
 
 
+def held_against(advice: list[Result], runs: dict[int, list[Result]]) -> dict[int, float]:
+    """Of each rank alone what the one run's curve is held against, measured as that was: by the run itself, in int8.
+
+    Before runs kept what each rank loses, the curve was measured apart, with the base as its files have it.
+    """
+    if "curve" in advice[0]["seconds"]:
+        return mean_losses(runs)
+    return {r: statistics.mean(run["eval_loss"] for run in own) for r, own in runs.items()}
+
+
 def measures(advice: Result, most: int = 128) -> tuple[float, ...]:
     """What is known without training, in the order of MEASURES."""
     gradients = advice["gradients"]
@@ -374,7 +384,7 @@ def curve_rows(every: list[Result]) -> list[str]:
     for found in every:
         runs, advice = best_runs(found), found.get("advice", [])
         if advice and runs:
-            losses = mean_losses(runs)
+            losses = held_against(advice, runs)
             curves = [{point["r"]: point["loss"] for point in one["curve"]} for one in advice]
             own = {r: statistics.mean(curve[r] for curve in curves) for r in losses}
             off = " | ".join(f"{own[r] / losses[r] - 1:+.1%}" if r in losses else "-" for r in RANKS_BY_SIZE)

@@ -32,7 +32,7 @@ from lorafit.train.reporting import StepReport
 
 # Rates that race, as multiples of the usual one, the smallest first.
 FACTORS = (0.5, 1.6)
-# Of the run's tokens, what the rates that lose may compute, with a pass forward as a third of a step.
+# Of the run's steps, what a race may take beyond the winner's own, with a pass forward as a third of one.
 SHARE, FORWARD = 0.1, 1 / 3
 # Fewer steps tell nothing: the first is at a fraction of the rate.
 FEWEST = 3
@@ -45,7 +45,7 @@ class Race:
     """lr: that of the winner. rates: those that raced. losses: of each, nats per supervised token of each step's rows.
 
     ahead: of each the same of the next steps' rows, by which it is judged. A rate whose loss was not finite has fewer
-    losses than the others, and None ahead. share: of the run's tokens, what the race took beyond the winner's steps.
+    losses than the others, and None ahead. share: of the run's steps, what the race took beyond the winner's own.
     seconds: the same of the clock.
     """
 
