@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,16 @@ def test_a_command_names_what_rows_need(inputs: dict[str, str], tmp_path: Path) 
     own = config({"model": "m", "data": "d"}, tmp_path, seed=3, trust_remote_code=True)
     assert "--seed 3 " in train_command(own, "--r 4") and train_command(own, "--r 4").count("--trust-remote-code") == 1
     assert "--trust-remote-code True" not in train_command(own, "--r 4")
+
+
+def test_names_with_spaces_are_quoted_in_commands(tmp_path: Path) -> None:
+    own = config({"model": "my model", "data": "my rows.jsonl", "eval": "held out.jsonl"}, tmp_path / "a search")
+    words = shlex.split(train_command(own, "--r 4"))
+    assert words[2:4] == ["my model", "my rows.jsonl"] and words[words.index("--eval") + 1] == "held out.jsonl"
+    found: dict[str, Any] = {"recommended_r": 4, "recommended_lr": 1e-3, "recommended_alpha": 8, "verified": None}
+    told = commands(own, found | {"gradients": {"rank_pattern": {"a": 1, "b": 2}}})
+    assert shlex.split(told["shrink"])[2] == str(tmp_path / "a search" / "trials" / "all-ranks")
+    assert str(tmp_path / "a search" / "by-layer.toml") in shlex.split(told["by_layer"])
 
 
 @pytest.mark.parametrize(("number", "told"), [(0.01234, "0.0123"), (99.94, "99.9"), (1529.3, "1,529")])

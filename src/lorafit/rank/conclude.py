@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -156,13 +157,13 @@ def commands(config: RankConfig, found: Found) -> Found:
     r, lr, pattern = found["recommended_r"], found["recommended_lr"], found["gradients"]["rank_pattern"]
     verified = ((found["verified"] or {}).get("trials") or {}).get(PATTERN)
     best = verified["lr"] if verified and verified["loss"] is not None else lr
-    layers = f"-o runs/by-layer --config {Path(config.output) / BY_LAYER} --lr {best:g}"
+    layers = f"-o runs/by-layer --config {quote(str(Path(config.output) / BY_LAYER))} --lr {best:g}"
     alike = len(set(pattern.values())) < 2
     return {
         "command": train_command(config, f"-o runs/r{r} --r {r} --alpha {found['recommended_alpha']:g} --lr {lr:g}"),
         "by_layer": None if alike else train_command(config, layers),
         "settings_by_layer": None if alike else by_layer(r, pattern),
-        "shrink": f"lorafit shrink {Path(config.output) / TRIALS / ONE_RUN} --r {r} -o adapters/r{r}",
+        "shrink": f"lorafit shrink {quote(str(Path(config.output) / TRIALS / ONE_RUN))} --r {r} -o adapters/r{r}",
     }
 
 
@@ -170,7 +171,11 @@ def train_command(config: RankConfig, what: str) -> str:
     """A training of the same rows in the same way. what: the flags that differ. Defaults are left out."""
     fields = RankConfig.model_fields
     given = {name: value for name in AS_SEARCHED if (value := getattr(config, name)) != fields[name].default}
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
-    flags += [f"--rename {','.join(f'{old}={new}' for old, new in config.rename.items())}"] if config.rename else []
-    rows = f"--epochs {config.epochs} --patience 1 --eval {config.eval or '20%'}"
-    return " ".join(["lorafit train", config.model, config.data, what, rows, *flags])
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {quote(str(value))}")
+        for name, value in given.items()
+    ]
+    renamed = quote(",".join(f"{old}={new}" for old, new in config.rename.items()))
+    flags += [f"--rename {renamed}"] if config.rename else []
+    rows = f"--epochs {config.epochs} --patience 1 --eval {quote(config.eval or '20%')}"
+    return " ".join(["lorafit train", quote(config.model), quote(config.data), what, rows, *flags])
