@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from rich.console import Console
 
@@ -88,11 +90,27 @@ def test_the_run_itself_is_the_one_without_its_lower_ranks(
 
 
 def test_what_was_halved_and_trained_on_is_kept_where_it_is_better_than_what_was_halved(
-    halved: Halved,
+    inputs: dict[str, Any], halved: Halved, tmp_path: Path
 ) -> None:
-    below = halved[1]["by_rank"][:-1]
-    assert all(one["loss"] <= one["cut_loss"] for one in below)
-    assert below[0]["loss"] < below[0]["cut_loss"]
+    path, result, printed = halved
+    ranks, held_out = {one["r"]: one for one in result["by_rank"]}, Path(inputs["eval"])
+    assert [ranks[r]["helped"] for r in (6, 4, 2)] == [None, True, False]
+    for r, told in ((4, "after {}"), (2, "as {} did not help")):
+        steps = f"{ranks[r]['steps']} steps at {ranks[r]['lr']:g}"
+        assert f"halved to rank {r}: held-out loss {ranks[r]['loss']:.4f}" in printed and told.format(steps) in printed
+    cut = {4: path / "adapter", 2: path / "ranks" / "r4"}
+    for r, source in cut.items():
+        shrunk({"run": str(source), "r": r, "output": str(tmp_path / f"cut{r}")})
+    assert ranks[4]["loss"] < loss(tmp_path / "cut4", held_out)
+    assert ranks[2]["loss"] == pytest.approx(loss(tmp_path / "cut2", held_out), rel=1e-5)
+
+
+@given(st.integers(1, 5000))
+def test_a_glance_is_at_a_quarter_of_the_pieces_or_at_enough_of_them(count: int) -> None:
+    one = halving.HeldOut(np.ones(count), np.full(count, 3), np.zeros(count, dtype=np.int64))
+    seen = len(one.every(halving._every(one)).nats)
+    assert seen >= min(count, halving.GLANCED_AT)
+    assert count < 4 * halving.GLANCED_AT or seen == math.ceil(count / 4)
 
 
 @pytest.mark.parametrize("left", ["ranks", "no ranks"])
@@ -198,7 +216,9 @@ def test_the_chain_goes_on_with_what_was_trained_where_what_was_halved_is_saved(
         return next(worse) * np.ones_like(nats), tokens, likeliest
 
     monkeypatch.setattr(lorafit.run, "row_scores", scores)
-    run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+    result, printed = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+    four = next(one for one in result["by_rank"] if one["r"] == 4)
+    assert not four["helped"] and "as 1 step at 0.01 did not help" in printed
 
     for source, r, is_nearest in (("adapter", 4, True), ("ranks/r4", 2, False)):
         shrunk({"run": str(tmp_path / "run" / source), "r": r, "output": str(tmp_path / f"near{r}")})
@@ -224,16 +244,20 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, number = lorafit.run.row_scores, iter(range(99))
+    # Of the own rank; of rank 4 as it was cut, after its steps, and, as these give no number, cut again.
+    not_finite = {0: "own", 2: "rank 4 after its steps"}
 
     def scores(*given: Any) -> Any:
         nats, tokens, likeliest = real(*given)
-        if next(number) == 3:  # of rank 2 as it was cut: the own rank's, rank 4's before and after its steps, and this
+        if next(number) in not_finite:
             nats[0] = math.nan
         return nats, tokens, likeliest
 
     monkeypatch.setattr(lorafit.run, "row_scores", scores)
     result, _ = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
-    assert result["by_rank"][1]["cut_loss"] is None and math.isfinite(result["by_rank"][1]["loss"])
+    assert not result["by_rank"][2]["helped"] and math.isfinite(result["by_rank"][2]["loss"])
+    kept = RunDir(tmp_path / "run").read_held_out()
+    assert kept[6]["nats"][0] is None and None not in kept[4]["nats"]
 
 
 def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:

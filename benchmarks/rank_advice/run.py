@@ -10,11 +10,12 @@ each of EPOCHS epochs; the best of these evaluations counts, and its loss is mea
 in SHUFFLED has its words exchanged for each other, the same everywhere: a language that no model knows.
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
-the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise`
-is `lorafit rank` on the same rows, with each seed: leave the machine alone while the first one runs, whose times are
-reported. `scalings` searches the rate of some ranks under other scalings. results/SET.json is written after each run,
-and what it holds is not run again. Two of `separate` may run side by side on sets of their own, with --threads 1: that
-makes more runs an hour.
+the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise` is
+`lorafit rank` on the same rows, with each seed: leave the machine alone while the first one runs, whose times are
+reported. All runs are in int8; where the processor has no instructions for that, `advise --precision fp32`. `scalings`
+searches the rate of some ranks under other scalings. results/SET.json is written after each run, and what it holds is
+not run again. Two of `separate` may run side by side on sets of their own, with --threads 1: that makes more runs an
+hour.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SETS = {
     "wikisql": "wikisql_mlx/chat_train.jsonl",
     "shakespeare": "tinyshakespeare/train.txt",
 }
-MODEL = "smollm2-135m"
+MODEL, PRECISION = "smollm2-135m", "int8"
 TRAIN, VALID, EPOCHS = 320, 200, 3
 TEXT_CHARS = 400  # of a row of running text
 RANKS = (16, 2, 64, 8, 4, 32, 1)  # in this order: those first by which rates alone are judged
@@ -202,7 +203,13 @@ class Set:
         return found
 
     def settings(self, r: int, step: int, seed: int) -> Result:
-        own = {"model": MODEL, "data": str(self.train), "eval": str(self.valid), "epochs": EPOCHS, "precision": "int8"}
+        own = {
+            "model": MODEL,
+            "data": str(self.train),
+            "eval": str(self.valid),
+            "epochs": EPOCHS,
+            "precision": PRECISION,
+        }
         return own | {"r": r, "alpha": 2 * r, "lr": rate(step), "seed": seed, "threads": self.threads}
 
     def clear(self) -> None:
@@ -267,16 +274,16 @@ def advised(given: argparse.Namespace) -> None:
             for one in sets:
                 known = one.found.setdefault("advice", [])
                 if len(known) <= seed:
-                    known.append(asked(one, seed, scratch / "ranked") | revision())
+                    known.append(asked(one, seed, given.precision, scratch / "ranked") | revision())
                     one.write()
                     told = known[-1]
                     print(one.found["set"], seed, told["recommended_r"], told["reason"], told["seconds"], flush=True)
 
 
-def asked(one: Set, seed: int, out: Path) -> Result:
+def asked(one: Set, seed: int, precision: str, out: Path) -> Result:
     """The advice of the command itself."""
     shutil.rmtree(out, ignore_errors=True)
-    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", EPOCHS, "--precision", "int8"]
+    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", EPOCHS, "--precision", precision]
     words += ["--seed", seed, *(["--threads", one.threads] if one.threads else [])]
     command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -309,9 +316,10 @@ def mean_losses(runs: dict[int, list[Result]]) -> dict[int, float]:
 def held_against(advice: list[Result], runs: dict[int, list[Result]]) -> dict[int, float]:
     """Of each rank alone what the one run's curve is held against, measured as that was: by the run itself, in int8.
 
-    Before runs kept what each rank loses, the curve was measured apart, with the base as its files have it.
+    Before runs kept what each rank loses, the curve was measured apart, with the base as its files have it; and so has
+    it a run in fp32.
     """
-    if "curve" in advice[0]["seconds"]:
+    if "curve" in advice[0]["seconds"] or advice[0]["run"]["precision"] != PRECISION:
         return mean_losses(runs)
     return {r: statistics.mean(run["eval_loss"] for run in own) for r, own in runs.items()}
 
@@ -378,7 +386,8 @@ def is_whole(runs: dict[int, list[Result]]) -> bool:
 def curve_rows(every: list[Result]) -> list[str]:
     """How far each rank of the one run is from the same rank alone, both in the mean over their seeds.
 
-    And the time of the run in trainings of its largest rank, which is what it begins with.
+    And the time of the run in trainings of its largest rank, which it begins with, all without evaluations; and that of
+    the whole command in such trainings, all with evaluations.
     """
     lines = []
     for found in every:
@@ -391,9 +400,11 @@ def curve_rows(every: list[Result]) -> list[str]:
             run = advice[0]["run"]
             others = (run.get("race") or {"seconds": 0.0})["seconds"]  # of the rates that lost
             took = 1 + (run["halving_s"] + others) / run["train_s"]
-            lines.append(f"| {found['set']} | {len(advice)} | {off} | {took:.2f} |")
+            whole = sum(advice[0]["seconds"].values()) / advice[0]["training_s"] if "training_s" in advice[0] else None
+            times = f"{took:.2f} | {'-' if whole is None else f'{whole:.2f}'}"
+            lines.append(f"| {found['set']} | {len(advice)} | {run['precision']} | {off} | {times} |")
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    head = [f"| set | seeds | {ranks} | time |", "|---|---|" + "---|" * (len(RANKS) + 1)]
+    head = [f"| set | seeds | in | {ranks} | the run | all |", "|---|---|---|" + "---|" * (len(RANKS) + 2)]
     return [*head, *lines, ""] if lines else []
 
 
@@ -445,6 +456,8 @@ def main() -> None:
         action.add_argument("--sets", default=",".join(SETS))
         action.add_argument("--threads", type=int)
         action.set_defaults(run=work)
+        if work is advised:
+            action.add_argument("--precision", default=PRECISION)
     action = actions.add_parser("table")
     action.set_defaults(run=lambda _: put(table()))
     given = parser.parse_args()

@@ -283,24 +283,28 @@ def _halve(
         kept = config.model_copy(update={"r": r, "alpha": one.alpha})
         saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
 
-    measure = partial(_held_out_rows, ready)
-    found, rows = halving.halve(work, result["tokens_computed"], result["eval_loss"], measure, save, console)
+    measure = partial(_measure, ready)
+    found, pieces = halving.halve(work, result["tokens_computed"], result["eval_loss"], measure, save, console)
     if ready.held_out:
-        files.write_json(run.held_out, {str(r): own for r, own in rows.items()})
+        rows = {str(r): _figures(one, ready.held_out) for r, one in pieces.items()}
+        files.write_json(run.held_out, rows)
     return found
 
 
-def _held_out_rows(ready: Ready) -> halving.HeldOut:
-    """What the model as it is loses on each held-out row."""
+def _measure(ready: Ready, every: int) -> halving.HeldOut | None:
+    """What the model as it is loses on every so manieth held-out piece."""
     if not ready.held_out:
-        return halving.HeldOut(None, {})
+        return None
     ready.engine.model.eval()
-    nats, tokens, likeliest = row_scores(ready.engine, ready.held_out, ready.evaluation_micro, lambda rows: None)
-    figures = by_row({"nats": nats, "tokens": tokens, "likeliest": likeliest}, ready.held_out)
-    loss = float(nats.sum() / tokens.sum())
-    if not math.isfinite(loss):
-        figures["nats"] = [own if math.isfinite(own) else None for own in figures["nats"]]
-    return halving.HeldOut(loss if math.isfinite(loss) else None, figures)
+    pieces = [ready.held_out[n] for n in range(0, len(ready.held_out), every)]
+    return halving.HeldOut(*row_scores(ready.engine, pieces, ready.evaluation_micro, lambda rows: None))
+
+
+def _figures(one: halving.HeldOut, held_out: Sequence[Encoded]) -> dict[str, list[Any]]:
+    """By row; nats that are not finite are None, as JSON has no such numbers."""
+    figures = by_row(vars(one), held_out)
+    figures["nats"] = [own if math.isfinite(own) else None for own in figures["nats"]]
+    return figures
 
 
 def _facts(config: TrainConfig, settled: Settled, given: Given, ready: Ready) -> dict[str, Any]:

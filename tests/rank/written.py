@@ -36,8 +36,16 @@ def found(spec: ModelSpec, losses: dict[int, float], text: str, spread: float = 
         nats = TOKENS * (loss + spread * chance.standard_normal(ROWS))
         likeliest = chance.integers(3, 5, ROWS).tolist()
         curve[r] = {"nats": nats.tolist(), "tokens": [TOKENS] * ROWS, "likeliest": likeliest}
-    by_rank = [{"r": r, "steps": 2, "lr": 1e-3, "cut_loss": loss + 0.1, "loss": loss} for r, loss in losses.items()]
-    result = {"steps": 9, "train_s": 5.0, "halving_s": 2.0, "precision": "fp32", "by_rank": by_rank}
+    by_rank = [{"r": r, "steps": 2, "lr": 1e-3, "helped": True, "loss": loss} for r, loss in losses.items()]
+    result = {
+        "steps": 9,
+        "load_s": 0.5,
+        "train_s": 3.0,
+        "eval_s": 0.5,
+        "halving_s": 1.0,
+        "precision": "fp32",
+        "by_rank": by_rank,
+    }
     result["settings"] = {"lr": 3.2e-3}
     result["race"] = {
         "lr": 3.2e-3,

@@ -72,6 +72,7 @@ def conclude(
             "evaluations": list(evaluations),
         },
         "seconds": {"look": look["seconds"], "train": made["wall_s"]},
+        "training_s": result["load_s"] + result["train_s"] + result["eval_s"],
         "verified": None,
     }  # fmt: skip
     return found | commands(config, found)

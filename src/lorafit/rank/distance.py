@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Rows that the model itself goes on with, and the most tokens of each.
-OWN_ROWS, OWN_TOKENS, TOGETHER = 32, 48, 16
+OWN_ROWS, OWN_TOKENS = 32, 48
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def own_answers(
     prompts = [[int(token) for token in row.input_ids[:start]] for row, start in zip(chosen, starts, strict=True)]
     most = min(OWN_TOKENS, max(len(row.input_ids) - start for row, start in zip(chosen, starts, strict=True)))
     said = answer(
-        model, tokenizer, prompts, batch_size=TOGETHER, max_new_tokens=max(1, most), temperature=1.0, seed=seed,
+        model, tokenizer, prompts, batch_size=OWN_ROWS, max_new_tokens=max(1, most), temperature=1.0, seed=seed,
         on_answer=on_answer,
     )  # fmt: skip
     found = []

@@ -131,8 +131,11 @@ def _loss(loss: float | None) -> str:
 
 def costs_told(found: Found) -> str:
     """What the answer took."""
-    parts = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in found["seconds"].items())
-    return f"Took {format_seconds(sum(found['seconds'].values()))}: {parts}."
+    parts, took = found["seconds"], sum(found["seconds"].values())
+    told = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+    one = found["training_s"]
+    times = f", {took / one:.1f} times as long as training r = {found['curve'][-1]['r']} alone" if one else ""
+    return f"Took {format_seconds(took)}{times}: {told}."
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------

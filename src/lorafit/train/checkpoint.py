@@ -36,6 +36,7 @@ class Progress:
     tokens_computed: int = 0
     flop: int = 0
     train_s: float = 0.0
+    eval_s: float = 0.0
     last_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None

@@ -7,12 +7,15 @@ that none has to make good more than one halving.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -36,6 +39,9 @@ RATE = 2.0
 PART_OF_BATCH = 2
 # Steps that are looked at to know how many tokens one computes.
 LOOKED_AT = 8
+# Whether steps helped is told by every fourth of the held-out pieces, or by more of them where these would be too few:
+# a whole evaluation would cost a good part of what the steps do, only to know whether to keep them.
+GLANCE, GLANCED_AT = 4, 32
 
 
 def ladder(r: int) -> list[int]:
@@ -100,44 +106,61 @@ def batch_size_of(config: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the model as it is loses on held-out rows. loss: nats per supervised token, None without rows and where that
-    is not finite. rows: figures of each row.
-    """
+    """What the model as it is loses on held-out pieces, (pieces,) each: nats, tokens with a loss, likeliest ones."""
 
-    loss: float | None
-    rows: dict[str, list[Any]]
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    likeliest: NDArray[np.int64]
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    def every(self, step: int) -> HeldOut:
+        """Of every so manieth piece, from the first."""
+        return HeldOut(self.nats[::step], self.tokens[::step], self.likeliest[::step])
 
 
-Measure = Callable[[], HeldOut]
+# Measures the model on every so manieth held-out piece; None where there are none.
+Measure = Callable[[int], HeldOut | None]
+
+
+def _loss(one: HeldOut | None) -> float | None:
+    """None also where it is not finite."""
+    return one.loss if one and math.isfinite(one.loss) else None
 
 
 def halve(
     work: Work, computed: int, loss: float | None, measure: Measure, save: Callable[[int], None], console: Console
-) -> tuple[dict[str, Any], dict[int, dict[str, list[Any]]]]:
+) -> tuple[dict[str, Any], dict[int, HeldOut]]:
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
     computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model
-    has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, its held-out loss, and that
-    before these steps (None without such rows, and where it is not finite); and `halving_s`, without evaluations.
-    And of each rank the figures of each held-out row. Raises Interrupted: it begins again when the run is resumed.
+    has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, whether that helped (what is
+    saved is the update as it was halved where it did not), and the held-out loss of what is saved (None without such
+    rows, and where it is not finite); and `halving_s`, without evaluations. And what each rank loses on each held-out
+    piece, where there are any. Raises Interrupted: it begins again when the run is resumed.
     """
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     most = ranks(work.config)[-1]
-    found, rows = [{"r": most, "steps": None, "lr": None, "cut_loss": None, "loss": loss}], {most: measure().rows}
+    found: list[dict[str, Any]] = [{"r": most, "steps": None, "lr": None, "helped": None, "loss": loss}]
+    measured = {most: measure(1)}
+    every = _every(measured[most])
     with stop_on_signals() as stop, _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
             started = time.perf_counter()
             truncate(work.model, healing.r, work.config.scaling_rule)
             took += time.perf_counter() - started
-            cut = measure()
-            kept, heal_s = _heal_and_save(work, healing, cut, measure, partial(save, healing.r), stop, told)
-            took, rows[healing.r] = took + heal_s, kept.rows
-            losses = {"cut_loss": cut.loss, "loss": kept.loss}
-            found.append({"r": healing.r, "steps": healing.steps, "lr": healing.lr, **losses})
+            helped, kept, heal_s = _heal_and_save(work, healing, measure, every, partial(save, healing.r), stop, told)
+            took, measured[healing.r] = took + heal_s, kept
+            own = {"steps": healing.steps, "lr": healing.lr, "helped": helped, "loss": _loss(kept)}
+            found.append({"r": healing.r, **own})
             told.rank(found[-1])
             if stop.signal:
                 raise _interrupted(stop.signal)
-    return {"by_rank": found[::-1], "halving_s": took}, dict(sorted(rows.items()))
+    pieces = {r: one for r, one in sorted(measured.items()) if one}
+    return {"by_rank": found[::-1], "halving_s": took}, pieces
 
 
 def _tokens_of_a_step(work: Work) -> float:
@@ -150,22 +173,17 @@ def _tokens_of_a_step(work: Work) -> float:
 
 
 def _heal_and_save(
-    work: Work,
-    healing: Healing,
-    cut: HeldOut,
-    measure: Measure,
-    save: Callable[[], None],
-    stop: StopRequest,
-    told: _Told,
-) -> tuple[HeldOut, float]:
-    """Save what was cut or what steps make of it, whichever is better, and return that; and the seconds of the steps.
+    work: Work, healing: Healing, measure: Measure, every: int, save: Callable[[], None], stop: StopRequest, told: _Told
+) -> tuple[bool, HeldOut | None, float]:
+    """Save what was cut or what steps make of it, whichever is better on every so manieth held-out piece.
 
-    The model goes on with the latter in any case: also where it is no better at this rank, halving it loses less.
+    Returns whether that is the latter, what it loses, and the seconds of the steps. The model goes on with the latter
+    in any case: also where it is no better at this rank, halving it loses less.
     """
     if not healing.steps:
         save()
-        return cut, 0.0
-    before = work.method.state(work.model)
+        return False, measure(1), 0.0
+    cut, before = measure(every), work.method.state(work.model)
     started = time.perf_counter()
     failed = _heal(work, healing, stop, told)
     took = time.perf_counter() - started
@@ -173,16 +191,27 @@ def _heal_and_save(
         told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
         work.method.load_state(work.model, before)
         save()
-        return cut, took
-    healed = measure()
-    if cut.loss is None or (healed.loss is not None and healed.loss <= cut.loss):
+        return False, measure(1), took
+    healed = measure(1)
+    if not (cut and healed) or _is_as_good(healed.every(every), cut):
         save()
-        return healed, took
+        return True, healed, took
     after = work.method.state(work.model)
     work.method.load_state(work.model, before)
     save()
+    kept = measure(1)
     work.method.load_state(work.model, after)
-    return cut, took
+    return False, kept, took
+
+
+def _every(one: HeldOut | None) -> int:
+    """Every how manieth piece tells whether steps helped."""
+    return max(1, min(GLANCE, len(one.nats) // GLANCED_AT)) if one else GLANCE
+
+
+def _is_as_good(healed: HeldOut, cut: HeldOut) -> bool:
+    """Whether it loses no more on the same pieces; a loss that is not finite is never the better one."""
+    return _loss(cut) is None or (math.isfinite(healed.loss) and healed.loss <= cut.loss)
 
 
 def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
@@ -237,9 +266,11 @@ class _Told:
 
     def rank(self, found: dict[str, Any]) -> None:
         """One is done."""
-        loss, cut = ("not finite" if one is None else f"{one:.4f}" for one in (found["loss"], found["cut_loss"]))
-        told = "" if found["loss"] is None else f": held-out loss {cut}"
-        if found["steps"]:
-            steps = "1 step" if found["steps"] == 1 else f"{found['steps']} steps"
-            told += f", {loss} after {steps} at {found['lr']:g}"
-        self._console.print(f"halved to rank {found['r']}{told}", highlight=False)
+        told = f"halved to rank {found['r']}"
+        steps = "1 step" if found["steps"] == 1 else f"{found['steps']} steps"
+        steps = f"{steps} at {found['lr']:g}" if found["steps"] else ""
+        if found["loss"] is not None:
+            told += f": held-out loss {found['loss']:.4f}"
+        if steps:
+            told += f" after {steps}" if found["helped"] else f", as {steps} did not help"
+        self._console.print(told, highlight=False)

@@ -265,7 +265,9 @@ def _count_bad_step(loop: Loop, row_ids: list[int], loss: float, grad_norm: floa
 def _evaluate(loop: Loop, evaluate: Callable[[], float], report: Reporter) -> None:
     """Measure the held-out loss, keep the adapter if it is the best so far, stop early when it no longer improves."""
     progress, config = loop.progress, loop.work.config
+    started = time.perf_counter()
     loss = evaluate()
+    progress.eval_s += time.perf_counter() - started
     if loop.ranks and not loop.ranks.is_settled(progress.step):
         report.evaluated(progress.step, loss, False)  # the best is one of those with the ranks that were asked for
         return

@@ -40,6 +40,7 @@ def result(
         "r": config.r if has_rank else None,
         "alpha": config.alpha if has_rank else None,
         "train_s": progress.train_s,
+        "eval_s": progress.eval_s,
         "steps": progress.step,
         "skipped_steps": progress.skipped_steps,
         "stopped_early": progress.stopped_early,

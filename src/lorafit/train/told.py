@@ -53,9 +53,11 @@ def print_result(path: Path, result: dict[str, Any], console: Console) -> None:
     speed = result["tokens_seen"] / result["train_s"] if result["train_s"] else 0.0
     expected = result["predicted_train_s"]
     predicted = "" if expected is None else f", predicted {format_seconds(expected)}"
+    evaluated = f"evaluations took {format_seconds(result['eval_s'])}, " if result["eval_s"] else ""
     console.print(
         f"trained {result['steps']} steps in {format_seconds(result['train_s'])} ({speed:,.0f} tokens/s{predicted}), "
-        f"loading took {format_seconds(result['load_s'])}; peak memory {format_bytes(result['peak_rss_bytes'])} "
+        f"{evaluated}loading took {format_seconds(result['load_s'])}; "
+        f"peak memory {format_bytes(result['peak_rss_bytes'])} "
         f"(predicted {format_bytes(result['predicted_peak_bytes'])})",
         highlight=False,
     )
