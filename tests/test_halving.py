@@ -94,15 +94,14 @@ def test_what_was_halved_and_trained_on_is_kept_where_it_is_better_than_what_was
 ) -> None:
     path, result, printed = halved
     ranks, held_out = {one["r"]: one for one in result["by_rank"]}, Path(inputs["eval"])
-    assert [ranks[r]["helped"] for r in (6, 4, 2)] == [None, True, False]
-    for r, told in ((4, "after {}"), (2, "as {} did not help")):
+    assert [ranks[r]["helped"] for r in (6, 4, 2)] == [None, True, True]
+    for r in (4, 2):
         steps = f"{ranks[r]['steps']} steps at {ranks[r]['lr']:g}"
-        assert f"halved to rank {r}: held-out loss {ranks[r]['loss']:.4f}" in printed and told.format(steps) in printed
+        assert f"halved to rank {r}: held-out loss {ranks[r]['loss']:.4f} after {steps}" in printed
     cut = {4: path / "adapter", 2: path / "ranks" / "r4"}
     for r, source in cut.items():
         shrunk({"run": str(source), "r": r, "output": str(tmp_path / f"cut{r}")})
-    assert ranks[4]["loss"] < loss(tmp_path / "cut4", held_out)
-    assert ranks[2]["loss"] == pytest.approx(loss(tmp_path / "cut2", held_out), rel=1e-5)
+        assert ranks[r]["loss"] < loss(tmp_path / f"cut{r}", held_out)
 
 
 @given(st.integers(1, 5000))
@@ -218,7 +217,7 @@ def test_the_chain_goes_on_with_what_was_trained_where_what_was_halved_is_saved(
     monkeypatch.setattr(lorafit.run, "row_scores", scores)
     result, printed = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
     four = next(one for one in result["by_rank"] if one["r"] == 4)
-    assert not four["helped"] and "as 1 step at 0.01 did not help" in printed
+    assert not four["helped"] and f"as 1 step at {four['lr']:g} did not help" in printed
 
     for source, r, is_nearest in (("adapter", 4, True), ("ranks/r4", 2, False)):
         shrunk({"run": str(tmp_path / "run" / source), "r": r, "output": str(tmp_path / f"near{r}")})

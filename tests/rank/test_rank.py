@@ -18,8 +18,8 @@ from lorafit.config import EvalConfig, RankConfig, ReportConfig, ShrinkConfig, T
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import commands, still_falling, train_command
-from lorafit.rank.show import _about, rate_told
-from lorafit.rank.verify import _next
+from lorafit.rank.show import _about, costs_told, rate_told
+from lorafit.rank.verify import _next, candidates
 from lorafit.showing import report
 from lorafit.trials import child
 from lorafit.use import evaluate
@@ -214,6 +214,16 @@ def test_which_rates_raced_is_told() -> None:
     assert rate_told({"run": {"race": race}}) == [told]
 
 
+def test_what_it_took_is_told_in_trainings(searched: tuple[Path, dict[str, Any], str]) -> None:
+    directory, found, _ = searched
+    run = json.loads((directory / "trials" / "all-ranks" / "run.json").read_text())
+    assert found["training_s"] == run["load_s"] + run["train_s"] + run["eval_s"]
+    assert 0 < run["eval_s"] < found["run"]["wall_s"]
+    told = costs_told({"seconds": {"look": 2.0, "train": 7.0}, "training_s": 5.0, "curve": [{"r": 1}, {"r": 6}]})
+    assert told == "Took 9.00 s, 1.8 times as long as training r = 6 alone: look 2.00 s, train 7.00 s."
+    assert costs_told({"seconds": {"look": 2.0}, "curve": [{"r": 6}]}) == "Took 2.00 s: look 2.00 s."
+
+
 def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:
     assert [_next(dict.fromkeys((1.0, 0.5, 2.0)[:n], 1.0)) for n in range(3)] == [1.0, 0.5, 2.0]
     assert _next({1.0: 2.0, 0.5: 3.0, 2.0: 1.0}) == 4.0
@@ -277,6 +287,7 @@ def test_ranks_that_are_alike_in_all_layers_are_no_other_advice() -> None:
         RankConfig(model="m", data="d", output="o"), found | {"gradients": {"rank_pattern": {"a": 1, "b": 1}}}
     )
     assert told["by_layer"] is None and told["settings_by_layer"] is None
+    assert candidates(found | told | {"curve": [{"r": 1}, {"r": 2}, {"r": 4}]}) == {"1": (1, {}), "2": (2, {})}
 
 
 def test_a_run_that_was_far_from_its_end_is_warned_of(searched: tuple[Path, dict[str, Any], str]) -> None:

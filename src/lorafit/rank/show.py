@@ -133,7 +133,7 @@ def costs_told(found: Found) -> str:
     """What the answer took."""
     parts, took = found["seconds"], sum(found["seconds"].values())
     told = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
-    one = found["training_s"]
+    one = found.get("training_s")  # a search of an earlier version has none
     times = f", {took / one:.1f} times as long as training r = {found['curve'][-1]['r']} alone" if one else ""
     return f"Took {format_seconds(took)}{times}: {told}."
 

@@ -19,13 +19,7 @@ FURTHEST = 4.0
 
 def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     """Of each of these the best of a few rates, and the regret of the advice: its loss over that of the best."""
-    ranks = [one["r"] for one in found["curve"]]
-    at = ranks.index(found["recommended_r"])
-    names: dict[str, tuple[int, dict[str, int]]] = {str(r): (r, {}) for r in ranks[max(0, at - 1) : at + 2]}
-    pattern = found["gradients"]["rank_pattern"]
-    if pattern:
-        names[PATTERN] = (found["recommended_r"], pattern)
-    made = {name: _best(trials, name, found["run"]["lr"], *what) for name, what in names.items()}
+    made = {name: _best(trials, name, found["run"]["lr"], *what) for name, what in candidates(found).items()}
     known = {name: one for name, one in made.items() if one["loss"] is not None}
     own = made[str(found["recommended_r"])]
     uniform = {int(name): one for name, one in known.items() if name != PATTERN}
@@ -42,6 +36,16 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
         "gap": next(one.gap for one in judged.curve if one.r == found["recommended_r"]),
         "gap_standard_error": next(one.se for one in judged.curve if one.r == found["recommended_r"]),
     }
+
+
+def candidates(found: Mapping[str, Any]) -> dict[str, tuple[int, dict[str, int]]]:
+    """What is trained, by name: a rank, and those of single layers where these differ."""
+    ranks = [one["r"] for one in found["curve"]]
+    at = ranks.index(found["recommended_r"])
+    own: dict[str, tuple[int, dict[str, int]]] = {str(r): (r, {}) for r in ranks[max(0, at - 1) : at + 2]}
+    if found["settings_by_layer"]:
+        own[PATTERN] = (found["recommended_r"], found["settings_by_layer"]["rank_pattern"])
+    return own
 
 
 def _best(trials: Trials, name: str, begin: float, r: int, pattern: Mapping[str, int]) -> Found:
