@@ -262,7 +262,8 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
 def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:
     result, printed = run({**inputs, "eval": None, "epochs": 1, "output": str(tmp_path / "run")})
     assert [one["loss"] for one in result["by_rank"]] == [None] * 4
-    assert "no rows to measure them on" in printed
+    assert "no rows to measure them on" in printed and "did not help" not in printed
+    assert [one["helped"] for one in result["by_rank"]] == [None] * 4
     _, printed = shrunk({"run": str(tmp_path / "run"), "r": 2, "output": str(tmp_path / "cut")})
     assert "rank 2, as it is in" in printed and "no held-out rows" in printed
 

@@ -137,8 +137,8 @@ def halve(
 
     computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model
     has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, whether that helped (what is
-    saved is the update as it was halved where it did not), and the held-out loss of what is saved (None without such
-    rows, and where it is not finite); and `halving_s`, without evaluations. And what each rank loses on each held-out
+    saved is the update as it was halved where it did not), and the held-out loss of what is saved (both None without
+    such rows, the latter also where it is not finite); and `halving_s`, without evaluations. And what each rank loses on each held-out
     piece, where there are any. Raises Interrupted: it begins again when the run is resumed.
     """
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
@@ -153,7 +153,7 @@ def halve(
             took += time.perf_counter() - started
             helped, kept, heal_s = _heal_and_save(work, healing, measure, every, partial(save, healing.r), stop, told)
             took, measured[healing.r] = took + heal_s, kept
-            own = {"steps": healing.steps, "lr": healing.lr, "helped": helped, "loss": _loss(kept)}
+            own = {"steps": healing.steps, "lr": healing.lr, "helped": helped if kept else None, "loss": _loss(kept)}
             found.append({"r": healing.r, **own})
             told.rank(found[-1])
             if stop.signal:
@@ -271,5 +271,5 @@ class _Told:
         if found["loss"] is not None:
             told += f": held-out loss {found['loss']:.4f}"
         if steps:
-            told += f" after {steps}" if found["helped"] else f", as {steps} did not help"
+            told += f" after {steps}" if found["helped"] is not False else f", as {steps} did not help"
         self._console.print(told, highlight=False)
