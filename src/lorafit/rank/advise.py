@@ -99,8 +99,8 @@ def _reason(curve: Sequence[AtRank], best: int) -> str:
         return f"no rank loses {LEAST:.0%} less than r = {chosen.r}: the smallest is enough"
     if chosen.r == best == highest:
         return (
-            f"the loss still falls at r = {best}, the highest that was tried: these rows may need more, or less where lower "
-            "ranks are trained by themselves (--verify)"
+            f"the loss still falls at r = {best}, the highest that was tried: these rows may need more, or less where "
+            "lower ranks are trained by themselves (--verify)"
         )
     if chosen.r == lowest:
         return "it has the lowest loss, and is the smallest that was tried"

@@ -138,8 +138,8 @@ def halve(
     computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model
     has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, whether that helped (what is
     saved is the update as it was halved where it did not), and the held-out loss of what is saved (both None without
-    such rows, the latter also where it is not finite); and `halving_s`, without evaluations. And what each rank loses on each held-out
-    piece, where there are any. Raises Interrupted: it begins again when the run is resumed.
+    such rows, the latter also where it is not finite); and `halving_s`, without evaluations. And what each rank loses
+    on each held-out piece, where there are any. Raises Interrupted: it begins again when the run is resumed.
     """
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     most = ranks(work.config)[-1]
