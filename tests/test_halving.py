@@ -243,8 +243,8 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, number = lorafit.run.row_scores, iter(range(99))
-    # Of the own rank; of rank 4 as it was cut, after its steps, and, as these give no number, cut again.
-    not_finite = {0: "own", 2: "rank 4 after its steps"}
+    # Of rank 6; of rank 4 as it was cut, after its steps and, as these give no number, cut again; of 2 before and after.
+    not_finite = {0, 2, 4, 5}
 
     def scores(*given: Any) -> Any:
         nats, tokens, likeliest = real(*given)
@@ -253,10 +253,12 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
         return nats, tokens, likeliest
 
     monkeypatch.setattr(lorafit.run, "row_scores", scores)
-    result, _ = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
-    assert not result["by_rank"][2]["helped"] and math.isfinite(result["by_rank"][2]["loss"])
+    result, printed = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+    two, four = result["by_rank"][1:3]
+    assert not four["helped"] and math.isfinite(four["loss"])
+    assert two["loss"] is None and "halved to rank 2: held-out loss not finite after" in printed
     kept = RunDir(tmp_path / "run").read_held_out()
-    assert kept[6]["nats"][0] is None and None not in kept[4]["nats"]
+    assert kept[6]["nats"][0] is None is kept[2]["nats"][0] and None not in kept[4]["nats"]
 
 
 def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:

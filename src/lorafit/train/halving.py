@@ -268,8 +268,8 @@ class _Told:
         told = f"halved to rank {found['r']}"
         steps = "1 step" if found["steps"] == 1 else f"{found['steps']} steps"
         steps = f"{steps} at {found['lr']:g}" if found["steps"] else ""
-        if found["loss"] is not None:
-            told += f": held-out loss {found['loss']:.4f}"
+        if found["helped"] is not None:
+            told += ": held-out loss " + ("not finite" if found["loss"] is None else f"{found['loss']:.4f}")
         if steps:
             told += f" after {steps}" if found["helped"] is not False else f", as {steps} did not help"
         self._console.print(told, highlight=False)
