@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, number = lorafit.run.row_scores, iter(range(99))
-    # Of rank 6; of rank 4 as it was cut, after its steps and, as these give no number, cut again; of 2 before and after.
+    # Of rank 6; of 4 as it was cut, after its steps and, as these give no number, cut again; of 2 before and after.
     not_finite = {0, 2, 4, 5}
 
     def scores(*given: Any) -> Any:
