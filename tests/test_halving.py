@@ -243,8 +243,8 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, number = lorafit.run.row_scores, iter(range(99))
-    # Of rank 6; of 4 as it was cut, after its steps and, as these give no number, cut again; of 2 before and after.
-    not_finite = {0, 2, 4, 5}
+    # Of rank 6; of 4 as it was cut, after its steps and, as these give no number, cut again; of 2 all three; of 1 cut.
+    not_finite = {0, 2, 4, 5, 6, 7}
 
     def scores(*given: Any) -> Any:
         nats, tokens, likeliest = real(*given)
@@ -254,9 +254,10 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
 
     monkeypatch.setattr(lorafit.run, "row_scores", scores)
     result, printed = run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
-    two, four = result["by_rank"][1:3]
+    one, two, four = result["by_rank"][:3]
     assert not four["helped"] and math.isfinite(four["loss"])
-    assert two["loss"] is None and "halved to rank 2: held-out loss not finite after" in printed
+    assert (two["helped"], two["loss"]) == (False, None) and one["helped"] and math.isfinite(one["loss"])
+    assert "halved to rank 2: held-out loss not finite, as " in printed
     kept = RunDir(tmp_path / "run").read_held_out()
     assert kept[6]["nats"][0] is None is kept[2]["nats"][0] and None not in kept[4]["nats"]
 

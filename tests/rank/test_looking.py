@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from lorafit.config import RankConfig
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import plain
-from lorafit.rank.looking import _evenly, _steps, _within
+from lorafit.rank.distance import evenly
+from lorafit.rank.looking import _steps, _within
 from tests import tiny
 
 
 @given(st.integers(1, 3000), st.integers(2, 300))
 def test_what_is_looked_at_lies_evenly_from_the_first_to_the_last(count: int, wanted: int) -> None:
-    found = _evenly(count, wanted)
+    found = evenly(count, wanted)
     assert len(found) == min(count, wanted) and (found[0], found[-1]) == (0, count - 1)
     gaps = np.diff(found)
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1

@@ -193,7 +193,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; a larger gradient is scaled down to it."""
     rank_schedule: Literal["none", "halving", "adalora"] = "none"
-    """halving: after training the update is halved, trained on for a few steps, halved again, down to rank 1, in 1.45
+    """halving: after training the update is halved, trained on for a few steps, halved again, down to rank 1, in 1.4
     times the time; each rank is measured and kept, for `lorafit eval --r` and `lorafit shrink`. adalora: layers begin
     with --r-start, and the least important directions of all of them are taken away until their mean rank is --r
     (Zhang et al. 2023)."""

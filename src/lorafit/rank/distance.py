@@ -77,6 +77,11 @@ def _loss(engine: Engine, rows: Sequence[Encoded], micro_tokens: int) -> float:
     return float(nats.sum() / max(1, tokens.sum()))
 
 
+def evenly(count: int, wanted: int) -> list[int]:
+    """So many of the numbers below `count`, two at least, or all of them; the first and the last are among them."""
+    return [int(n) for n in np.linspace(0, count - 1, min(count, wanted))]
+
+
 def own_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,7 +93,7 @@ def own_answers(
 
     As long as the reply, at most; running text is gone on with from its middle. Rows it says nothing to are left out.
     """
-    chosen = [rows[int(number)] for number in np.linspace(0, len(rows) - 1, min(len(rows), OWN_ROWS))]
+    chosen = [rows[number] for number in evenly(len(rows), OWN_ROWS)]
     starts = [row.prompt_length or max(1, len(row.input_ids) // 2) for row in chosen]
     prompts = [[int(token) for token in row.input_ids[:start]] for row, start in zip(chosen, starts, strict=True)]
     most = min(OWN_TOKENS, max(len(row.input_ids) - start for row, start in zip(chosen, starts, strict=True)))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 
 from lorafit.config import RankConfig, TrainConfig
@@ -44,7 +43,7 @@ def look(config: RankConfig, most: int, train: str, keep: str, console: Console)
     examples = examples_of(train, config)
     encoded = encode_all(examples, opened.tokenizer, config.seq_len, config.loss_on)
     every = encoded.encoded
-    chosen = [every[n] for n in _evenly(len(every), _within(len(every) // ROWS_BY, LEAST_ROWS, MOST_ROWS))]
+    chosen = [every[n] for n in distance.evenly(len(every), _within(len(every) // ROWS_BY, LEAST_ROWS, MOST_ROWS))]
     reference = text_to_keep(keep, opened.tokenizer).encoded
     bare = prepare(opened.model, share_prefix=True)  # layers that hold sketches cost a quarter more
     far = distance.measure(
@@ -74,18 +73,13 @@ def _steps(config: RankConfig, engine: Engine, rows: Sequence[Encoded]) -> list[
     """Steps of the first epoch that lie evenly in it."""
     count = -(-len(rows) // config.batch_size)
     run = config.max_steps or count * config.epochs
-    numbers = _evenly(count, _within(run // STEPS_BY, LEAST_STEPS, MOST_STEPS))
+    numbers = distance.evenly(count, _within(run // STEPS_BY, LEAST_STEPS, MOST_STEPS))
     steps = [step_rows(len(rows), config.batch_size, config.seed, 0, number) for number in numbers]
     return [list(micro_batches(rows, own, MICRO_TOKENS, engine.packing)) for own in steps]
 
 
 def _within(count: int, least: int, most: int) -> int:
     return max(least, min(most, count))
-
-
-def _evenly(count: int, wanted: int) -> list[int]:
-    """So many of the numbers below `count`, or all of them, the first and the last among them."""
-    return sorted({int(n) for n in np.linspace(0, count - 1, min(count, wanted))})
 
 
 def _told(tokenizer: Any, row: Encoded, far: distance.Distance, number: int) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def _heal_and_save(
         save()
         return False, measure(1), took
     healed = measure(1)
-    if not (cut and healed) or _is_as_good(healed.every(every), cut):
+    if not (cut and healed) or _is_better(healed, cut, every):
         save()
         return True, healed, took
     after = work.method.state(work.model)
@@ -208,9 +208,9 @@ def _every(one: HeldOut | None) -> int:
     return max(1, min(GLANCE, len(one.nats) // GLANCED_AT)) if one else GLANCE
 
 
-def _is_as_good(healed: HeldOut, cut: HeldOut) -> bool:
-    """Whether it loses no more on the same pieces; a loss that is not finite is never the better one."""
-    return _loss(cut) is None or (math.isfinite(healed.loss) and healed.loss <= cut.loss)
+def _is_better(healed: HeldOut, cut: HeldOut, every: int) -> bool:
+    """Whether it loses no more on the pieces that `cut` was measured on; a loss that is not finite never is better."""
+    return _loss(healed) is not None and (_loss(cut) is None or healed.every(every).loss <= cut.loss)
 
 
 def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
