@@ -11,16 +11,17 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise` is
-`lorafit rank` on the same rows, with each seed: leave the machine alone while the first one runs, whose times are
-reported. All runs are in int8; where the processor has no instructions for that, `advise --precision fp32`. `scalings`
-searches the rate of some ranks under other scalings. results/SET.json is written after each run, and what it holds is
-not run again. Two of `separate` may run side by side on sets of their own, with --threads 1: that makes more runs an
-hour.
+`lorafit rank` on the same rows, with each seed; its times are reported where it had all threads, so leave the machine
+alone then. `scalings` searches the rate of some ranks under other scalings. All runs are in int8; where the processor
+has no instructions for that, `--precision fp32`: a set may hold runs in both, and is shown in the one that more of its
+ranks were trained in. results/SET.json is written after each run, and what it holds is not run again. Two of these may
+run side by side on sets of their own, with --threads 1: that makes more runs an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -177,14 +178,14 @@ class Set:
         self.file = given.out / f"{name}.json"
         self.scratch = scratch / name
         self.scratch.mkdir()
-        self.threads = given.threads
+        self.threads, self.precision = given.threads, given.precision
         self.train, self.valid = write_rows(given.data, name, scratch)
         new = {"set": name, "machine": machine(), "rows": [TRAIN, VALID], "epochs": EPOCHS, "runs": []}
         self.found: Result = json.loads(self.file.read_text()) if self.file.exists() else new
 
     def run(self, r: int, step: int, seed: int, scaling: str = USUAL, *, rows: bool = False) -> Result:
         """One run, made now if there is none yet. scaling: of SCALINGS. rows: with its loss on each held-out row."""
-        own = {"r": r, "step": step, "seed": seed, "scaling": scaling}
+        own = {"r": r, "step": step, "seed": seed, "scaling": scaling, "precision": self.precision}
         settings = self.settings(r, step, seed) | SCALINGS[scaling](r)
         directory = self.scratch / f"{r} {step} {seed}"
         found = next((run for run in self.found["runs"] if own.items() <= run.items()), None)
@@ -208,7 +209,7 @@ class Set:
             "data": str(self.train),
             "eval": str(self.valid),
             "epochs": EPOCHS,
-            "precision": PRECISION,
+            "precision": self.precision,
         }
         return own | {"r": r, "alpha": 2 * r, "lr": rate(step), "seed": seed, "threads": self.threads}
 
@@ -220,19 +221,21 @@ class Set:
     def best_step(self, r: int, scaling: str = USUAL) -> int:
         """The step of the best rate of the first seed, both of whose neighbours on the grid are worse."""
         every = self.found.get("best", [])
-        known = {one["r"]: one["best_step"] for one in every if one["scaling"] == scaling}
-        if r in known:
-            return int(known[r])
-        near = min(known, key=lambda other: abs(math.log2(other / r)), default=None)
+        alike = [one for one in every if one["scaling"] == scaling]
+        for one in alike:
+            if (one["r"], one["precision"]) == (r, self.precision):
+                return int(one["best_step"])
+        near = min(alike, key=lambda one: abs(math.log2(one["r"] / r)), default=None)
 
         def loss(step: int) -> float:
             found = self.run(r, step, 0, scaling)["eval_loss"]
             return math.inf if found is None else float(found)
 
-        best = outward(FIRST_STEP if near is None else known[near], loss)
+        best = outward(FIRST_STEP if near is None else int(near["best_step"]), loss)
         self.run(r, best, 0, scaling, rows=scaling == USUAL)
         self.clear()
-        self.found["best"] = [*every, {"r": r, "scaling": scaling, "best_step": best, "lr": rate(best)}]
+        found = {"r": r, "scaling": scaling, "precision": self.precision, "best_step": best, "lr": rate(best)}
+        self.found["best"] = [*every, found]
         self.write()
         return best
 
@@ -274,16 +277,16 @@ def advised(given: argparse.Namespace) -> None:
             for one in sets:
                 known = one.found.setdefault("advice", [])
                 if len(known) <= seed:
-                    known.append(asked(one, seed, given.precision, scratch / "ranked") | revision())
+                    told = asked(one, seed, scratch / "ranked") | {"threads": one.threads} | revision()
+                    known.append(told)
                     one.write()
-                    told = known[-1]
                     print(one.found["set"], seed, told["recommended_r"], told["reason"], told["seconds"], flush=True)
 
 
-def asked(one: Set, seed: int, precision: str, out: Path) -> Result:
+def asked(one: Set, seed: int, out: Path) -> Result:
     """The advice of the command itself."""
     shutil.rmtree(out, ignore_errors=True)
-    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", EPOCHS, "--precision", precision]
+    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", EPOCHS, "--precision", one.precision]
     words += ["--seed", seed, *(["--threads", one.threads] if one.threads else [])]
     command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -295,9 +298,13 @@ def asked(one: Set, seed: int, precision: str, out: Path) -> Result:
 
 
 def best_runs(found: Result) -> dict[int, list[Result]]:
-    """Of each rank the runs at its best rate, one a seed."""
-    steps = {one["r"]: one["best_step"] for one in found.get("best", []) if one["scaling"] == USUAL}
-    runs = [run for run in found["runs"] if run["scaling"] == USUAL and "nats" in run]
+    """Of each rank the runs at its best rate, one a seed, in the precision that more ranks were trained in."""
+    by_precision: dict[str, dict[int, int]] = {PRECISION: {}}
+    for one in found.get("best", []):
+        if one["scaling"] == USUAL:
+            by_precision.setdefault(one["precision"], {})[one["r"]] = one["best_step"]
+    precision, steps = max(by_precision.items(), key=lambda pair: len(pair[1]))
+    runs = [run for run in found["runs"] if run["scaling"] == USUAL and run["precision"] == precision and "nats" in run]
     return {r: [run for run in runs if (run["r"], run["step"]) == (r, step)] for r, step in sorted(steps.items())}
 
 
@@ -360,7 +367,7 @@ def table() -> str:
 def separate_rows(every: list[Result]) -> list[str]:
     """Each rank's loss at its best rate, and what was advised with each seed; `-` where a rank was not trained yet."""
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    lines = [f"| set | seeds | {ranks} | needed | advised | regret |", "|---|---|" + "---|" * (len(RANKS) + 3)]
+    lines = [f"| set | seeds | in | {ranks} | needed | advised | regret |", "|---|---|---|" + "---|" * (len(RANKS) + 3)]
     for found in every:
         runs, advice = best_runs(found), found.get("advice", [])
         losses = mean_losses(runs)
@@ -374,7 +381,8 @@ def separate_rows(every: list[Result]) -> list[str]:
         if is_whole(runs) and advice:
             regret = ", ".join(f"{losses[one['recommended_r']] / min(losses.values()) - 1:.1%}" for one in advice)
         seeds = min(map(len, runs.values()), default=0)
-        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret])} |")
+        precision = next((own[0]["precision"] for own in runs.values() if own), "-")
+        lines.append(f"| {' | '.join([found['set'], str(seeds), precision, *cells, smallest, told, regret])} |")
     return lines
 
 
@@ -387,7 +395,7 @@ def curve_rows(every: list[Result]) -> list[str]:
     """How far each rank of the one run is from the same rank alone, both in the mean over their seeds.
 
     And the time of the run in trainings of its largest rank, which it begins with, all without evaluations; and that of
-    the whole command in such trainings, all with evaluations.
+    the whole command in such trainings, all with evaluations. Those that had not all threads ran beside others.
     """
     lines = []
     for found in every:
@@ -400,8 +408,10 @@ def curve_rows(every: list[Result]) -> list[str]:
             run = advice[0]["run"]
             others = (run.get("race") or {"seconds": 0.0})["seconds"]  # of the rates that lost
             took = 1 + (run["halving_s"] + others) / run["train_s"]
-            whole = sum(advice[0]["seconds"].values()) / advice[0]["training_s"] if "training_s" in advice[0] else None
-            times = f"{took:.2f} | {'-' if whole is None else f'{whole:.2f}'}"
+            quiet = advice[0].get("threads") is None
+            timed = "training_s" in advice[0] and quiet
+            whole = f"{sum(advice[0]['seconds'].values()) / advice[0]['training_s']:.2f}" if timed else "-"
+            times = f"{f'{took:.2f}' if quiet else '-'} | {whole}"
             lines.append(f"| {found['set']} | {len(advice)} | {run['precision']} | {off} | {times} |")
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
     head = [f"| set | seeds | in | {ranks} | the run | all |", "|---|---|---|" + "---|" * (len(RANKS) + 2)]
@@ -425,16 +435,20 @@ def scaling_rows(every: list[Result]) -> list[str]:
     """The best rate of each rank, by scaling, and how far apart those are."""
     lines = []
     for found in every:
-        rates = {(one["scaling"], one["r"]): one["lr"] for one in found.get("best", [])}
-        for scaling in SCALINGS:
+        every_best = found.get("best", [])
+        for precision, scaling in itertools.product({one["precision"]: 0 for one in every_best}, SCALINGS):
+            rates = {(one["scaling"], one["r"]): one["lr"] for one in every_best if one["precision"] == precision}
             own = [rates.get((scaling, r)) for r in sorted(SCALED_RANKS)]
             if len([other for other in SCALINGS if (other, SCALED_RANKS[0]) in rates]) > 1 and None not in own:
                 cells = " | ".join(f"{lr:g}" for lr in own)
-                lines.append(f"| {found['set']} | {scaling} | {cells} | {max(own) / min(own):.1f} |")
+                lines.append(f"| {found['set']} | {precision} | {scaling} | {cells} | {max(own) / min(own):.1f} |")
     if not lines:
         return []
     ranks = " | ".join(f"r {r}" for r in sorted(SCALED_RANKS))
-    head = [f"| set | B A times | {ranks} | largest / smallest |", "|---|---|" + "---|" * (len(SCALED_RANKS) + 1)]
+    head = [
+        f"| set | in | B A times | {ranks} | largest / smallest |",
+        "|---|---|---|" + "---|" * (len(SCALED_RANKS) + 1),
+    ]
     return [*head, *lines, ""]
 
 
@@ -455,9 +469,8 @@ def main() -> None:
         action.add_argument("--out", type=Path, default=RESULTS)
         action.add_argument("--sets", default=",".join(SETS))
         action.add_argument("--threads", type=int)
+        action.add_argument("--precision", default=PRECISION)
         action.set_defaults(run=work)
-        if work is advised:
-            action.add_argument("--precision", default=PRECISION)
     action = actions.add_parser("table")
     action.set_defaults(run=lambda _: put(table()))
     given = parser.parse_args()
