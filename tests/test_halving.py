@@ -198,6 +198,7 @@ def test_other_scalings_and_a_rate_that_is_found_serve_as_well(
     more: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
 ) -> None:
     result, _ = run({**inputs, **more, "output": str(tmp_path / "run")})
+    assert bool(result.get("race")) == (more.get("lr") == "auto")
     assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
     for one in result["by_rank"]:
         assert loss(tmp_path / "run", Path(inputs["eval"]), r=one["r"]) == pytest.approx(one["loss"], rel=1e-5)

@@ -193,7 +193,7 @@ def test_rows_with_labels_are_refused_with_what_to_do(inputs: dict[str, str], tm
     with pytest.raises(ConfigError, match="--rename text=prompt,label=completion"):
         line.rank(config(inputs | {"data": data}, tmp_path / "out"), False, quiet(), None)
     renamed = {"data": data, "eval": "30%", "rename": {"text": "prompt", "label": "completion"}}
-    more = {"verify": False, "lr": "auto", "epochs": 8}
+    more = {"verify": False, "lr": "auto", "epochs": 10}
     found = line.rank(config(inputs, tmp_path / "out", **more, **renamed), False, quiet(), None)
     race = found["run"]["race"]
     assert race["lr"] == found["run"]["lr"] == found["recommended_lr"] and len(race["rates"]) > 1

@@ -37,14 +37,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run(places: dict[str, str], output: Path, resume: bool = False, **given: Any) -> tuple[dict[str, Any], str]:
     """What it comes to, in steps of 4 short rows, and what is said meanwhile."""
     settings = {"model": places["llama"], "data": places["chat"], "output": str(output), "r": 3, "alpha": 7.0}
-    settings |= {"batch_size": 4, "epochs": 4, "precision": "fp32", "threads": 1, "lr": "auto", **given}
+    settings |= {"batch_size": 4, "epochs": 6, "precision": "fp32", "threads": 1, "lr": "auto", **given}
     heard = io.StringIO()
     result = train(TrainConfig(**settings), {}, Start(resume, False, time.time()), Console(file=heard, width=1000))
     return result, heard.getvalue()
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"eval": "25%", "epochs": 5},
+    "lora": {"eval": "25%", "epochs": 8},
     "dropout": {"dropout": 0.2, "precision": "bf16"},
     "pissa": {"init": "pissa"},
     "dora": {"variant": "dora"},
@@ -98,14 +98,14 @@ def test_the_rate_that_loses_least_goes_on_and_the_others_are_what_it_costs(
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["race"]
     assert kept == result["race"]
     assert kept["lr"] == RATES["lora"] == kept["rates"][best] == result["settings"]["lr"]
-    assert [len(own) for own in kept["losses"]] == [3, 3]
+    assert [len(own) for own in kept["losses"]] == [5, 5]
     assert kept["losses"][0][0] == kept["losses"][1][0], "the first step's rows are the same, and nothing has moved yet"
-    assert kept["share"] == pytest.approx((3 + 2 / 3) / 40) and kept["share"] < SHARE
+    assert kept["share"] == pytest.approx((5 + 2 / 3) / 60) and kept["share"] < SHARE
     assert 'lr = "auto"' in (tmp_path / "run" / "run.toml").read_text()
     trained = [line[2] for line in losses(tmp_path / "run") if line[0] == "step"]
-    assert trained[:3] == kept["losses"][best]
+    assert trained[:5] == kept["losses"][best]
     # What they are judged by is what the winner then trains on; a mean of some tens of float32 losses.
-    assert trained[3] == pytest.approx(kept["ahead"][best], rel=1e-6)
+    assert trained[5] == pytest.approx(kept["ahead"][best], rel=1e-6)
     assert kept["ahead"][best] < kept["ahead"][1 - best]
 
 
@@ -115,7 +115,7 @@ def test_a_rate_whose_loss_is_no_number_is_out(
     monkeypatch.setattr(race, "FACTORS", (1.0, 1e30))
     result, printed = run(places, tmp_path / "run")
     assert result["race"]["lr"] == RATES["lora"]
-    assert len(result["race"]["losses"][1]) < 3 and result["race"]["ahead"][1] is None
+    assert len(result["race"]["losses"][1]) < 5 and result["race"]["ahead"][1] is None
     assert "2e+27 failed" in printed
     assert "in the race of rates: step" in printed
     assert result["skipped_steps"] == []
@@ -141,15 +141,15 @@ def test_a_resumed_run_keeps_what_was_found(
     monkeypatch.setattr(race, "run", None)
     again, printed = run(places, tmp_path / "run", resume=True)
     assert (again["race"], again["settings"]["lr"]) == (first["race"], first["settings"]["lr"])
-    assert "resuming after step 40" in printed
+    assert "resuming after step 60" in printed
 
 
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"epochs": 3}, "30 steps, 10 an epoch, leave 2 for a race, which takes 3"),
-        ({"eval": "25%", "eval_every": 2, "epochs": 5}, "40 steps, 8 an epoch, leave 1 for a race, which takes 3"),
-        ({"batch_size": 20, "epochs": 50}, "100 steps, 2 an epoch, leave 1 for a race, which takes 3"),
+        ({"epochs": 5}, "50 steps, 10 an epoch, leave 4 for a race, which takes 5"),
+        ({"eval": "25%", "eval_every": 2, "epochs": 8}, "64 steps, 8 an epoch, leave 1 for a race, which takes 5"),
+        ({"batch_size": 20, "epochs": 50}, "100 steps, 2 an epoch, leave 1 for a race, which takes 5"),
     ],
 )
 def test_a_run_that_is_too_short_has_the_usual_rate_and_says_so(
@@ -174,11 +174,11 @@ def test_a_head_beside_something_else_keeps_its_own_rate(
 
     monkeypatch.setattr(loop, "set_rate", recorded)
     run(places, tmp_path / "run", model=places["bert"], data=places["labelled"], schedule="constant", warmup=0.0)
-    assert len(seen) == 40 + 3
+    assert len(seen) == 60 + 5
     assert all(1.0 in rates and len(rates) == 2 for rates in seen)
 
 
-@pytest.mark.parametrize("epochs", [4, 7])
+@pytest.mark.parametrize("epochs", [6, 9])
 def test_what_the_losers_took_is_less_than_its_share_of_the_run(
     epochs: int, places: dict[str, str], tmp_path: Path
 ) -> None:

@@ -34,8 +34,8 @@ from lorafit.train.reporting import StepReport
 FACTORS = (0.5, 1.6)
 # Of the run's steps, what a race may take beyond the winner's own, with a pass forward as a third of one.
 SHARE, FORWARD = 0.1, 1 / 3
-# Fewer steps tell nothing: the first is at a fraction of the rate.
-FEWEST = 3
+# With fewer steps a rate that is too high is in front more often than not: docs/log.md, "A race".
+FEWEST = 5
 # Rows that rates are judged by: those of one step for so many of the race.
 STEPS_FOR_ONE_AHEAD = 5
 
