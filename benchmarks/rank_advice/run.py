@@ -1,6 +1,7 @@
 """Advice on a rank, held against ranks trained one by one, each at its own best rate.
 
     python benchmarks/rank_advice/run.py separate --data DIR [--sets chat12,mawps]
+    python benchmarks/rank_advice/run.py again --data DIR --precision fp32 [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py advise --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py scalings --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py table        (puts all results into docs/rank.md)
@@ -12,10 +13,11 @@ in SHUFFLED has its words exchanged for each other, the same everywhere: a langu
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise` is
 `lorafit rank` on the same rows, with each seed; its times are reported where it had all threads, so leave the machine
-alone then. `scalings` searches the rate of some ranks under other scalings. All runs are in int8; where the processor
-has no instructions for that, `--precision fp32`: a set may hold runs in both, and is shown in the one that more of its
-ranks were trained in. results/SET.json is written after each run, and what it holds is not run again. Two of these may
-run side by side on sets of their own, with --threads 1: that makes more runs an hour.
+alone then. `scalings` searches the rate of some ranks under other scalings. Runs are in int8; where the processor has
+no instructions for that, `--precision fp32`: the rate of a rank is searched in one of them, and `again` makes runs that
+are there once more in another, to tell whether they can be compared. results/SET.json is written after each run, and
+what it holds is not run again. Two of these may run side by side on sets of their own, with --threads 1: that makes
+more runs an hour.
 """
 
 from __future__ import annotations
@@ -184,7 +186,10 @@ class Set:
         self.found: Result = json.loads(self.file.read_text()) if self.file.exists() else new
 
     def run(self, r: int, step: int, seed: int, scaling: str = USUAL, *, rows: bool = False) -> Result:
-        """One run, made now if there is none yet. scaling: of SCALINGS. rows: with its loss on each held-out row."""
+        """One run, made now if there is none yet in this precision.
+
+        scaling: of SCALINGS. rows: with its loss on each held-out row.
+        """
         own = {"r": r, "step": step, "seed": seed, "scaling": scaling, "precision": self.precision}
         settings = self.settings(r, step, seed) | SCALINGS[scaling](r)
         directory = self.scratch / f"{r} {step} {seed}"
@@ -223,7 +228,7 @@ class Set:
         every = self.found.get("best", [])
         alike = [one for one in every if one["scaling"] == scaling]
         for one in alike:
-            if (one["r"], one["precision"]) == (r, self.precision):
+            if one["r"] == r:
                 return int(one["best_step"])
         near = min(alike, key=lambda one: abs(math.log2(one["r"] / r)), default=None)
 
@@ -255,7 +260,19 @@ def separate(given: argparse.Namespace) -> None:
         for seed in range(1, SEEDS):
             for r in RANKS:
                 for one in sets:
-                    one.run(r, one.best_step(r), seed, rows=True)
+                    if seed not in [run["seed"] for run in best_runs(one.found)[r]]:
+                        one.run(r, one.best_step(r), seed, rows=True)
+
+
+def again(given: argparse.Namespace) -> None:
+    """The best run of each rank once more, where it was in another precision."""
+    with tempfile.TemporaryDirectory(prefix="rank_advice.") as directory:
+        sets = [Set(name, given, Path(directory)) for name in given.sets.split(",")]
+        for r in RANKS:
+            for one in sets:
+                for known in one.found.get("best", []):
+                    if (known["r"], known["scaling"]) == (r, USUAL):
+                        one.run(r, known["best_step"], 0)
 
 
 def scalings(given: argparse.Namespace) -> None:
@@ -298,14 +315,32 @@ def asked(one: Set, seed: int, out: Path) -> Result:
 
 
 def best_runs(found: Result) -> dict[int, list[Result]]:
-    """Of each rank the runs at its best rate, one a seed, in the precision that more ranks were trained in."""
-    by_precision: dict[str, dict[int, int]] = {PRECISION: {}}
-    for one in found.get("best", []):
+    """Of each rank the runs at its best rate, one a seed: in the precision that the rate was searched in, if there."""
+    runs = [run for run in found["runs"] if run["scaling"] == USUAL and "nats" in run]
+    best = {}
+    for one in sorted(found.get("best", []), key=lambda one: int(one["r"])):
         if one["scaling"] == USUAL:
-            by_precision.setdefault(one["precision"], {})[one["r"]] = one["best_step"]
-    precision, steps = max(by_precision.items(), key=lambda pair: len(pair[1]))
-    runs = [run for run in found["runs"] if run["scaling"] == USUAL and run["precision"] == precision and "nats" in run]
-    return {r: [run for run in runs if (run["r"], run["step"]) == (r, step)] for r, step in sorted(steps.items())}
+            own = [run for run in runs if (run["r"], run["step"]) == (one["r"], one["best_step"])]
+            own.sort(key=lambda run: run["precision"] == one["precision"])  # the last of a seed is kept
+            best[one["r"]] = list({run["seed"]: run for run in own}.values())
+    return best
+
+
+def precision_told(every: list[Result]) -> str:
+    """How far runs in fp32 ended from those in int8 of the same rank, rate and seed, both on the base of the files."""
+    off = []
+    for found in every:
+        made = {tuple(run[key] for key in ("r", "step", "seed", "scaling", "precision")): run for run in found["runs"]}
+        for place, run in made.items():
+            other = made.get((*place[:-1], PRECISION), {})
+            if place[-1] != PRECISION and run["eval_loss"] and "nats" in other:
+                off.append(run["eval_loss"] / mean_losses({0: [other]})[0] - 1)
+    if not off:
+        return ""
+    return (
+        f"{len(off)} runs were made in both: in fp32 they lose {statistics.mean(off):+.1%} in the mean "
+        f"({min(off):+.1%} to {max(off):+.1%})."
+    )
 
 
 def needed(runs: dict[int, list[Result]]) -> int:
@@ -360,18 +395,19 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def table() -> str:
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    rest = [*curve_rows(every), *scaling_rows(every), *told_without_training(every)]
+    told = [line for line in (precision_told(every),) if line]
+    rest = [*told, *([""] if told else []), *curve_rows(every), *scaling_rows(every), *told_without_training(every)]
     return "\n".join([*separate_rows(every), *([""] if rest else []), *rest])
 
 
 def separate_rows(every: list[Result]) -> list[str]:
     """Each rank's loss at its best rate, and what was advised with each seed; `-` where a rank was not trained yet."""
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    lines = [f"| set | seeds | in | {ranks} | needed | advised | regret |", "|---|---|---|" + "---|" * (len(RANKS) + 3)]
+    lines = [f"| set | seeds | {ranks} | needed | advised | regret |", "|---|---|" + "---|" * (len(RANKS) + 3)]
     for found in every:
         runs, advice = best_runs(found), found.get("advice", [])
         losses = mean_losses(runs)
-        cells = [f"{losses[r]:.4f} ({runs[r][0]['lr']:g})" if r in losses else "-" for r in RANKS_BY_SIZE]
+        cells = [f"{losses[r]:.4f} ({told_of(runs[r])})" if r in losses else "-" for r in RANKS_BY_SIZE]
         smallest, told, regret = ("-",) * 3
         if advice:
             warned = [WARNED * any("still fell" in note for note in one["notes"]) for one in advice]
@@ -381,9 +417,14 @@ def separate_rows(every: list[Result]) -> list[str]:
         if is_whole(runs) and advice:
             regret = ", ".join(f"{losses[one['recommended_r']] / min(losses.values()) - 1:.1%}" for one in advice)
         seeds = min(map(len, runs.values()), default=0)
-        precision = next((own[0]["precision"] for own in runs.values() if own), "-")
-        lines.append(f"| {' | '.join([found['set'], str(seeds), precision, *cells, smallest, told, regret])} |")
+        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret])} |")
     return lines
+
+
+def told_of(runs: list[Result]) -> str:
+    """The rate of a rank's runs, and their precision where it is not int8."""
+    others = sorted({run["precision"] for run in runs} - {PRECISION})
+    return ", ".join([f"{runs[0]['lr']:g}", *others])
 
 
 def is_whole(runs: dict[int, list[Result]]) -> bool:
@@ -463,7 +504,7 @@ def put(text: str, document: Path = DOCUMENT, begin: str = BEGIN) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(required=True)
-    for name, work in (("separate", separate), ("advise", advised), ("scalings", scalings)):
+    for name, work in (("separate", separate), ("again", again), ("advise", advised), ("scalings", scalings)):
         action = actions.add_parser(name)
         action.add_argument("--data", type=Path, required=True)
         action.add_argument("--out", type=Path, default=RESULTS)
