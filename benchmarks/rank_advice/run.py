@@ -41,7 +41,7 @@ import numpy as np
 
 from lorafit.compare import measure
 from lorafit.config import CompareConfig
-from lorafit.rank.advise import advise
+from lorafit.rank.advise import advise, as_good_as, error_between_trainings, standard_error
 from lorafit.trials import child, measuring
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -343,6 +343,35 @@ def precision_told(every: list[Result]) -> str:
     )
 
 
+def errors_of(curve: list[Result]) -> tuple[int, dict[int, float], float]:
+    """(the best rank of a curve, each one's loss, the error of the difference between two trainings)."""
+    losses = {one["r"]: one["loss"] for one in curve if one["loss"] is not None}
+    best = min(losses, key=lambda r: losses[r])
+    errors = {one["r"]: one["gap_standard_error"] for one in curve}
+    return best, losses, error_between_trainings(losses, errors, best)
+
+
+def by_rule(curve: list[Result]) -> int:
+    """The rank that is advised on a curve by the rule as it is; a curve may be older than that."""
+    return min(as_good_as(*errors_of(curve)))
+
+
+def errors_told(advice: list[Result], runs: dict[int, list[Result]]) -> str:
+    """What two trainings differ by, in shares of the loss: as the curve has it, and between ranks that were each alone.
+
+    The latter in the mean over pairs of ranks, and the least and most of them.
+    """
+    best, losses, error = errors_of(advice[0]["curve"])
+    alone = []
+    for a, b in itertools.combinations([own[0] for own in runs.values() if own], 2):
+        weights = np.array(a["tokens"], dtype=np.float64)
+        between = math.prod(sum(run["nats"]) / weights.sum() for run in (a, b)) ** 0.5
+        alone.append(standard_error(np.subtract(a["nats"], b["nats"]), weights) / between)
+    spread = f" ({min(alone):.1%} to {max(alone):.1%})" if len(alone) > 1 else ""
+    told = f"{statistics.mean(alone):.1%}{spread}" if alone else "-"
+    return f"{error / losses[best]:.1%} | {told}"
+
+
 def needed(runs: dict[int, list[Result]]) -> int:
     """The smallest rank within one standard error of the best, of rows' losses averaged over seeds."""
     nats = {r: np.mean([run["nats"] for run in own], 0).tolist() for r, own in runs.items()}
@@ -411,11 +440,13 @@ def separate_rows(every: list[Result]) -> list[str]:
         smallest, told, regret = ("-",) * 3
         if advice:
             warned = [WARNED * any("still fell" in note for note in one["notes"]) for one in advice]
-            told = ", ".join(f"{one['recommended_r']}{star}" for one, star in zip(advice, warned, strict=True))
+            ranks = [by_rule(one["curve"]) for one in advice]
+            told = ", ".join(f"{r}{star}" for r, star in zip(ranks, warned, strict=True))
+            more = [f"{losses[r] / min(losses.values()) - 1:.1%}" if r in losses else "-" for r in ranks]
+            of = "" if is_whole(runs) else f" (of {len(losses)})"
+            regret = ", ".join(more) + (of if set(more) != {"-"} else "")
         if is_whole(runs):
             smallest = str(needed(runs))
-        if is_whole(runs) and advice:
-            regret = ", ".join(f"{losses[one['recommended_r']] / min(losses.values()) - 1:.1%}" for one in advice)
         seeds = min(map(len, runs.values()), default=0)
         lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret])} |")
     return lines
@@ -435,6 +466,8 @@ def is_whole(runs: dict[int, list[Result]]) -> bool:
 def curve_rows(every: list[Result]) -> list[str]:
     """How far each rank of the one run is from the same rank alone, both in the mean over their seeds.
 
+    And what is told of the error between two trainings, `errors_told`.
+
     And the time of the run in trainings of its largest rank, which it begins with, all without evaluations; and that of
     the whole command in such trainings, all with evaluations. Those that had not all threads ran beside others.
     """
@@ -453,9 +486,11 @@ def curve_rows(every: list[Result]) -> list[str]:
             timed = "training_s" in advice[0] and quiet
             whole = f"{sum(advice[0]['seconds'].values()) / advice[0]['training_s']:.2f}" if timed else "-"
             times = f"{f'{took:.2f}' if quiet else '-'} | {whole}"
-            lines.append(f"| {found['set']} | {len(advice)} | {run['precision']} | {off} | {times} |")
+            errors = errors_told(advice, runs)
+            lines.append(f"| {found['set']} | {len(advice)} | {run['precision']} | {off} | {errors} | {times} |")
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    head = [f"| set | seeds | in | {ranks} | the run | all |", "|---|---|---|" + "---|" * (len(RANKS) + 2)]
+    names = f"| set | seeds | in | {ranks} | error | between ranks alone | the run | all |"
+    head = [names, "|---|---|---|" + "---|" * (len(RANKS) + 4)]
     return [*head, *lines, ""] if lines else []
 
 

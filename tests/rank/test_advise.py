@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorafit.rank.advise import advise, standard_error
 
@@ -77,9 +79,33 @@ def test_where_no_rank_gains_a_hundredth_the_smallest_is_enough() -> None:
     assert found.r == 1 and found.reason == "no rank loses 1% less than r = 1: the smallest is enough"
 
 
-def test_a_rank_beyond_a_worse_one_is_not_as_good_however_wide_its_own_error_is() -> None:
-    nats = {1: rows(1.02, 0.5, 1), 2: rows(1.02, 1e-3, 2), 4: rows(1.0, 1e-3, 4)}
+def test_a_rank_beyond_a_worse_one_is_not_as_good() -> None:
+    nats = {1: rows(1.005, 1e-3, 1), 2: rows(1.02, 1e-3, 2), 4: rows(1.0, 1e-3, 4)}
     found = advise(nats, TOKENS)
-    assert found.curve[0].gap < found.curve[0].se
+    assert found.curve[0].gap < 0.01
     assert [one.as_good for one in found.curve] == [False, False, True]
     assert found.r == 4
+
+
+def test_neighbours_that_are_nearly_one_function_are_told_apart_no_better_than_two_trainings() -> None:
+    """As halving gives them: each is the one above it with a little more noise, and a little worse."""
+    chance, nats = np.random.default_rng(2), {8: rows(1.0, 0.1, 1)}
+    for r in (4, 2, 1):
+        nats[r] = [own + n for own, n in zip(nats[2 * r], 4 * chance.normal(0.02, 0.02 * 8 / r, 50), strict=True)]
+    found = advise(nats, TOKENS)
+    four, one = found.curve[2], found.curve[0]
+    assert four.gap > 3 * four.se and four.gap > 0.01 * found.curve[-1].loss
+    assert found.error == pytest.approx(one.se * math.sqrt(found.curve[-1].loss / one.loss)) and four.gap < found.error
+    assert found.r == 4 and "within one standard error of the lowest, which is that of r = 8" in found.reason
+    assert f"({found.curve[1].gap / found.error:.1f} standard errors of what two trainings differ by)" in found.reason
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.floats(0.1, 10), st.integers(0, 999))
+def test_the_advice_goes_with_shares_of_the_loss_and_not_with_its_unit(
+    means: list[float], unit: float, seed: int
+) -> None:
+    chance = np.random.default_rng(seed)
+    nats = {2**k: mean * np.exp(chance.normal(0, 0.3, 40)) for k, mean in enumerate(means)}
+    plain, scaled = (advise({r: own * by for r, own in nats.items()}, [3] * 40) for by in (1.0, unit))
+    assert plain.r == scaled.r and scaled.error == pytest.approx(unit * plain.error)
+    assert plain.error <= max(one.se for one in plain.curve)

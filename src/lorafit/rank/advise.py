@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Of the best rank's loss, what another may lose more and still be as good. Neighbours of one chain are nearly the same
-# function: the standard error of their difference is far below that between two runs, and finds what nobody would pay
-# twice the parameters for.
+# Of the best rank's loss, what another may lose more and still be as good: where rows tell every difference, one that
+# nobody would pay twice the parameters for.
 LEAST = 0.01
 
 
@@ -21,7 +20,7 @@ class AtRank:
     """loss: nats per supervised token of the held-out rows. gap: what it has more than the best rank's.
 
     se: the standard error of that gap, of the same rows at both ranks; 0 for the best itself. loss_se: of the loss.
-    as_good: whether the gap is no more than one standard error or LEAST, and that of every rank up to the best as well.
+    as_good: whether the gap, and that of every rank up to the best, is no more than what can be told or than LEAST.
     """
 
     r: int
@@ -34,18 +33,22 @@ class AtRank:
 
 @dataclass(frozen=True)
 class Advice:
-    """curve: ranks in ascending order. r: the smallest that is as good as the best. reason: why, in a sentence."""
+    """curve: ranks in ascending order. r: the smallest that is as good as the best. reason: why, in a sentence.
+
+    error: the standard error of the difference between two trainings, nats per token; see `error_between_trainings`.
+    """
 
     curve: tuple[AtRank, ...]
     r: int
     reason: str
+    error: float
 
 
 def advise(nats: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Advice:
     """The smallest rank that is as good as the best.
 
     That is the rule of one standard error (Breiman et al. 1984, section 3.4.3), of paired rows, with a least difference
-    that counts. A rank beyond one that is worse is not as good, whatever its own rows say: its error is only wider.
+    that counts. A rank beyond one that is worse is not as good.
 
     nats: of each rank its loss on each held-out row, added up over the row's tokens. tokens: supervised ones of each
     row. A rank whose loss is not finite is never advised.
@@ -55,7 +58,8 @@ def advise(nats: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Advice
     losses = {r: float(own.sum() / weights.sum()) for r, own in rows.items()}
     best = min(losses, key=lambda r: (losses[r] if math.isfinite(losses[r]) else math.inf, r))
     errors = {r: 0.0 if r == best else standard_error(own - rows[best], weights) for r, own in rows.items()}
-    alike = _alike(losses, errors, best)
+    error = error_between_trainings(losses, errors, best)
+    alike = as_good_as(best, losses, error)
     curve = tuple(
         AtRank(
             r=r,
@@ -67,14 +71,29 @@ def advise(nats: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Advice
         )
         for r, own in rows.items()
     )
-    return Advice(curve, min(alike), _reason(curve, best))
+    return Advice(curve, min(alike), _reason(curve, best, error), error)
 
 
-def _alike(losses: dict[int, float], errors: Mapping[int, float], best: int) -> set[int]:
-    """Ranks as good as the best, with no worse one between. losses: from the smallest rank."""
-    within = {r for r in losses if losses[r] - losses[best] <= max(errors[r], LEAST * losses[best])}
-    below = itertools.takewhile(within.__contains__, [r for r in reversed(losses) if r <= best])
-    above = itertools.takewhile(within.__contains__, [r for r in losses if r >= best])
+def error_between_trainings(losses: Mapping[int, float], errors: Mapping[int, float], best: int) -> float:
+    """The standard error of the difference between two trainings, from ranks that were all made from one.
+
+    Such neighbours are nearly one function, so that their difference has a far smaller error than that between two
+    ranks that are each trained by themselves, which is what the advice is about. The rank that differs most from the
+    best is about as far from it as one by itself would be (docs/log.md, "What trainings differ by"). An error grows
+    with the losses, so that of a rank that is much worse is brought to the best one's by their geometric mean.
+    errors: of each rank's difference from the best one.
+    """
+    others = [r for r in losses if r != best and math.isfinite(losses[r]) and losses[r] > 0]
+    return max((errors[r] * math.sqrt(losses[best] / losses[r]) for r in others), default=0.0)
+
+
+def as_good_as(best: int, losses: Mapping[int, float], error: float) -> set[int]:
+    """Ranks that lose no more than the best one but for an error, or LEAST of it, with no worse one between."""
+    margin = max(error, LEAST * losses[best])
+    within = {r for r in losses if losses[r] - losses[best] <= margin}
+    ranks = sorted(losses)
+    below = itertools.takewhile(within.__contains__, [r for r in reversed(ranks) if r <= best])
+    above = itertools.takewhile(within.__contains__, [r for r in ranks if r >= best])
     return {*below, *above}
 
 
@@ -90,11 +109,11 @@ def standard_error(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> f
     return float(math.sqrt(rows / (rows - 1) * np.square(left).sum()) / weights.sum())
 
 
-def _reason(curve: Sequence[AtRank], best: int) -> str:
+def _reason(curve: Sequence[AtRank], best: int, error: float) -> str:
     alike = [one for one in curve if one.as_good]
     chosen, lowest, highest = alike[0], curve[0].r, curve[-1].r
     if chosen.r == lowest and len(alike) > 1:
-        if all(one.gap <= one.se for one in alike):
+        if all(one.gap <= error for one in alike):
             return f"these rows cannot tell r = {chosen.r} from r = {alike[-1].r}: the smallest is enough"
         return f"no rank loses {LEAST:.0%} less than r = {chosen.r}: the smallest is enough"
     if chosen.r == best == highest:
@@ -105,9 +124,9 @@ def _reason(curve: Sequence[AtRank], best: int) -> str:
     if chosen.r == lowest:
         return "it has the lowest loss, and is the smallest that was tried"
     below = next(one for one in reversed(curve) if one.r < chosen.r)
-    errors = f" ({below.gap / below.se:.1f} standard errors)" if below.se else ""
-    more = f"r = {below.r} loses {below.gap:.3g} nats a token{errors}"
+    errors = f" ({below.gap / error:.1f} standard errors of what two trainings differ by)" if error else ""
+    more = f"r = {below.r} loses {below.gap:.3g} nats a token more than the best{errors}"
     if chosen.r == best:
         return f"it has the lowest loss, and {more}"
-    how = "within one standard error" if chosen.gap <= chosen.se else f"within {LEAST:.0%}"
+    how = "within one standard error" if chosen.gap <= error else f"within {LEAST:.0%}"
     return f"its loss is {how} of the lowest, which is that of r = {best}; {more}"

@@ -61,6 +61,7 @@ def conclude(
         "targets": "all-linear",
         "reason": advice.reason,
         "curve": _curve(advice, curve, spec, look["is_text"]),
+        "error_between_trainings": advice.error if math.isfinite(advice.error) else None,
         "distance": look["distance"],
         "capacity": _capacity(spec, r, look["supervised_tokens"], config.epochs),
         "gradients": _gradients(look, list(nats), r),
