@@ -283,20 +283,19 @@ def _halve(
         kept = config.model_copy(update={"r": r, "alpha": one.alpha})
         saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
 
-    measure = partial(_measure, ready)
-    found, pieces = halving.halve(work, result["tokens_computed"], result["eval_loss"], measure, save, console)
+    held = halving.Held(partial(_measure, ready), len(ready.held_out or ()))
+    found, pieces = halving.halve(work, result["tokens_computed"], result["eval_loss"], held, save, console)
     if ready.held_out:
         rows = {str(r): _figures(one, ready.held_out) for r, one in pieces.items()}
         files.write_json(run.held_out, rows)
     return found
 
 
-def _measure(ready: Ready, every: int) -> halving.HeldOut | None:
-    """What the model as it is loses on every so manieth held-out piece."""
-    if not ready.held_out:
-        return None
+def _measure(ready: Ready, numbers: Sequence[int]) -> halving.HeldOut:
+    """What the model as it is loses on these of the held-out pieces."""
+    assert ready.held_out, "nothing is measured without"
     ready.engine.model.eval()
-    pieces = [ready.held_out[n] for n in range(0, len(ready.held_out), every)]
+    pieces = [ready.held_out[n] for n in numbers]
     return halving.HeldOut(*row_scores(ready.engine, pieces, ready.evaluation_micro, lambda rows: None))
 
 

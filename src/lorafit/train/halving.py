@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -116,13 +116,32 @@ class HeldOut:
         """Nats per supervised token."""
         return float(self.nats.sum() / self.tokens.sum())
 
-    def every(self, step: int) -> HeldOut:
-        """Of every so manieth piece, from the first."""
-        return HeldOut(self.nats[::step], self.tokens[::step], self.likeliest[::step])
 
+class Held:
+    """Measures the model as it is on the held-out pieces: on all of them, or at a glance on every few.
 
-# Measures the model on every so manieth held-out piece; None where there are none.
-Measure = Callable[[int], HeldOut | None]
+    measure: of pieces by their numbers. count: how many there are; where there are none, nothing is measured.
+    """
+
+    def __init__(self, measure: Callable[[Sequence[int]], HeldOut], count: int) -> None:
+        self._measure, self.count = measure, count
+        every = max(1, min(GLANCE, count // GLANCED_AT))
+        self.at_a_glance = list(range(0, count, every))
+        self.others = [piece for piece in range(count) if piece % every]
+
+    def glance(self) -> HeldOut | None:
+        """On a part of the pieces."""
+        return self._measure(self.at_a_glance) if self.count else None
+
+    def whole(self, glance: HeldOut | None = None) -> HeldOut | None:
+        """On all of them. glance: what is known of a part of them already, of the model as it is now."""
+        if glance is None:
+            return self._measure(range(self.count)) if self.count else None
+        if not self.others:
+            return glance
+        places = np.argsort([*self.at_a_glance, *self.others])
+        columns = zip(vars(glance).values(), vars(self._measure(self.others)).values(), strict=True)
+        return HeldOut(*[np.concatenate(both)[places] for both in columns])
 
 
 def _loss(one: HeldOut | None) -> float | None:
@@ -131,7 +150,7 @@ def _loss(one: HeldOut | None) -> float | None:
 
 
 def halve(
-    work: Work, computed: int, loss: float | None, measure: Measure, save: Callable[[int], None], console: Console
+    work: Work, computed: int, loss: float | None, held: Held, save: Callable[[int], None], console: Console
 ) -> tuple[dict[str, Any], dict[int, HeldOut]]:
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
@@ -144,14 +163,13 @@ def halve(
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     most = ranks(work.config)[-1]
     found: list[dict[str, Any]] = [{"r": most, "steps": None, "lr": None, "helped": None, "loss": loss}]
-    measured = {most: measure(1)}
-    every = _every(measured[most])
+    measured = {most: held.whole()}
     with stop_on_signals() as stop, _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
             started = time.perf_counter()
             truncate(work.model, healing.r, work.config.scaling_rule)
             took += time.perf_counter() - started
-            helped, kept, heal_s = _heal_and_save(work, healing, measure, every, partial(save, healing.r), stop, told)
+            helped, kept, heal_s = _heal_and_save(work, healing, held, partial(save, healing.r), stop, told)
             took, measured[healing.r] = took + heal_s, kept
             own = {"steps": healing.steps, "lr": healing.lr, "helped": helped if kept else None, "loss": _loss(kept)}
             found.append({"r": healing.r, **own})
@@ -172,45 +190,40 @@ def _tokens_of_a_step(work: Work) -> float:
 
 
 def _heal_and_save(
-    work: Work, healing: Healing, measure: Measure, every: int, save: Callable[[], None], stop: StopRequest, told: _Told
+    work: Work, healing: Healing, held: Held, save: Callable[[], None], stop: StopRequest, told: _Told
 ) -> tuple[bool, HeldOut | None, float]:
-    """Save what was cut or what steps make of it, whichever is better on every so manieth held-out piece.
+    """Save what was cut or what steps make of it, whichever is better at a glance.
 
     Returns whether that is the latter, what it loses, and the seconds of the steps. The model goes on with the latter
     in any case: also where it is no better at this rank, halving it loses less.
     """
     if not healing.steps:
         save()
-        return False, measure(1), 0.0
-    cut, before = measure(every), work.method.state(work.model)
+        return False, held.whole(), 0.0
+    cut, before = held.glance(), work.method.state(work.model)
     started = time.perf_counter()
     failed = _heal(work, healing, stop, told)
     took = time.perf_counter() - started
     if failed:
         told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
         work.method.load_state(work.model, before)
+    healed = None if failed else held.glance()
+    if not failed and _is_better(healed, cut):
         save()
-        return False, measure(1), took
-    healed = measure(1)
-    if not (cut and healed) or _is_better(healed, cut, every):
-        save()
-        return True, healed, took
+        return True, held.whole(healed), took
     after = work.method.state(work.model)
     work.method.load_state(work.model, before)
     save()
-    kept = measure(1)
+    kept = held.whole(cut)
     work.method.load_state(work.model, after)
     return False, kept, took
 
 
-def _every(one: HeldOut | None) -> int:
-    """Every how manieth piece tells whether steps helped."""
-    return max(1, min(GLANCE, len(one.nats) // GLANCED_AT)) if one else GLANCE
-
-
-def _is_better(healed: HeldOut, cut: HeldOut, every: int) -> bool:
-    """Whether it loses no more on the pieces that `cut` was measured on; a loss that is not finite never is better."""
-    return _loss(healed) is not None and (_loss(cut) is None or healed.every(every).loss <= cut.loss)
+def _is_better(healed: HeldOut | None, cut: HeldOut | None) -> bool:
+    """Whether it loses no more, or nothing is known; a loss that is not finite never is better."""
+    if healed is None or cut is None:
+        return True
+    return _loss(healed) is not None and (_loss(cut) is None or healed.loss <= cut.loss)
 
 
 def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
