@@ -1,19 +1,19 @@
 """The intrinsic dimension of sets: how many directions of a random subspace training needs, beside the rank it needs.
 
-    python benchmarks/rank_advice/intrinsic.py --data DIR [--sets chat12,mawps]
+    python benchmarks/rank_advice/intrinsic.py --data DIR [--sets chat12,mawps] [--precision fp32] [--threads N]
 
 W0 + sum of g_i b_i a_i^T, with a_i, b_i drawn at random and frozen, spread evenly over all linear weights of the
 blocks, and d numbers g trained: a random subspace of d rank-one directions. (Li et al. 2018 draw it from all of the
 space; directions of rank one run at LoRA's speed.) d90 is the least d, on a line between those tried, at which the
 held-out loss has fallen by 90% of what the best of LoRA's ranks made it fall by, as results/SET.json has it (`run.py
-separate`). Each d at the best of RATES.
+separate`). DIMENSIONS are halved until the two next to each other are known that d90 lies between; each is tried at
+RATES from the one that was best before outwards. What results/SET.json holds is not run again.
 Sources: Li et al. 2018, Measuring the intrinsic dimension of objective landscapes; Aghajanyan et al. 2020.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, best_runs, mean_losses, revision, write_rows
+from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, best_runs, mean_losses, outward, revision, write_rows
 
 from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.batching import step_rows
@@ -48,7 +48,8 @@ from lorafit.train.optim import adamw, clip_gradients, rate, set_rate
 
 DIMENSIONS = (64, 256, 1024, 4096, 16384)
 # Peak rates of the numbers g: each moves W by about its rate, whatever d is.
-RATES = (0.1, 0.3, 1.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+FIRST = 2
 BATCH, MICRO_TOKENS, SEED = 16, 1024, 0
 SHARE = 0.9
 
@@ -99,47 +100,92 @@ def mean(engine: Engine, rows: list[Encoded]) -> float:
         return math.inf
 
 
-def d90(base: float, best: float, losses: dict[int, float]) -> float | None:
-    """Where the line through the tried dimensions, over their logarithms, first crosses what is asked for."""
-    wanted = base - SHARE * (base - best)
-    known = sorted(losses.items())
-    for (d, loss), (more, lower) in itertools.pairwise(known):
-        if loss > wanted >= lower:
-            return d * (more / d) ** ((loss - wanted) / (loss - lower))
-    return float(known[0][0]) if known[0][1] <= wanted else None
+class Tried:
+    """What d directions lose on one set at which rates, kept in its file."""
+
+    def __init__(self, name: str, given: argparse.Namespace, scratch: Path) -> None:
+        self.file = given.out / f"{name}.json"
+        self.precision = given.precision
+        self.sides = write_rows(given.data, name, scratch)
+        self.whole = json.loads(self.file.read_text())
+        self.found = self.whole.setdefault("intrinsic", {"runs": [], "precision": given.precision, **revision()})
+        self.first = FIRST
+
+    def opened(self) -> tuple[Any, list[Encoded], list[Encoded]]:
+        """The base, rows to train on and rows to measure."""
+        opened = open_target(MODEL, None, 1.0, self.precision, False, Console(stderr=True))
+        seq_len = int(TrainConfig.model_fields["seq_len"].default)
+        examples = [read_examples(locate(str(side)).train().rows()) for side in self.sides]
+        train, valid = (encode_all(own, opened.tokenizer, seq_len).encoded for own in examples)
+        opened.model.requires_grad_(False)
+        return opened.model, train, valid
+
+    def base(self) -> float:
+        """What the base loses."""
+        if "base" not in self.found:
+            model, _, valid = self.opened()
+            self.found["base"] = model_loss(model, valid, MICRO_TOKENS)
+            self.write()
+        return float(self.found["base"])
+
+    def loss(self, d: int, lr: float) -> float:
+        """One run, made now if there is none yet."""
+        known = next((run for run in self.found["runs"] if (run["d"], run["lr"]) == (d, lr)), None)
+        if known is None:
+            model, train, valid = self.opened()
+            loss = trained(d, lr, train, valid, model)
+            known = {"d": d, "lr": lr, "loss": loss if math.isfinite(loss) else None}
+            self.found["runs"].append(known)
+            self.write()
+            print(self.file.stem, known, flush=True)
+        return math.inf if known["loss"] is None else float(known["loss"])
+
+    def best(self, d: int) -> float:
+        """The loss at the best rate."""
+        self.first = outward(self.first, lambda step: self.loss(d, RATES[step]), len(RATES) - 1)
+        return self.loss(d, RATES[self.first])
+
+    def write(self) -> None:
+        self.file.write_text(json.dumps(self.whole) + "\n")
+
+
+def search(one: Tried) -> None:
+    """The two dimensions next to each other between which the loss has fallen enough, and d90 on the line of them."""
+    best = min(mean_losses(best_runs(one.whole)).values())
+    wanted = one.base() - SHARE * (one.base() - best)
+    losses, low, high = dict[int, float](), -1, len(DIMENSIONS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        losses[DIMENSIONS[middle]] = one.best(DIMENSIONS[middle])
+        low, high = (low, middle) if losses[DIMENSIONS[middle]] <= wanted else (middle, high)
+    one.found |= {"wanted": wanted, "d90": between(low, high, losses, wanted)}
+    one.write()
+    print(one.file.stem, "d90", one.found["d90"], losses, wanted, flush=True)
+
+
+def between(low: int, high: int, losses: dict[int, float], wanted: float) -> float | None:
+    """Where the line between two dimensions, over their logarithms, crosses what is asked for; None beyond the last."""
+    if high == len(DIMENSIONS):
+        return None
+    more = DIMENSIONS[high]
+    if low < 0:
+        return float(more)
+    d = DIMENSIONS[low]
+    return float(d * (more / d) ** ((losses[d] - wanted) / (losses[d] - losses[more])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--sets", default=",".join(list(SETS)[:2]))
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--threads", type=int, default=machine.physical_cores())
     given = parser.parse_args()
-    torch.set_num_threads(machine.physical_cores())
+    torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory(prefix="intrinsic.") as directory:
         for name in given.sets.split(","):
-            file = RESULTS / f"{name}.json"
-            found = json.loads(file.read_text())
-            tried = found.setdefault("intrinsic", {"runs": [], **revision()})
-            sides = write_rows(given.data, name, Path(directory))
-            for d in DIMENSIONS:
-                for lr in RATES:
-                    if any((run["d"], run["lr"]) == (d, lr) for run in tried["runs"]):
-                        continue
-                    opened = open_target(MODEL, None, 1.0, "bf16", False, Console(stderr=True))
-                    seq_len = int(TrainConfig.model_fields["seq_len"].default)
-                    examples = [read_examples(locate(str(side)).train().rows()) for side in sides]
-                    train, valid = (encode_all(own, opened.tokenizer, seq_len).encoded for own in examples)
-                    opened.model.requires_grad_(False)
-                    if "base" not in tried:
-                        tried["base"] = model_loss(opened.model, valid, MICRO_TOKENS)
-                    loss = trained(d, lr, train, valid, opened.model)
-                    tried["runs"].append({"d": d, "lr": lr, "loss": loss if math.isfinite(loss) else None})
-                    print(name, tried["runs"][-1], flush=True)
-                    file.write_text(json.dumps(found) + "\n")
-            losses = {d: min(run["loss"] for run in tried["runs"] if run["d"] == d and run["loss"]) for d in DIMENSIONS}
-            tried["d90"] = d90(tried["base"], min(mean_losses(best_runs(found)).values()), losses)
-            file.write_text(json.dumps(found) + "\n")
-            print(name, "d90", tried["d90"], losses, flush=True)
+            search(Tried(name, given, Path(directory)))
 
 
 if __name__ == "__main__":

@@ -90,12 +90,12 @@ def rate(step: int) -> float:
     return float(f"{1e-4 * 10 ** (step / 4):.3g}")
 
 
-def outward(first: int, loss: Callable[[int], float]) -> int:
-    """The step of the least loss, both of whose neighbours on the grid are worse, from a first one outwards."""
+def outward(first: int, loss: Callable[[int], float], last: int = LAST_STEP) -> int:
+    """The step of the least loss, both of whose neighbours on a grid are worse, from a first one outwards."""
     tried = {first: loss(first)}
     while True:
         best = min(tried, key=lambda step: tried[step])
-        missing = [step for step in (best - 1, best + 1) if 0 <= step <= LAST_STEP and step not in tried]
+        missing = [step for step in (best - 1, best + 1) if 0 <= step <= last and step not in tried]
         if not missing:
             return best
         tried[missing[0]] = loss(missing[0])
@@ -425,7 +425,8 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 def table() -> str:
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     told = [line for line in (precision_told(every),) if line]
-    rest = [*told, *([""] if told else []), *curve_rows(every), *scaling_rows(every), *told_without_training(every)]
+    rest = [*told, *([""] if told else []), *curve_rows(every), *scaling_rows(every), *intrinsic_rows(every)]
+    rest += told_without_training(every)
     return "\n".join([*separate_rows(every), *([""] if rest else []), *rest])
 
 
@@ -526,6 +527,22 @@ def scaling_rows(every: list[Result]) -> list[str]:
         "|---|---|---|" + "---|" * (len(SCALED_RANKS) + 1),
     ]
     return [*head, *lines, ""]
+
+
+def intrinsic_rows(every: list[Result]) -> list[str]:
+    """What intrinsic.py found: how many random directions take the loss 90% of the way, None where none of them did."""
+    lines = []
+    for found in every:
+        own = found.get("intrinsic", {})
+        if "d90" in own:
+            runs = best_runs(found)
+            d90 = "more than were tried" if own["d90"] is None else f"{own['d90']:,.0f}"
+            rank = str(needed(runs)) if is_whole(runs) else "-"
+            lines.append(
+                f"| {found['set']} | {own['precision']} | {own['base']:.3f} | {own['wanted']:.3f} | {d90} | {rank} |"
+            )
+    head = ["| set | in | loss of the base | 90% of the way | directions | rank needed |", "|---|---|---|---|---|---|"]
+    return [*head, *lines, ""] if lines else []
 
 
 def put(text: str, document: Path = DOCUMENT, begin: str = BEGIN) -> None:
