@@ -18,7 +18,7 @@ from lorafit.config import EvalConfig, RankConfig, ReportConfig, ShrinkConfig, T
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import commands, still_falling, train_command
-from lorafit.rank.show import _about, costs_told, rate_told
+from lorafit.rank.show import _about, costs_told, rate_told, verified_told
 from lorafit.rank.verify import _next, candidates
 from lorafit.showing import report
 from lorafit.trials import child
@@ -212,6 +212,15 @@ def test_which_rates_raced_is_told() -> None:
     raced = "0.001 loses 2.4000, 0.003 loses 1.9000, 0.009 failed"
     told = f"Rates raced over the first 2 steps, and on the rows to come {raced}: 0.003 went on."
     assert rate_told({"run": {"race": race}}) == [told]
+
+
+@pytest.mark.parametrize(("smallest", "is_told"), [(4, False), (2, True), (8, True), (None, False)])
+def test_another_rank_that_does_by_itself_is_named(smallest: int | None, is_told: bool) -> None:
+    own = {"loss": 0.5, "lr": 1e-3, "tried": []}
+    verified = {"regret": 0.01, "best_r": 8, "gap": 0.01, "gap_standard_error": 0.02, "trials": {"4": own}}
+    told = verified_told({"verified": verified | {"as_good_r": smallest}, "recommended_r": 4})
+    assert (f"rank {smallest} is the smallest that is as good as the best" in " ".join(told)) == is_told
+    assert verified_told({"verified": verified, "recommended_r": 4}) == told[:1]
 
 
 def test_what_it_took_is_told_in_trainings(searched: tuple[Path, dict[str, Any], str]) -> None:

@@ -101,6 +101,9 @@ def verified_told(found: Found) -> list[str]:
         f"rank {verified['best_r']}, the best of it and its neighbours ({verified['gap']:.4f} ± "
         f"{verified['gap_standard_error']:.4f} nats a token)."
     ]
+    smallest = verified.get("as_good_r")  # a search of an earlier version has none
+    if smallest not in (None, found["recommended_r"]):
+        lines.append(f"Of those trained by themselves rank {smallest} is the smallest that is as good as the best.")
     pattern, own = verified["trials"].get(PATTERN), verified["trials"][str(found["recommended_r"])]
     if pattern and pattern["loss"] is not None:
         lines.append(

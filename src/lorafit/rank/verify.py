@@ -18,13 +18,16 @@ FURTHEST = 4.0
 
 
 def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
-    """Of each of these the best of a few rates, and the regret of the advice: its loss over that of the best."""
+    """Of each of these the best of a few rates, and the regret of the advice: its loss over that of the best.
+
+    as_good_r: the smallest rank that is as good as the best by the rule of the advice.
+    """
     made = {name: _best(trials, name, found["run"]["lr"], *what) for name, what in candidates(found).items()}
     known = {name: one for name, one in made.items() if one["loss"] is not None}
     own = made[str(found["recommended_r"])]
     uniform = {int(name): one for name, one in known.items() if name != PATTERN}
     if own["loss"] is None:
-        return {"trials": made, "regret": None, "best_r": None}
+        return {"trials": made, "regret": None, "best_r": None, "as_good_r": None}
     rows = {r: trials.losses(one["run"])["nats"] for r, one in uniform.items()}
     tokens = trials.losses(own["run"])["tokens"]
     judged = advise(rows, tokens)
@@ -32,6 +35,7 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     return {
         "trials": made,
         "best_r": best,
+        "as_good_r": judged.r,
         "regret": own["loss"] / uniform[best]["loss"] - 1,
         "gap": next(one.gap for one in judged.curve if one.r == found["recommended_r"]),
         "gap_standard_error": next(one.se for one in judged.curve if one.r == found["recommended_r"]),
