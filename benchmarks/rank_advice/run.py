@@ -338,7 +338,7 @@ def precision_told(every: list[Result]) -> str:
     if not off:
         return ""
     return (
-        f"{len(off)} runs were made in both: in fp32 they lose {statistics.mean(off):+.1%} in the mean "
+        f"Runs that were made in both: {len(off)}. In fp32 they lose {statistics.mean(off):+.1%} in the mean "
         f"({min(off):+.1%} to {max(off):+.1%})."
     )
 
