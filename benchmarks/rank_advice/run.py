@@ -326,6 +326,13 @@ def best_runs(found: Result) -> dict[int, list[Result]]:
     return best
 
 
+def compared(found: Result) -> dict[int, list[Result]]:
+    """`best_runs` of the seeds that every rank was trained with, so that none is flattered by another seed."""
+    runs = {r: own for r, own in best_runs(found).items() if own}
+    seeds = set.intersection(*[{run["seed"] for run in own} for own in runs.values()]) if runs else set()
+    return {r: [run for run in own if run["seed"] in seeds] for r, own in runs.items()}
+
+
 def precision_told(every: list[Result]) -> str:
     """How far runs in fp32 ended from those in int8 of the same rank, rate and seed, both on the base of the files."""
     off = []
@@ -435,7 +442,7 @@ def separate_rows(every: list[Result]) -> list[str]:
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
     lines = [f"| set | seeds | {ranks} | needed | advised | regret |", "|---|---|" + "---|" * (len(RANKS) + 3)]
     for found in every:
-        runs, advice = best_runs(found), found.get("advice", [])
+        runs, advice = compared(found), found.get("advice", [])
         losses = mean_losses(runs)
         cells = [f"{losses[r]:.4f} ({told_of(runs[r])})" if r in losses else "-" for r in RANKS_BY_SIZE]
         smallest, told, regret = ("-",) * 3
@@ -474,7 +481,7 @@ def curve_rows(every: list[Result]) -> list[str]:
     """
     lines = []
     for found in every:
-        runs, advice = best_runs(found), found.get("advice", [])
+        runs, advice = compared(found), found.get("advice", [])
         if advice and runs:
             losses = held_against(advice, runs)
             curves = [{point["r"]: point["loss"] for point in one["curve"]} for one in advice]
@@ -497,11 +504,11 @@ def curve_rows(every: list[Result]) -> list[str]:
 
 def told_without_training(every: list[Result]) -> list[str]:
     """How what is known without training goes with the rank that a set needs."""
-    own = [found for found in every if found.get("advice") and is_whole(best_runs(found))]
+    own = [found for found in every if found.get("advice") and is_whole(compared(found))]
     known = [found for found in own if not found["set"].endswith(SHUFFLED)]
     lines = []
     for number, name in enumerate(MEASURES if len(known) > 3 else ()):
-        pair = [measures(one["advice"][0])[number] for one in known], [float(needed(best_runs(one))) for one in known]
+        pair = [measures(one["advice"][0])[number] for one in known], [float(needed(compared(one))) for one in known]
         low, high = interval(*pair)
         sure = f"{spearman(*pair):.2f} ({low:.2f} to {high:.2f})"
         lines.append(f"Spearman's correlation of the {name} with the rank needed: {sure}.")
@@ -535,7 +542,7 @@ def intrinsic_rows(every: list[Result]) -> list[str]:
     for found in every:
         own = found.get("intrinsic", {})
         if "d90" in own:
-            runs = best_runs(found)
+            runs = compared(found)
             d90 = "more than were tried" if own["d90"] is None else f"{own['d90']:,.0f}"
             rank = str(needed(runs)) if is_whole(runs) else "-"
             lines.append(
