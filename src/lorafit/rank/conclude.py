@@ -30,7 +30,7 @@ TRIALS, ONE_RUN = "trials", "all-ranks"
 # Settings of a training with ranks by layer, and what it is called among those that verify.
 BY_LAYER, PATTERN = "by-layer.toml", "ranks by layer"
 # What share of the held-out loss may fall in the last epoch of the one run. Above, a larger rank looks better than it
-# is, as it learns faster: of eight sets the three above this were advised the largest rank, and one of the others.
+# is, as it learns faster: docs/log.md, "One training, then halved and trained on".
 FALLING = 0.1
 # Of a gradient's energy, what a rank is asked to hold to be called enough by the spectra alone.
 HELD = 0.9

@@ -206,12 +206,10 @@ def _heal_and_save(
     took = time.perf_counter() - started
     if failed:
         told.note(0, f"rank {healing.r} stays as it was cut: {failed}")
-        work.method.load_state(work.model, before)
-    healed = None if failed else held.glance()
-    if not failed and _is_better(healed, cut):
+    elif _is_better(healed := held.glance(), cut):
         save()
         return True, held.whole(healed), took
-    after = work.method.state(work.model)
+    after = before if failed else work.method.state(work.model)
     work.method.load_state(work.model, before)
     save()
     kept = held.whole(cut)
