@@ -126,6 +126,22 @@ def test_a_glance_is_at_a_quarter_of_the_pieces_or_at_enough_and_only_the_rest_i
         assert plain and plain.nats.tolist() == whole.nats.tolist()
 
 
+@pytest.mark.parametrize("count", [0, 9, 130])
+def test_all_ranks_together_measure_held_out_pieces_as_often_as_is_said_before(
+    count: int, inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = list[int](), lorafit.run._measure
+
+    def measure(ready: Any, numbers: Sequence[int]) -> halving.HeldOut:
+        asked.extend(numbers)
+        return real(ready, numbers)
+
+    monkeypatch.setattr(lorafit.run, "_measure", measure)
+    held_out = {"eval": str(tiny.write_chat(tmp_path / "held.jsonl", count)) if count else None}
+    run({**inputs, **held_out, "output": str(tmp_path / "run")})
+    assert len(asked) == count * halving.evaluations(inputs["r"], count)
+
+
 @pytest.mark.parametrize("left", ["ranks", "no ranks"])
 def test_a_stopped_run_goes_on_bitwise(left: str, inputs: dict[str, Any], halved: Halved, tmp_path: Path) -> None:
     again = tmp_path / "again"

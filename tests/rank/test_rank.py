@@ -18,10 +18,11 @@ from lorafit.config import EvalConfig, RankConfig, ReportConfig, ShrinkConfig, T
 from lorafit.errors import CheckpointError, ConfigError, LorafitError, RunDirError
 from lorafit.rank import line
 from lorafit.rank.conclude import commands, still_falling, train_command
-from lorafit.rank.show import _about, costs_told, rate_told, verified_told
+from lorafit.rank.show import _about, costs_told, expected_told, rate_told, verified_told
 from lorafit.rank.verify import _next, candidates
 from lorafit.showing import report
 from lorafit.trials import child
+from lorafit.units import format_seconds
 from lorafit.use import evaluate
 from tests import tiny
 
@@ -231,6 +232,21 @@ def test_what_it_took_is_told_in_trainings(searched: tuple[Path, dict[str, Any],
     told = costs_told({"seconds": {"look": 2.0, "train": 7.0}, "training_s": 5.0, "curve": [{"r": 1}, {"r": 6}]})
     assert told == "Took 9.00 s, 1.8 times as long as training r = 6 alone: look 2.00 s, train 7.00 s."
     assert costs_told({"seconds": {"look": 2.0}, "curve": [{"r": 6}]}) == "Took 2.00 s: look 2.00 s."
+
+
+def test_what_the_run_was_expected_to_take_stands_beside_what_it_took(
+    searched: tuple[Path, dict[str, Any], str],
+) -> None:
+    expected = searched[1]["run"]["expected_s"]
+    assert {name for name, seconds in expected.items() if seconds > 0} == {"load", "train", "lower", "evaluations"}
+    assert f" (predicted {format_seconds(sum(expected.values()))})" in costs_told(searched[1])
+
+
+def test_what_a_run_will_take_is_told_part_by_part_and_as_a_bound_where_it_computes_in_fewer_bits() -> None:
+    expected = {"load": 2.0, "train": 60.0, "race": 0.0, "lower": 24.0, "evaluations": 4.0}
+    parts = "(loading 2.00 s, the largest rank 1 min 00 s, those below 24.0 s, evaluations 4.00 s)"
+    assert expected_told(expected, "fp32") == f"predicted: all ranks in one run take about 1 min 30 s {parts}"
+    assert "take at most 1 min 30 s" in expected_told(expected, "int8")
 
 
 def test_the_search_of_a_rate_goes_on_at_its_edge() -> None:

@@ -267,7 +267,7 @@ class RankConfig(TrialsConfig):
     """How often each row is seen, at most: training stops when the held-out loss has risen for an epoch."""
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Rate of the one training; auto: found by a race of rates over its first steps. What is brought to rank r learns
-    at 2 lr / r afterwards."""
+    at a rate that goes with its square root, over r, afterwards."""
     verify: bool = False
     """Train the recommended rank and its neighbours by themselves too, each at the best of a few rates, and ranks
     that differ by layer: says what the advice has cost. Takes about a dozen runs."""

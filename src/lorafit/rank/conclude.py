@@ -70,7 +70,7 @@ def conclude(
             "steps": result["steps"], "stopped_early": result.get("stopped_early"), "wall_s": made["wall_s"],
             "train_s": result["train_s"], "halving_s": result["halving_s"],
             "precision": result["precision"], "by_rank": result["by_rank"],
-            "evaluations": list(evaluations),
+            "evaluations": list(evaluations), "expected_s": look.get("expected"),
         },
         "seconds": {"look": look["seconds"], "train": made["wall_s"]},
         "training_s": _training_s(result),

@@ -22,7 +22,7 @@ from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights
 from lorafit.rank.conclude import BY_LAYER, ONE_RUN, TRIALS, conclude, with_verified
-from lorafit.rank.show import page, print_rank
+from lorafit.rank.show import expected_told, page, print_rank
 from lorafit.rank.verify import verify
 from lorafit.rundir import RunDir
 from lorafit.trials import child
@@ -62,6 +62,8 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         inputs = {"model": model_spec.sha256(spec)}
         setup = settle(config, directory, FREE_TO_CHANGE, inputs, rows, look, "search of the rank")
         log.print(f"looked at base and rows in {format_seconds(setup['look']['seconds'])}", highlight=False)
+        if expected := setup["look"].get("expected"):  # a look of an earlier version has none
+            log.print(expected_told(expected, setup["look"]["precision"]), highlight=False)
         trials = Trials(config, directory, rows, setup["look"]["precision"], log)
         told = f"ranks 1 to {most} in one run"
         settings = {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "halving"}
@@ -109,7 +111,7 @@ def _check_rows(config: RankConfig) -> None:
 def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Console) -> dict[str, Any]:
     from lorafit.rank import looking  # needs torch
 
-    arguments = (config, most, rows.path("train"), str(KEEP))
+    arguments = (config, most, rows.path("train"), rows.counts["valid"], str(KEEP))
     path = directory / TRIALS / "look.log"
     with watched(log, "looking at base and rows, without training", path):
         found = child.call(looking.look, arguments, path)

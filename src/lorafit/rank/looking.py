@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,7 +17,8 @@ from lorafit.data.pack import micro_batches
 from lorafit.engine.engine import Engine, prepare
 from lorafit.rank import distance, spectra
 from lorafit.rank.energies import Spectrum
-from lorafit.trials.measuring import examples_of, losses_of, nothing, open_model, text_to_keep
+from lorafit.rank.expected import Pace, expect
+from lorafit.trials.measuring import examples_of, losses_of, open_model, text_to_keep
 
 if TYPE_CHECKING:
     from lorafit.data.store import Encoded
@@ -32,11 +34,11 @@ FURTHEST, SHOWN_CHARS = 5, 160
 MICRO_TOKENS = int(TrainConfig.model_fields["micro_tokens"].default)
 
 
-def look(config: RankConfig, most: int, train: str, keep: str, console: Console) -> dict[str, Any]:
+def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, console: Console) -> dict[str, Any]:
     """How far the rows are from what the base knows, and the spectra of their gradients. Raises LorafitError.
 
-    most: the largest rank that is asked for. Returns `precision`, `supervised_tokens` of all rows, `distance`,
-    `spectra` by weight.
+    most: the largest rank that is asked for. held_out: rows of the other side. Returns `precision`, `supervised_tokens`
+    of all rows, `distance`, `spectra` by weight, and `expected`, the seconds of the run of all ranks by the pace here.
     """
     started = time.perf_counter()
     opened = open_model(config.model, config, config.precision, console)
@@ -46,15 +48,18 @@ def look(config: RankConfig, most: int, train: str, keep: str, console: Console)
     chosen = [every[n] for n in distance.evenly(len(every), _within(len(every) // ROWS_BY, LEAST_ROWS, MOST_ROWS))]
     reference = text_to_keep(keep, opened.tokenizer).encoded
     bare = prepare(opened.model, share_prefix=True)  # layers that hold sketches cost a quarter more
+    load_s, of_rows = time.perf_counter() - started, Pace()
     far = distance.measure(
-        bare, opened.model, opened.tokenizer, chosen, reference, config.seq_len, config.seed, nothing
+        bare, opened.model, opened.tokenizer, chosen, reference, config.seq_len, config.seed, of_rows
     )
     bare.close()
     told = [_told(opened.tokenizer, chosen[n], far, n) for n in far.furthest(FURTHEST)]
     layers = spectra.attach(opened.model, most)
     engine = prepare(opened.model, share_prefix=True)
     engine.model.eval()
-    found = spectra.measure(engine, layers, _steps(config, engine, every), config.seed, nothing)
+    steps, of_steps = _steps(config, engine, every), Pace()
+    found = spectra.measure(engine, layers, steps, config.seed, of_steps)
+    row_s, pieces = of_rows.until(len(chosen)) / len(chosen), round(held_out * len(every) / len(examples))
     return {
         "precision": opened.precision,
         "rows": len(examples),
@@ -65,6 +70,7 @@ def look(config: RankConfig, most: int, train: str, keep: str, console: Console)
             "rows": len(chosen), "furthest": told,
         },
         "spectra": {name: _as_json(one) for name, one in found.items()},
+        "expected": asdict(expect(config, most, len(every), pieces, load_s, of_steps.usual, row_s)),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

@@ -19,6 +19,11 @@ COLUMNS = ("rank", "parameters", "loss", "more than the best", "right", "")
 # What stands before the command that takes an adapter from the search itself.
 LEFT = "Or without another training, the adapter of that rank that the search left"
 LAYERS = "Or as many parameters, more of them where gradients have more energy (--verify says which is better)"
+# What `rank.expected.Expected` names.
+PARTS = {
+    "load": "loading", "train": "the largest rank", "race": "the race of rates", "lower": "those below",
+    "evaluations": "evaluations",
+}  # fmt: skip
 Found = dict[str, Any]
 
 
@@ -132,10 +137,19 @@ def _loss(loss: float | None) -> str:
     return "failed" if loss is None else f"{loss:.4f}"
 
 
+def expected_told(expected: Found, precision: str) -> str:
+    """What the run of all ranks will take. precision: of the look, which has no products in int8, as the run has."""
+    parts = ", ".join(f"{PARTS[name]} {format_seconds(seconds)}" for name, seconds in expected.items() if seconds)
+    near = "at most" if precision == "int8" else "about"
+    return f"predicted: all ranks in one run take {near} {format_seconds(sum(expected.values()))} ({parts})"
+
+
 def costs_told(found: Found) -> str:
     """What the answer took."""
     parts, took = found["seconds"], sum(found["seconds"].values())
-    told = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+    expected = found.get("run", {}).get("expected_s")
+    predicted = {"train": f" (predicted {format_seconds(sum(expected.values()))})"} if expected else {}
+    told = ", ".join(f"{name} {format_seconds(seconds)}{predicted.get(name, '')}" for name, seconds in parts.items())
     one = found.get("training_s")  # a search of an earlier version has none
     times = f", {took / one:.1f} times as long as training r = {found['curve'][-1]['r']} alone" if one else ""
     return f"Took {format_seconds(took)}{times}: {told}."

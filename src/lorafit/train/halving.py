@@ -144,6 +144,16 @@ class Held:
         return HeldOut(*[np.concatenate(both)[places] for both in columns])
 
 
+def evaluations(r: int, count: int) -> float:
+    """How often all of so many held-out pieces are measured, at ranks up to r.
+
+    Once at each, and once more at a glance where steps follow.
+    """
+    every = Held(lambda pieces: HeldOut(*np.zeros((3, 0))), count)
+    glance = len(every.at_a_glance) / count if count else 0.0
+    return sum(1 + glance * (rank < r and rank <= HEALED) for rank in ladder(r))
+
+
 def _loss(one: HeldOut | None) -> float | None:
     """None also where it is not finite."""
     return one.loss if one and math.isfinite(one.loss) else None

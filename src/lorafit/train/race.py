@@ -81,8 +81,21 @@ class Begun:
 
 def steps_of(work: Work) -> int:
     """Steps of each rate: less than SHARE of the run, and none after which the run has something else to do."""
-    config, whole = work.config, work.total_steps
-    most = min(whole, work.steps_per_epoch - 1, (config.eval_every or whole) - 1)
+    first = min(work.steps_per_epoch, work.config.eval_every or work.total_steps)
+    return _steps_of(work.total_steps, first)
+
+
+def share(whole: int, first: int) -> float:
+    """Of a run of so many steps, what a race takes beyond the winner's own; 0 where it is too short for one.
+
+    first: the step after which the run has something else to do.
+    """
+    count = _steps_of(whole, first)
+    return _steps_lost(count) / whole if count >= FEWEST else 0.0
+
+
+def _steps_of(whole: int, first: int) -> int:
+    most = min(whole, first - 1)
     return next((count for count in range(most, 0, -1) if _steps_lost(count) < SHARE * whole), 0)
 
 
