@@ -31,8 +31,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from quantized_base.run import machine, revision
-from rank_advice.run import FIRST_STEP, LAST_STEP, PRECISION, SETS, USUAL, Set, outward, put, rate, trained
+from rank_advice.run import FIRST_STEP, LAST_STEP, PRECISION, SETS, USUAL, Set, outward, rate, trained
 from rank_advice.run import RESULTS as GRIDS
+from rank_advice.table import put
 
 from lorafit.config import EPOCHS as EPOCHS_OF
 

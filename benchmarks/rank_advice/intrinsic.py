@@ -26,7 +26,8 @@ import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, best_runs, mean_losses, outward, revision, write_rows
+from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, best_runs, outward, revision, write_rows
+from rank_advice.table import mean_losses
 
 from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.batching import step_rows
@@ -48,7 +49,7 @@ from lorafit.train.optim import adamw, clip_gradients, rate, set_rate
 
 DIMENSIONS = (64, 256, 1024, 4096, 16384)
 # Peak rates of the numbers g: each moves W by about its rate, whatever d is.
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FIRST = 2
 BATCH, MICRO_TOKENS, SEED = 16, 1024, 0
 SHARE = 0.9

@@ -120,10 +120,7 @@ def _capacity(spec: ModelSpec, r: int, supervised: int, epochs: int) -> Found:
 
 def _gradients(look: Mapping[str, Any], ranks: Sequence[int], r: int) -> Found:
     """What the spectra say, of all weights and of each; rank_pattern: where as many parameters as of r belong."""
-    spectra = {
-        name: Spectrum(tuple(one["shape"]), np.array(one["energies"]), one["rest"], np.array(one["mean"]))
-        for name, one in look["spectra"].items()
-    }
+    spectra = spectra_of(look)
     total = sum(one.total for one in spectra.values()) or 1.0
     shared = {str(rank): held(spectra, rank) for rank in ranks}
     kinds: dict[str, float] = {}
@@ -139,6 +136,14 @@ def _gradients(look: Mapping[str, Any], ranks: Sequence[int], r: int) -> Found:
             name: {"share": one.total / total, "effective_rank": one.effective_rank} for name, one in spectra.items()
         },
         "rank_pattern": allocate(spectra, r, least=1),
+    }
+
+
+def spectra_of(look: Mapping[str, Any]) -> dict[str, Spectrum]:
+    """Of each weight, as a look has left them."""
+    return {
+        name: Spectrum(tuple(one["shape"]), np.array(one["energies"]), one["rest"], np.array(one["mean"]))
+        for name, one in look["spectra"].items()
     }
 
 
