@@ -47,9 +47,9 @@ from lorafit.opening import open_target
 from lorafit.plan import machine
 from lorafit.train.optim import adamw, clip_gradients, rate, set_rate
 
-DIMENSIONS = (64, 256, 1024, 4096, 16384)
+DIMENSIONS = (64, 256, 1024, 4096, 16384, 32768)
 # Peak rates of the numbers g: each moves W by about its rate, whatever d is.
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST = 2
 BATCH, MICRO_TOKENS, SEED = 16, 1024, 0
 SHARE = 0.9
