@@ -6,7 +6,7 @@ W0 + sum of g_i b_i a_i^T, with a_i, b_i drawn at random and frozen, spread even
 blocks, and d numbers g trained: a random subspace of d rank-one directions. (Li et al. 2018 draw it from all of the
 space; directions of rank one run at LoRA's speed.) d90 is the least d, on a line between those tried, at which the
 held-out loss has fallen by 90% of what the best of LoRA's ranks made it fall by, as results/SET.json has it (`run.py
-separate`). DIMENSIONS are halved until the two next to each other are known that d90 lies between; each is tried at
+separate`). DIMENSIONS are gone through outwards until the two are known that d90 lies between; each is tried at
 RATES from the one that was best before outwards. What results/SET.json holds is not run again.
 Sources: Li et al. 2018, Measuring the intrinsic dimension of objective landscapes; Aghajanyan et al. 2020.
 """
@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, best_runs, outward, revision, write_rows
-from rank_advice.table import mean_losses
+from rank_advice.run import EPOCHS, MODEL, RESULTS, SETS, outward, revision, write_rows
+from rank_advice.table import compared, mean_losses
 
 from lorafit.config import LoRAConfig, TrainConfig
 from lorafit.data.batching import step_rows
@@ -48,6 +48,7 @@ from lorafit.plan import machine
 from lorafit.train.optim import adamw, clip_gradients, rate, set_rate
 
 DIMENSIONS = (64, 256, 1024, 4096, 16384, 32768)
+FIRST_DIMENSION = 2
 # Peak rates of the numbers g: each moves W by about its rate, whatever d is.
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST = 2
@@ -152,13 +153,22 @@ class Tried:
 
 def search(one: Tried) -> None:
     """The two dimensions next to each other between which the loss has fallen enough, and d90 on the line of them."""
-    best = min(mean_losses(best_runs(one.whole)).values())
+    best = min(mean_losses(compared(one.whole)).values())
     wanted = one.base() - SHARE * (one.base() - best)
-    losses, low, high = dict[int, float](), -1, len(DIMENSIONS)
-    while high - low > 1:
-        middle = (low + high) // 2
-        losses[DIMENSIONS[middle]] = one.best(DIMENSIONS[middle])
-        low, high = (low, middle) if losses[DIMENSIONS[middle]] <= wanted else (middle, high)
+    losses = dict[int, float]()
+
+    def is_enough(n: int) -> bool:
+        losses[DIMENSIONS[n]] = one.best(DIMENSIONS[n])
+        return losses[DIMENSIONS[n]] <= wanted
+
+    low, high = FIRST_DIMENSION - 1, FIRST_DIMENSION
+    if is_enough(high):
+        while low >= 0 and is_enough(low):
+            low, high = low - 1, low
+    else:
+        low, high = high, high + 1
+        while high < len(DIMENSIONS) and not is_enough(high):
+            low, high = high, high + 1
     one.found |= {"wanted": wanted, "d90": between(low, high, losses, wanted)}
     one.write()
     print(one.file.stem, "d90", one.found["d90"], losses, wanted, flush=True)
