@@ -98,11 +98,13 @@ class Case:
         if "race" in self.found:
             return
         own = self.settings | {"lr": "auto", "output": str(self.scratch / "run")}
-        options = [f"--{name}={value}" for name, value in own.items() if name not in {"model", "data"} and value]
+        options = [
+            f"--{name}={value}" for name, value in own.items() if name not in {"model", "data"} and value is not None
+        ]
         command = [sys.executable, "-m", "lorafit", "train", own["model"], own["data"], *options]
         wide = os.environ | {"COLUMNS": "400"}  # each line as a whole
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=wide) as run:
-            found = next((own for own in map(FOUND.search, run.stdout or ()) if own), None)
+            found = next((match for match in map(FOUND.search, run.stdout or ()) if match), None)
             run.kill()
         if found is None:
             raise SystemExit(f"no race in {' '.join(command)}")
@@ -222,7 +224,7 @@ def main() -> None:
         action.add_argument("--data", type=Path, required=True)
         action.add_argument("--out", type=Path, default=RESULTS)
         action.add_argument("--only", help="cases, with '; ' between. Default: all")
-        action.add_argument("--precision", default=PRECISION)
+        action.add_argument("--precision", default=PRECISION, help="of sets of text")
         action.add_argument("--threads", type=int)
         action.set_defaults(run=each, work=work, cases=cases)
     action = actions.add_parser("table")

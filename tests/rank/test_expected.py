@@ -23,7 +23,6 @@ def test_it_is_the_steps_a_race_what_lower_ranks_compute_and_the_evaluations() -
     assert found.race == pytest.approx(2.0 * (5 + 2 / 3))
     # After each epoch, at each of 7 ranks, and at a glance before steps at 8, 4, 2 and 1.
     assert found.evaluations == pytest.approx((3 + 7 + 4 / 4) * 200 * 0.1)
-    assert found.total == pytest.approx(found.load + found.train + found.race + found.lower + found.evaluations)
 
 
 def test_there_is_no_race_of_a_given_rate_or_in_a_short_run() -> None:

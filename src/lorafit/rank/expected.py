@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,11 +47,6 @@ class Expected:
     race: float
     lower: float
     evaluations: float
-
-    @property
-    def total(self) -> float:
-        """Of the whole run."""
-        return float(sum(asdict(self).values()))
 
 
 def expect(config: RankConfig, most: int, rows: int, held_out: int, load: float, step: float, row: float) -> Expected:

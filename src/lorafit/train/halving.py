@@ -117,6 +117,11 @@ class HeldOut:
         return float(self.nats.sum() / self.tokens.sum())
 
 
+def at_a_glance(count: int) -> list[int]:
+    """Which of so many held-out pieces are measured to know whether steps helped."""
+    return list(range(0, count, max(1, min(GLANCE, count // GLANCED_AT))))
+
+
 class Held:
     """Measures the model as it is on the held-out pieces: on all of them, or at a glance on every few.
 
@@ -125,9 +130,8 @@ class Held:
 
     def __init__(self, measure: Callable[[Sequence[int]], HeldOut], count: int) -> None:
         self._measure, self.count = measure, count
-        every = max(1, min(GLANCE, count // GLANCED_AT))
-        self.at_a_glance = list(range(0, count, every))
-        self.others = [piece for piece in range(count) if piece % every]
+        self.at_a_glance = at_a_glance(count)
+        self.others = sorted({*range(count)} - {*self.at_a_glance})
 
     def glance(self) -> HeldOut | None:
         """On a part of the pieces."""
@@ -149,8 +153,7 @@ def evaluations(r: int, count: int) -> float:
 
     Once at each, and once more at a glance where steps follow.
     """
-    every = Held(lambda pieces: HeldOut(*np.zeros((3, 0))), count)
-    glance = len(every.at_a_glance) / count if count else 0.0
+    glance = len(at_a_glance(count)) / count if count else 0.0
     return sum(1 + glance * (rank < r and rank <= HEALED) for rank in ladder(r))
 
 
