@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,15 +54,11 @@ def measure(
     reference: Sequence[Encoded],
     micro_tokens: int,
     seed: int,
-    on_rows: Callable[[int], None],
 ) -> Distance:
-    """The distance of `rows`. model: as `engine` has it, an adapter on it without effect.
-
-    on_rows: called with how many rows were just measured, or answered; len(rows) + min(len(rows), OWN_ROWS) in all.
-    """
+    """The distance of `rows`. model: as `engine` has it, an adapter on it without effect."""
     engine.model.eval()
-    nats, tokens = row_losses(engine, rows, micro_tokens, on_rows)
-    own = own_answers(model, tokenizer, rows, seed, lambda: on_rows(1))
+    nats, tokens = row_losses(engine, rows, micro_tokens, _nothing)
+    own = own_answers(model, tokenizer, rows, seed)
     return Distance(
         data=float(nats.sum() / tokens.sum()),
         own=_loss(engine, own, micro_tokens),
@@ -73,8 +69,12 @@ def measure(
 
 
 def _loss(engine: Engine, rows: Sequence[Encoded], micro_tokens: int) -> float:
-    nats, tokens = row_losses(engine, rows, micro_tokens, lambda _: None)
+    nats, tokens = row_losses(engine, rows, micro_tokens, _nothing)
     return float(nats.sum() / max(1, tokens.sum()))
+
+
+def _nothing(_: int) -> None:
+    """Nobody waits for the rows one by one."""
 
 
 def evenly(count: int, wanted: int) -> list[int]:
@@ -87,7 +87,6 @@ def own_answers(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Encoded],
     seed: int,
-    on_answer: Callable[[], None],
 ) -> list[Encoded]:
     """Some of the rows, evenly chosen, with what the model writes after their prompts in the place of their replies.
 
@@ -99,7 +98,7 @@ def own_answers(
     most = min(OWN_TOKENS, max(len(row.input_ids) - start for row, start in zip(chosen, starts, strict=True)))
     said = answer(
         model, tokenizer, prompts, batch_size=OWN_ROWS, max_new_tokens=max(1, most), temperature=1.0, seed=seed,
-        on_answer=on_answer,
+        on_answer=lambda: None,
     )  # fmt: skip
     found = []
     for row, start, prompt, one in zip(chosen, starts, prompts, said, strict=True):

@@ -12,22 +12,14 @@ from lorafit.train import halving, race
 
 
 class Pace:
-    """When counted things were done. Called after each, or after several of them."""
+    """When things were done. Called after each."""
 
     def __init__(self) -> None:
-        self._done, self._at = [0], [time.perf_counter()]
+        self._at = [time.perf_counter()]
 
-    def __call__(self, count: int = 1) -> None:
-        """So many more are done."""
-        self._done.append(self._done[-1] + count)
+    def __call__(self) -> None:
+        """One more is done."""
         self._at.append(time.perf_counter())
-
-    def until(self, count: int) -> float:
-        """Seconds from the beginning until so many were done. Raises ValueError where they are not."""
-        last = next((n for n, done in enumerate(self._done) if done >= count), None)
-        if last is None:
-            raise ValueError(f"{self._done[-1]} of {count} are done")
-        return self._at[last] - self._at[0]
 
     @property
     def usual(self) -> float:

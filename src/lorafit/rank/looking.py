@@ -22,6 +22,7 @@ from lorafit.trials.measuring import examples_of, losses_of, open_model, text_to
 
 if TYPE_CHECKING:
     from lorafit.data.store import Encoded
+    from lorafit.engine.batch import Batch
 
 # Of the rows every fourth is looked at before training, but so many at least and at most; of the steps of the run every
 # fifteenth, as far as the first epoch has them: then a look takes about a fifth of the run, and less of a longer one.
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # twelfth less.
 ROWS_BY, LEAST_ROWS, MOST_ROWS = 4, 64, 256
 STEPS_BY, LEAST_STEPS, MOST_STEPS = 15, 4, 12
+# Steps of it whose rows tell what a held-out one will take.
+PACED_STEPS = 2
 # Rows that are shown as the furthest, and the most characters of each.
 FURTHEST, SHOWN_CHARS = 5, 160
 MICRO_TOKENS = int(TrainConfig.model_fields["micro_tokens"].default)
@@ -48,10 +51,8 @@ def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, co
     chosen = [every[n] for n in distance.evenly(len(every), _within(len(every) // ROWS_BY, LEAST_ROWS, MOST_ROWS))]
     reference = text_to_keep(keep, opened.tokenizer).encoded
     bare = prepare(opened.model, share_prefix=True)  # layers that hold sketches cost a quarter more
-    load_s, of_rows = time.perf_counter() - started, Pace()
-    far = distance.measure(
-        bare, opened.model, opened.tokenizer, chosen, reference, config.seq_len, config.seed, of_rows
-    )
+    load_s = time.perf_counter() - started
+    far = distance.measure(bare, opened.model, opened.tokenizer, chosen, reference, config.seq_len, config.seed)
     bare.close()
     told = [_told(opened.tokenizer, chosen[n], far, n) for n in far.furthest(FURTHEST)]
     layers = spectra.attach(opened.model, most)
@@ -59,7 +60,7 @@ def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, co
     engine.model.eval()
     steps, of_steps = _steps(config, engine, every), Pace()
     found = spectra.measure(engine, layers, steps, config.seed, of_steps)
-    row_s, pieces = of_rows.until(len(chosen)) / len(chosen), round(held_out * len(every) / len(examples))
+    row_s, pieces = _row_s(engine, steps), round(held_out * len(every) / len(examples))
     return {
         "precision": opened.precision,
         "rows": len(examples),
@@ -75,13 +76,22 @@ def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, co
     }  # fmt: skip
 
 
-def _steps(config: RankConfig, engine: Engine, rows: Sequence[Encoded]) -> list[Any]:
+def _steps(config: RankConfig, engine: Engine, rows: Sequence[Encoded]) -> list[list[Batch]]:
     """Steps of the first epoch that lie evenly in it."""
     count = -(-len(rows) // config.batch_size)
     run = config.max_steps or count * config.epochs
     numbers = distance.evenly(count, _within(run // STEPS_BY, LEAST_STEPS, MOST_STEPS))
     steps = [step_rows(len(rows), config.batch_size, config.seed, 0, number) for number in numbers]
     return [list(micro_batches(rows, own, MICRO_TOKENS, engine.packing)) for own in steps]
+
+
+def _row_s(engine: Engine, steps: Sequence[Sequence[Batch]]) -> float:
+    """Seconds of a held-out piece, as a run measures it: with layers, in passes no larger than those of its steps."""
+    batches = [batch for step in steps[:PACED_STEPS] for batch in step]
+    started = time.perf_counter()
+    for batch in batches:
+        engine.nll_and_likeliest(batch)
+    return (time.perf_counter() - started) / sum(batch.rows for batch in batches)
 
 
 def _within(count: int, least: int, most: int) -> int:
