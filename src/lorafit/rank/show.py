@@ -61,7 +61,7 @@ def distance_told(found: Found) -> list[str]:
     """What was seen without training, a number and its meaning in a sentence each."""
     far, gradients, capacity = found["distance"], found["gradients"], found["capacity"]
     near = "closer to it than" if far["data"] < far["reference"] else "further from it than"
-    held = ", ".join(f"r = {r}: {share:.0%}" for r, share in gradients["held"].items())
+    held = ", ".join(f"r = {r}: {share:.1%}" for r, share in gradients["held"].items())
     enough = gradients["enough_r"]
     return [
         f"The base loses {far['data']:.3f} nats a token on {far['rows']} of the rows, {far['own']:.3f} on what it "
