@@ -61,31 +61,29 @@ def make_update(found: list[Span], factors: Sequence[Tensor], x: Tensor) -> Upda
 
 @dataclass(frozen=True)
 class _Part:
-    """Adapted layers whose update is one product h[:, ranks] B^T, added to y[:, columns]. B is scaled."""
+    """Adapted layers whose update is one product h[:, ranks] BT, added to y[:, columns]. BT, B^T, is scaled."""
 
     spans: list[Span]
     columns: slice
     ranks: slice
-    B: Tensor
+    BT: Tensor
 
-    def split(self, gB: Tensor) -> list[Tensor]:
-        """The gradient of B of each layer, from that of the whole without its scaling."""
-        return [
-            gB[_within(span.columns, self.columns), _within(span.ranks, self.ranks)] * span.scaling
-            for span in self.spans
-        ]
+    def split(self, gBT: Tensor) -> list[Tensor]:
+        """The gradient of B of each layer, from that of the whole B^T without its scaling."""
+        own = [gBT[_within(span.ranks, self.ranks), _within(span.columns, self.columns)] for span in self.spans]
+        return [(one * span.scaling).T.contiguous() for one, span in zip(own, self.spans, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Sum:
-    """The product h M^T for some columns of y at a time."""
+    """The product h M for some columns of y at a time."""
 
     h: Tensor
     parts: list[tuple[slice, slice, Tensor]]
 
     def add_to(self, y: Tensor) -> None:
         for columns, ranks, M in self.parts:
-            y[:, columns].addmm_(self.h[:, ranks], M.T)
+            y[:, columns].addmm_(self.h[:, ranks], M)
 
 
 class Update:
@@ -93,6 +91,9 @@ class Update:
 
     Skinny products are bound by memory: reading g once for all layers is worth the zeros between the blocks, as long as
     the ranks are small. Where every scaling is 0 there is nothing to add, so that y stays bitwise the base's.
+
+    What has a rank on one side is kept with the ranks as its rows: the BLAS behind torch writes few long rows several
+    times as fast as many short ones.
     """
 
     def __init__(self, found: list[Span], factors: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -107,20 +108,20 @@ class Update:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Addend | None]:
         """(h, h B^T to be added to y), h = x A^T: (n, sum of ranks)."""
-        h = x @ self.A.T
-        return h, _Sum(h, [(part.columns, part.ranks, part.B) for part in self.parts]) if self.some else None
+        h = (self.A @ x.T).T
+        return h, _Sum(h, [(part.columns, part.ranks, part.BT) for part in self.parts]) if self.some else None
 
     def backward(self, g: Tensor) -> tuple[Tensor, Addend]:
         """(gh, gh A to be added to gx), gh = g B. g: (n, sum of outs)."""
         gh = g.new_empty(len(g), len(self.A))
         for part in self.parts:
-            torch.mm(g[:, part.columns], part.B, out=gh[:, part.ranks])
-        return gh, _Sum(gh, [(slice(None), slice(None), self.A.T)])
+            torch.mm(g[:, part.columns], part.BT.T, out=gh[:, part.ranks])
+        return gh, _Sum(gh, [(slice(None), slice(None), self.A)])
 
     def gradients(self, x: Tensor, h: Tensor, g: Tensor, gh: Tensor) -> list[Tensor]:
         """Those of A, B of each layer in turn."""
         gAs = torch.split(gh.T @ x, [r.ranks.stop - r.ranks.start for part in self.parts for r in part.spans])
-        gBs = [gB for part in self.parts for gB in part.split(g[:, part.columns].T @ h[:, part.ranks])]
+        gBs = [gB for part in self.parts for gB in part.split(h[:, part.ranks].T @ g[:, part.columns])]
         both = [gradient for pair in zip(gAs, gBs, strict=True) for gradient in pair]
         return [gradient.to(dtype) for gradient, dtype in zip(both, self.dtypes, strict=True)]
 
@@ -130,10 +131,10 @@ def _part(layers: list[tuple[Span, Tensor]], dtype: torch.dtype) -> _Part:
     columns = slice(found[0].columns.start, found[-1].columns.stop)
     ranks = slice(found[0].ranks.start, found[-1].ranks.stop)
     if len(layers) == 1:
-        return _Part(found, columns, ranks, (layers[0][1] * found[0].scaling).to(dtype))
-    whole = layers[0][1].new_zeros(columns.stop - columns.start, ranks.stop - ranks.start, dtype=dtype)
+        return _Part(found, columns, ranks, (layers[0][1] * found[0].scaling).to(dtype).T.contiguous())
+    whole = layers[0][1].new_zeros(ranks.stop - ranks.start, columns.stop - columns.start, dtype=dtype)
     for span, B in layers:
-        whole[_within(span.columns, columns), _within(span.ranks, ranks)] = B * span.scaling
+        whole[_within(span.ranks, ranks), _within(span.columns, columns)] = (B * span.scaling).T
     return _Part(found, columns, ranks, whole)
 
 
