@@ -5,7 +5,7 @@
     python benchmarks/rank_advice/run.py advise --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py scalings --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py layers --data DIR [--sets chat12,mawps]
-    python benchmarks/rank_advice/table.py        (puts all results into docs)
+    python benchmarks/rank_advice/table.py        (tables and a picture of all results, in docs)
 
 DIR holds the sets that SETS names. Of each, TRAIN rows are trained on and VALID others of the same file measured after
 each of EPOCHS epochs; the best of these evaluations counts, and its loss is measured row by row. A set whose name ends

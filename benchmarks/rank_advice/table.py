@@ -1,4 +1,4 @@
-"""What the runs of rank_advice come to: the ranks alone put into docs/rank.md, the rest into docs/design/rank.md.
+"""What the runs of rank_advice come to: tables into docs/rank.md and docs/design/rank.md, a picture beside them.
 
 python benchmarks/rank_advice/table.py
 """
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rank_advice import plot
 from rank_advice.run import (
     BY_LAYER,
     LAYERED_RANK,
@@ -295,7 +296,17 @@ def put(text: str, document: Path, begin: str = BEGIN) -> None:
     document.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
+def panel(found: Result) -> plot.Panel:
+    """What is drawn of a set."""
+    runs, advice = compared(found), found.get("advice", [])
+    alone = held_against(advice, runs) if advice else mean_losses(runs)
+    one_run = {one["r"]: one["loss"] for one in advice[0]["curve"] if one["loss"] is not None} if advice else {}
+    advised = by_rule(advice[0]["curve"]) if advice else None
+    return found["set"], alone, plot.errors(runs), one_run, advised
+
+
 if __name__ == "__main__":
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     put("\n".join(separate_rows(found)), DOCS / "rank.md")
     put("\n".join(other_rows(found)), DOCS / "design" / "rank.md")
+    plot.draw([panel(one) for one in found if one["runs"]], RANKS_BY_SIZE, DOCS / "rank.svg")
