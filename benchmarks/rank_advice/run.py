@@ -1,7 +1,7 @@
 """Advice on a rank, held against ranks trained one by one, each at its own best rate.
 
-    python benchmarks/rank_advice/run.py separate --data DIR [--sets chat12,mawps]
-    python benchmarks/rank_advice/run.py again --data DIR --precision fp32 [--sets chat12,mawps]
+    python benchmarks/rank_advice/run.py separate --data DIR [--sets chat12,mawps] [--ranks 16,2]
+    python benchmarks/rank_advice/run.py again --data DIR --precision fp32 [--sets chat12,mawps] [--ranks 16,2]
     python benchmarks/rank_advice/run.py advise --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py scalings --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py layers --data DIR [--sets chat12,mawps]
@@ -263,11 +263,11 @@ def separate(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="rank_advice.") as directory:
         scratch = Path(directory)
         sets = [Set(name, given, scratch) for name in given.sets.split(",")]
-        for r in RANKS:
+        for r in given.ranks:
             for one in sets:
                 one.best_step(r)
         for seed in range(1, SEEDS):
-            for r in RANKS:
+            for r in given.ranks:
                 for one in sets:
                     if seed not in [run["seed"] for run in best_runs(one.found)[r]]:
                         one.run(r, one.best_step(r), seed, rows=True)
@@ -277,7 +277,7 @@ def again(given: argparse.Namespace) -> None:
     """The best run of each rank once more, where it was in another precision."""
     with tempfile.TemporaryDirectory(prefix="rank_advice.") as directory:
         sets = [Set(name, given, Path(directory)) for name in given.sets.split(",")]
-        for r in RANKS:
+        for r in given.ranks:
             for one in sets:
                 for known in one.found.get("best", []):
                     if (known["r"], known["scaling"]) == (r, USUAL):
@@ -366,6 +366,8 @@ def main() -> None:
         action.add_argument("--sets", default=",".join(SETS))
         action.add_argument("--threads", type=int)
         action.add_argument("--precision", default=PRECISION)
+        if work in (separate, again):
+            action.add_argument("--ranks", type=lambda text: [int(r) for r in text.split(",")], default=RANKS)
         action.set_defaults(run=work)
     given = parser.parse_args()
     given.run(given)
