@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -303,6 +304,15 @@ def test_the_share_that_training_reaches_is_that_of_the_model_nearest_in_width()
     assert RATES.mfu_of("bf16", 2048) == pytest.approx(0.7)
     assert RATES.reached_by("bf16", 2048) == 5.6e11
     assert RATES.mfu_of("int8", 2048) is RATES.reached_by("int8", 2048) is None
+
+
+def test_a_type_that_was_measured_because_it_was_asked_for_stands_among_the_rates(tmp_path: Path) -> None:
+    """A processor without products of fp16 is asked for them too: to say how slow they are."""
+    model = str(tiny.write_model(tmp_path / "model"))
+    rates.keep(2, rates.Rates({"fp32": 4e11, "fp16": 1e10}))
+    found, told = planned(model, threads=2, html=str(tmp_path / "plan.html"))
+    assert found["machine"]["mfu"]["fp16"] is None
+    assert re.search(r"fp16 +│? *10.* GFLOP/s", told), told
 
 
 def test_the_page_holds_all_that_is_printed_and_a_bar_for_every_part_of_memory(tmp_path: Path) -> None:

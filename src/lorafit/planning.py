@@ -20,7 +20,7 @@ from lorafit.model.spec import ModelSpec
 from lorafit.plan import gpus, machine
 from lorafit.plan.counts import LABELS, by_part, trainable
 from lorafit.plan.flops import Flop
-from lorafit.plan.forecast import ASSUMED_MFU, PRECISIONS, SPEEDS, TYPES, Forecast, fastest, on_gpu
+from lorafit.plan.forecast import ASSUMED_MFU, SPEEDS, TYPES, Forecast, fastest, on_gpu
 from lorafit.plan.gpus import gpu_of
 from lorafit.plan.memory import data_bytes, resident_bytes, splits
 from lorafit.plan.show import page, print_plan
@@ -235,7 +235,7 @@ def _as_json(
             "threads": threads,
             "memory_bytes": around.limit,
             "flop_per_s": dict(rates.flop_per_s),
-            "mfu": {name: rates.mfu_of(name, spec.hidden) for name in PRECISIONS},
+            "mfu": {name: rates.mfu_of(name, spec.hidden) for name in ASSUMED_MFU},
             "assumed_mfu": ASSUMED_MFU,
         },
         "types": TYPES,
