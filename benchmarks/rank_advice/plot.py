@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lorafit.rank.advise import standard_error
-
 COLUMNS, PANEL_INCHES = 3, (3.4, 2.5)
 ALONE, ONE_RUN = "#c98a2b", "#3f74a3"
-Result = dict[str, Any]
 # (name, losses of ranks alone, their errors, losses of the one run or none, the advised rank or none)
 Panel = tuple[str, dict[int, float], dict[int, float], dict[int, float], int | None]
-
-
-def errors(runs: dict[int, list[Result]]) -> dict[int, float]:
-    """Of each rank the standard error of its difference from the best, on the same rows: 0 of the best itself."""
-    losses = {r: sum(own[0]["nats"]) for r, own in runs.items()}
-    best = runs[min(losses, key=lambda r: losses[r])][0]
-    weights = np.array(best["tokens"], dtype=np.float64)
-    return {r: standard_error(np.subtract(own[0]["nats"], best["nats"]), weights) for r, own in runs.items()}
 
 
 def draw(panels: list[Panel], ranks: list[int], file: Path) -> None:

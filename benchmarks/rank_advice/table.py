@@ -31,7 +31,7 @@ from rank_advice.run import (
     same_as_usual,
 )
 
-from lorafit.rank.advise import advise, as_good_as, error_between_trainings, standard_error
+from lorafit.rank.advise import AtRank, advise, as_good_as, error_between_trainings, standard_error
 
 RANKS_BY_SIZE = sorted(RANKS)
 # Stands behind an advice that came with the warning that the loss still fell.
@@ -97,10 +97,15 @@ def errors_told(advice: list[Result], runs: dict[int, list[Result]]) -> str:
 
 
 def needed(runs: dict[int, list[Result]]) -> int:
-    """The smallest rank within one standard error of the best, of rows' losses averaged over seeds."""
+    """The smallest rank within one standard error of the best."""
+    return next(one.r for one in curve_alone(runs) if one.gap <= one.se)
+
+
+def curve_alone(runs: dict[int, list[Result]]) -> list[AtRank]:
+    """Ranks that were each trained alone, held against the best of them, of rows' losses averaged over seeds."""
     nats = {r: np.mean([run["nats"] for run in own], 0).tolist() for r, own in runs.items()}
     tokens = next(iter(runs.values()))[0]["tokens"]
-    return next(one.r for one in advise(nats, tokens).curve if one.gap <= one.se)
+    return list(advise(nats, tokens).curve)
 
 
 def mean_losses(runs: dict[int, list[Result]]) -> dict[int, float]:
@@ -299,14 +304,14 @@ def put(text: str, document: Path, begin: str = BEGIN) -> None:
 def panel(found: Result) -> plot.Panel:
     """What is drawn of a set."""
     runs, advice = compared(found), found.get("advice", [])
-    alone = held_against(advice, runs) if advice else mean_losses(runs)
+    losses = held_against(advice, runs) if advice else mean_losses(runs)
     one_run = {one["r"]: one["loss"] for one in advice[0]["curve"] if one["loss"] is not None} if advice else {}
     advised = by_rule(advice[0]["curve"]) if advice else None
-    return found["set"], alone, plot.errors(runs), one_run, advised
+    return found["set"], losses, {one.r: one.se for one in curve_alone(runs)}, one_run, advised
 
 
 if __name__ == "__main__":
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     put("\n".join(separate_rows(found)), DOCS / "rank.md")
     put("\n".join(other_rows(found)), DOCS / "design" / "rank.md")
-    plot.draw([panel(one) for one in found if one["runs"]], RANKS_BY_SIZE, DOCS / "rank.svg")
+    plot.draw([panel(one) for one in found if compared(one)], RANKS_BY_SIZE, DOCS / "rank.svg")

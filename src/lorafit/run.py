@@ -296,7 +296,7 @@ def _measure(ready: Ready, numbers: Sequence[int]) -> halving.HeldOut:
     assert ready.held_out, "nothing is measured without"
     ready.engine.model.eval()
     pieces = [ready.held_out[n] for n in numbers]
-    return halving.HeldOut(*row_scores(ready.engine, pieces, ready.evaluation_micro, lambda rows: None))
+    return halving.HeldOut(*row_scores(ready.engine, pieces, ready.evaluation_micro))
 
 
 def _figures(one: halving.HeldOut, held_out: Sequence[Encoded]) -> dict[str, list[Any]]:

@@ -188,7 +188,7 @@ def test_a_terminal_sees_progress_and_a_log_does_not(learned: Learned) -> None:
 def rows_and_mean(model: nn.Module, encoded: Any, packed: bool) -> tuple[Any, Any, float]:
     engine = prepare(model, share_prefix=True) if packed else plain(model)
     try:
-        nats, tokens = row_losses(engine, encoded.encoded, 90, lambda rows: None)
+        nats, tokens = row_losses(engine, encoded.encoded, 90)
         return nats, tokens, mean_loss(engine, encoded.encoded, 90, lambda rows: None)
     finally:
         engine.close()

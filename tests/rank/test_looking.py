@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from lorafit.config import RankConfig
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import plain
+from lorafit.rank import looking
 from lorafit.rank.distance import evenly
-from lorafit.rank.looking import _steps, _within
+from lorafit.rank.looking import _row_s, _steps, _within
 from tests import tiny
 
 
@@ -46,3 +47,13 @@ def test_a_longer_run_is_looked_at_in_more_steps(more: dict[str, Any], expected:
     steps = _steps(config, plain(tiny.llama()), rows)
     assert len(steps) == expected
     assert all(sum(batch.rows for batch in step) == config.batch_size for step in steps)
+
+
+def test_a_held_out_row_takes_its_share_of_the_first_passes_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Encoded(np.arange(2, 8, dtype=np.int32), np.arange(6) >= 3, 3, "row") for _ in range(80)]
+    config = RankConfig(model="m", data="d", output="o", batch_size=4)
+    engine = plain(tiny.llama())
+    steps = _steps(config, engine, rows)
+    clock = iter((10.0, 14.0))
+    monkeypatch.setattr(looking.time, "perf_counter", lambda: next(clock))
+    assert _row_s(engine, steps) == pytest.approx(4.0 / (looking.PACED_STEPS * config.batch_size))

@@ -21,7 +21,7 @@ from lorafit.infer.evaluate import answers, is_right, row_losses
 from lorafit.infer.generate import context_tokens, unended
 from lorafit.methods import table
 from lorafit.opening import Opened
-from lorafit.trials.measuring import KEEP_TOKENS, examples_of, losses_of, nothing, open_model, text_to_keep
+from lorafit.trials.measuring import KEEP_TOKENS, examples_of, losses_of, open_model, text_to_keep
 
 # Tokens and repeats by which a speed is measured, after one that is not counted.
 TIMED_TOKENS, TIMED_REPEATS = 12, 5
@@ -124,14 +124,14 @@ def _right(opened: Opened, examples: Sequence[Example]) -> list[bool] | None:
     replies = [reply for example in examples if (reply := expected_reply(example)) is not None]
     if len(replies) < len(examples):
         return None
-    got = answers(opened.model, opened.tokenizer, examples, replies, ANSWERED_TOGETHER, None, nothing)
+    got = answers(opened.model, opened.tokenizer, examples, replies, ANSWERED_TOGETHER, None, lambda: None)
     return [is_right(one, reply) for one, reply in zip(got, replies, strict=True)]
 
 
 def _keep(engine: Engine, opened: Opened, keep: str) -> dict[str, Any]:
     """Loss on what was known before."""
     engine.model.eval()
-    nats, tokens = row_losses(engine, text_to_keep(keep, opened.tokenizer).encoded, KEEP_TOKENS, nothing)
+    nats, tokens = row_losses(engine, text_to_keep(keep, opened.tokenizer).encoded, KEEP_TOKENS)
     return {"nats": nats.tolist(), "tokens": tokens.tolist()}
 
 

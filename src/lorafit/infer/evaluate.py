@@ -147,7 +147,7 @@ def model_loss(model: Any, rows: Sequence[Encoded], micro_tokens: int) -> float:
 
 
 def row_losses(
-    engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]
+    engine: Engine, rows: Sequence[Encoded], micro_tokens: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Of each row the nats of its supervised tokens, added up, and how many those are: (rows,) both.
 
@@ -155,20 +155,20 @@ def row_losses(
     Nothing is refused here: a loss that is not finite stands as such.
     """
     nats, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    for number, told in _of_rows(engine, rows, micro_tokens, engine.nll, on_rows):
+    for number, told in _of_rows(engine, rows, micro_tokens, engine.nll):
         nats[number], counts[number] = sum(told), len(told)
     return nats, counts
 
 
 def row_scores(
-    engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_rows: Callable[[int], None]
+    engine: Engine, rows: Sequence[Encoded], micro_tokens: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
     """As `row_losses`, and of each row how many of its supervised tokens are the likeliest ones: (rows,).
 
     Where all of them are, the model's greedy answer is the row's reply, token for token.
     """
     nats, counts, likeliest = np.zeros(len(rows)), *np.zeros((2, len(rows)), dtype=np.int64)
-    for number, told in _of_rows(engine, rows, micro_tokens, engine.nll_and_likeliest, on_rows):
+    for number, told in _of_rows(engine, rows, micro_tokens, engine.nll_and_likeliest):
         nats[number], likeliest[number] = np.sum(told, 0)
         counts[number] = len(told)
     return nats, counts, likeliest
@@ -195,7 +195,6 @@ def _of_rows(
     rows: Sequence[Encoded],
     micro_tokens: int,
     compute: Callable[[Batch], Tensor],
-    on_rows: Callable[[int], None],
 ) -> Iterator[tuple[int, list[Any]]]:
     """(number of a row, what is told of each of its supervised tokens). compute: of a batch's pairs, in their order."""
     given = led(rows, lead_of(engine.model))
@@ -206,7 +205,6 @@ def _of_rows(
         for number, places in batch.row_places():
             ids, at = given[number].input_ids.tolist(), np.flatnonzero(given[number].supervised).tolist()
             yield number, [found[int(places[t - 1]), ids[t]] for t in at]
-        on_rows(batch.rows)
 
 
 def perplexity(loss: float) -> float:

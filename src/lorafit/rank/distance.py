@@ -57,7 +57,7 @@ def measure(
 ) -> Distance:
     """The distance of `rows`. model: as `engine` has it, an adapter on it without effect."""
     engine.model.eval()
-    nats, tokens = row_losses(engine, rows, micro_tokens, _nothing)
+    nats, tokens = row_losses(engine, rows, micro_tokens)
     own = own_answers(model, tokenizer, rows, seed)
     return Distance(
         data=float(nats.sum() / tokens.sum()),
@@ -69,12 +69,8 @@ def measure(
 
 
 def _loss(engine: Engine, rows: Sequence[Encoded], micro_tokens: int) -> float:
-    nats, tokens = row_losses(engine, rows, micro_tokens, _nothing)
+    nats, tokens = row_losses(engine, rows, micro_tokens)
     return float(nats.sum() / max(1, tokens.sum()))
-
-
-def _nothing(_: int) -> None:
-    """Nobody waits for the rows one by one."""
 
 
 def evenly(count: int, wanted: int) -> list[int]:

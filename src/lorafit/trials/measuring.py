@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 KEEP_TOKENS = 512
 
 
-def nothing(rows: int = 0) -> None:
-    """Nobody watches the progress of a child."""
-
-
 def train(settings: dict[str, Any], console: Console) -> dict[str, Any]:
     """One run, or the rest of it. Returns run.json's content. Raises LorafitError."""
     return train_run(TrainConfig(**settings), {}, Start(True, False, time.time()), console)
@@ -61,5 +57,5 @@ def losses_of(engine: Engine, model: Opened, examples: Sequence[Example], config
     """Nats and tokens of each row."""
     engine.model.eval()
     encoded = encode_all(examples, model.tokenizer, config.seq_len, config.loss_on)
-    nats, tokens = row_losses(engine, encoded.encoded, config.seq_len, nothing)
+    nats, tokens = row_losses(engine, encoded.encoded, config.seq_len)
     return by_row({"nats": nats, "tokens": tokens}, encoded.encoded)
