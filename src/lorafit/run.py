@@ -20,7 +20,7 @@ from lorafit.data.store import Encoded, led
 from lorafit.engine.engine import Engine
 from lorafit.errors import ConfigError
 from lorafit.export import card, saved, ways
-from lorafit.infer.evaluate import by_row, mean_loss, row_scores
+from lorafit.infer.evaluate import by_row, finite, mean_loss, row_scores
 from lorafit.infer.labels import measure, measure_scores
 from lorafit.lora import inject
 from lorafit.methods import gated, rounding, spectral, table
@@ -81,7 +81,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         config = config.model_copy(update={"lr": settled.chosen["lr"]})
         given = read(config, settled, start.force, console)
         ready = _make_ready(config, settled, given, run, console)
-        work = _work(config, settled, ready)
+        held = halving.Held(partial(_measure, ready), len(ready.held_out or ())) if halving.ranks(config) else None
+        work = _work(config, settled, ready, held)
         load_s = time.time() - start.started_at
         begun = None
         if asked.lr == "auto":
@@ -90,8 +91,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         run.write_config(asked.model_dump())
         progress = _fit(run, work, earlier, begun, console)
         result = _finish(config, settled, given, ready, work, progress, run) | {"load_s": load_s, "sources": source}
-        if halving.ranks(config):
-            result |= _halve(config, ready, work, result, run, console)
+        if held:
+            result |= _halve(config, ready, work, held, result, run, console)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -184,18 +185,25 @@ def _beginning(
     return Beginning(config, spec, first, told, over, back)
 
 
-def _evaluation(engine: Engine, held_out: Sequence[Encoded], micro_tokens: int) -> Callable[[], float]:
-    """A function that gives the mean loss per supervised token over the held-out rows, without dropout."""
+def _evaluation(ready: Ready, held: halving.Held | None) -> Callable[[], float] | None:
+    """A function that gives the mean loss per supervised token over the held-out rows, without dropout, if any are.
+
+    held: measures them where the ranks below are wanted too, which need the loss of each piece.
+    """
+    engine, held_out = ready.engine, ready.held_out
+    if not held_out:
+        return None
+    if held:
+        return lambda: finite(held.loss())
 
     def evaluate() -> float:
         engine.model.eval()
-        return mean_loss(engine, held_out, micro_tokens, lambda rows: None)
+        return mean_loss(engine, held_out, ready.evaluation_micro, lambda rows: None)
 
     return evaluate
 
 
-def _work(config: TrainConfig, settled: Settled, ready: Ready) -> Work:
-    evaluate = _evaluation(ready.engine, ready.held_out, ready.evaluation_micro) if ready.held_out else None
+def _work(config: TrainConfig, settled: Settled, ready: Ready, held: halving.Held | None) -> Work:
     return Work(
         model=ready.engine.model,
         method=ready.method,
@@ -204,7 +212,7 @@ def _work(config: TrainConfig, settled: Settled, ready: Ready) -> Work:
         engine=ready.engine,
         config=config,
         identity=settled.identity,
-        evaluate=evaluate,
+        evaluate=_evaluation(ready, held),
     )
 
 
@@ -274,7 +282,13 @@ def _finish(
 
 
 def _halve(
-    config: TrainConfig, ready: Ready, work: Work, result: dict[str, Any], run: RunDir, console: Console
+    config: TrainConfig,
+    ready: Ready,
+    work: Work,
+    held: halving.Held,
+    result: dict[str, Any],
+    run: RunDir,
+    console: Console,
 ) -> dict[str, Any]:
     """Leave an adapter of each rank below as well. Returns what is known of them, for run.json."""
 
@@ -283,7 +297,6 @@ def _halve(
         kept = config.model_copy(update={"r": r, "alpha": one.alpha})
         saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
 
-    held = halving.Held(partial(_measure, ready), len(ready.held_out or ()))
     found, pieces = halving.halve(work, result["tokens_computed"], result["eval_loss"], held, save, console)
     if ready.held_out:
         rows = {str(r): _figures(one, ready.held_out) for r, one in pieces.items()}

@@ -21,8 +21,8 @@ def test_it_is_the_steps_a_race_what_lower_ranks_compute_and_the_evaluations() -
     assert (found.load, found.train, found.lower) == (5.0, 120.0, pytest.approx(0.4 * 120))
     # Five steps of the losing rate, and for both a pass forward of one step, which is a third of it.
     assert found.race == pytest.approx(2.0 * (5 + 2 / 3))
-    # After each epoch, at each of 7 ranks, and at a glance before steps at 8, 4, 2 and 1.
-    assert found.evaluations == pytest.approx((3 + 7 + 4 / 4) * 200 * 0.1)
+    # After each epoch, at each of the 6 ranks below, and at a glance before steps at 8, 4, 2 and 1.
+    assert found.evaluations == pytest.approx((3 + 6 + 4 / 4) * 200 * 0.1)
 
 
 def test_there_is_no_race_of_a_given_rate_or_in_a_short_run() -> None:
@@ -33,7 +33,7 @@ def test_there_is_no_race_of_a_given_rate_or_in_a_short_run() -> None:
 def test_steps_that_are_given_are_what_counts() -> None:
     found = expected(max_steps=30)
     assert found.train == 60.0
-    assert found.evaluations == pytest.approx((2 + 7 + 1) * 200 * 0.1)
+    assert found.evaluations == pytest.approx((2 + 6 + 1) * 200 * 0.1)
 
 
 def test_without_held_out_rows_nothing_is_measured() -> None:

@@ -129,12 +129,17 @@ def mean_loss(engine: Engine, rows: Sequence[Encoded], micro_tokens: int, on_row
     for batch in micro_batches(given, range(len(rows)), micro_tokens, engine.packing):
         total, count = total + float(engine.loss(batch)), count + batch.supervised_tokens
         on_rows(batch.rows)
-    if not math.isfinite(total):
+    return finite(total / count)
+
+
+def finite(loss: float) -> float:
+    """The loss, if it is a finite number. Raises NumericsError."""
+    if not math.isfinite(loss):
         raise NumericsError(
-            f"the loss is {total}, not a finite number",
+            f"the loss is {loss}, not a finite number",
             "Lower --scale, use --precision fp32, or check the adapter's weights",
         )
-    return total / count
+    return loss
 
 
 def model_loss(model: Any, rows: Sequence[Encoded], micro_tokens: int) -> float:

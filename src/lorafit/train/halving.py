@@ -130,8 +130,20 @@ class Held:
 
     def __init__(self, measure: Callable[[Sequence[int]], HeldOut], count: int) -> None:
         self._measure, self.count = measure, count
+        self._least: HeldOut | None = None
         self.at_a_glance = at_a_glance(count)
         self.others = sorted({*range(count)} - {*self.at_a_glance})
+
+    def loss(self) -> float:
+        """Nats per supervised token, on all of them, during the run."""
+        one = self._measure(range(self.count))
+        if self._least is None or one.loss < self._least.loss:
+            self._least = one
+        return one.loss
+
+    def trained(self, loss: float | None) -> HeldOut | None:
+        """On all of them, of the update as the run leaves it, which has this loss; what is known of it stands."""
+        return self._least if self._least and self._least.loss == loss else self.whole()
 
     def glance(self) -> HeldOut | None:
         """On a part of the pieces."""
@@ -149,12 +161,12 @@ class Held:
 
 
 def evaluations(r: int, count: int) -> float:
-    """How often all of so many held-out pieces are measured, at ranks up to r.
+    """How often all of so many held-out pieces are measured after the run, at ranks below r.
 
     Once at each, and once more at a glance where steps follow.
     """
     glance = len(at_a_glance(count)) / count if count else 0.0
-    return sum(1 + glance * (rank < r and rank <= HEALED) for rank in ladder(r))
+    return sum(1 + glance * (rank <= HEALED) for rank in ladder(r)[:-1])
 
 
 def _loss(one: HeldOut | None) -> float | None:
@@ -176,7 +188,7 @@ def halve(
     healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
     most = ranks(work.config)[-1]
     found: list[dict[str, Any]] = [{"r": most, "steps": None, "lr": None, "helped": None, "loss": loss}]
-    measured = {most: held.whole()}
+    measured = {most: held.trained(loss)}
     with stop_on_signals() as stop, _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
             started = time.perf_counter()
