@@ -37,7 +37,7 @@ END = 1
 TOKENIZER = tiny.tokenizer()
 
 
-def ask(model: PreTrainedModel, prompts: list[list[int]], count: int = 24, **settings: Any) -> list[Answer]:
+def ask(model: PreTrainedModel, prompts: list[list[int]], count: int | list[int] = 24, **settings: Any) -> list[Answer]:
     defaults: dict[str, Any] = {"batch_size": 32, "temperature": 0.0, "seed": 0, "on_answer": lambda: None}
     return answer(model, tiny.tokenizer(), prompts, max_new_tokens=count, **{**defaults, **settings})
 
@@ -181,6 +181,15 @@ def test_a_limit_ends_an_answer_and_says_so(learned: Learned) -> None:
     at_limit, above = (ask(learned.model, prompts[2:3], len(reply) + more)[0] for more in (0, 1))
     assert (at_limit.text, at_limit.ended) == (reply, False)
     assert (above.text, above.ended) == (reply, True)
+
+
+def test_every_prompt_can_have_a_limit_of_its_own(learned: Learned) -> None:
+    learned.model.eval()
+    prompts = [prompt_ids(example, learned.tokenizer) for example in learned.examples]
+    limits = [1 + 2 * n for n in range(len(prompts))]
+    got = ask(learned.model, prompts, limits)
+    assert got == [ask(learned.model, [prompt], limit)[0] for prompt, limit in zip(prompts, limits, strict=True)]
+    assert {len(answer.ids) for answer in got} >= {1, 3}
 
 
 def test_every_end_token_counts() -> None:

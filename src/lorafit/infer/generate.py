@@ -45,21 +45,22 @@ def answer(
     prompts: Sequence[list[int]],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float,
     seed: int,
     on_answer: Callable[[], None],
 ) -> list[Answer]:
     """One answer per prompt, in order. prompts: token ids, as `data.mask.prompt_ids` gives them.
 
-    batch_size: most prompts that are decoded together; those of like length are. temperature: 0 takes the likeliest
-    token, above that tokens are drawn by `seed` and the prompt's number. on_answer: called as each answer ends.
-    Raises DataError for a prompt that is empty or fills the model's context, NumericsError for logits that are not
-    finite.
+    batch_size: most prompts that are decoded together; those of like length are. max_new_tokens: of every answer, or of
+    each its own. temperature: 0 takes the likeliest token, above that tokens are drawn by `seed` and the prompt's
+    number. on_answer: called as each answer ends. Raises DataError for a prompt that is empty or fills the model's
+    context, NumericsError for logits that are not finite.
     """
     prompts = [[*lead_of(model), *prompt] for prompt in prompts]
     ability, stops = Ability.of(model), end_tokens(model, tokenizer)
-    limits = [_limit(model, len(prompt), max_new_tokens) for prompt in prompts]
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = [_limit(model, len(prompt), own) for prompt, own in zip(prompts, most, strict=True)]
     ids: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     choose = _Chooser(temperature, seed)

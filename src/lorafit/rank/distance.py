@@ -91,15 +91,14 @@ def own_answers(
     chosen = [rows[number] for number in evenly(len(rows), OWN_ROWS)]
     starts = [row.prompt_length or max(1, len(row.input_ids) // 2) for row in chosen]
     prompts = [[int(token) for token in row.input_ids[:start]] for row, start in zip(chosen, starts, strict=True)]
-    most = min(OWN_TOKENS, max(len(row.input_ids) - start for row, start in zip(chosen, starts, strict=True)))
+    most = [max(1, min(OWN_TOKENS, len(row.input_ids) - start)) for row, start in zip(chosen, starts, strict=True)]
     said = answer(
-        model, tokenizer, prompts, batch_size=OWN_ROWS, max_new_tokens=max(1, most), temperature=1.0, seed=seed,
+        model, tokenizer, prompts, batch_size=OWN_ROWS, max_new_tokens=most, temperature=1.0, seed=seed,
         on_answer=lambda: None,
     )  # fmt: skip
     found = []
     for row, start, prompt, one in zip(chosen, starts, prompts, said, strict=True):
-        ids = one.ids[: max(1, len(row.input_ids) - start)]
-        whole = np.array([*prompt, *ids], dtype=np.int32)
-        if ids:
+        whole = np.array([*prompt, *one.ids], dtype=np.int32)
+        if one.ids:
             found.append(Encoded(whole, np.arange(len(whole)) >= start, start, row.origin))
     return found
