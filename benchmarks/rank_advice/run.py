@@ -1,8 +1,8 @@
 """Advice on a rank, held against ranks trained one by one, each at its own best rate.
 
-    python benchmarks/rank_advice/run.py separate --data DIR [--sets chat12,mawps] [--ranks 16,2]
+    python benchmarks/rank_advice/run.py separate --data DIR [--sets chat12,mawps] [--ranks 16,2] [--seeds 1]
     python benchmarks/rank_advice/run.py again --data DIR --precision fp32 [--sets chat12,mawps] [--ranks 16,2]
-    python benchmarks/rank_advice/run.py advise --data DIR [--sets chat12,mawps]
+    python benchmarks/rank_advice/run.py advise --data DIR [--sets chat12,mawps] [--seeds 1]
     python benchmarks/rank_advice/run.py scalings --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/run.py layers --data DIR [--sets chat12,mawps]
     python benchmarks/rank_advice/table.py        (tables and a picture of all results, in docs)
@@ -266,7 +266,7 @@ def separate(given: argparse.Namespace) -> None:
         for r in given.ranks:
             for one in sets:
                 one.best_step(r)
-        for seed in range(1, SEEDS):
+        for seed in range(1, given.seeds):
             for r in given.ranks:
                 for one in sets:
                     if seed not in [run["seed"] for run in best_runs(one.found)[r]]:
@@ -317,7 +317,7 @@ def advised(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="rank_advice.") as directory:
         scratch = Path(directory)
         sets = [Set(name, given, scratch) for name in given.sets.split(",")]
-        for seed in range(SEEDS):
+        for seed in range(given.seeds):
             for one in sets:
                 known = one.found.setdefault("advice", [])
                 if len(known) <= seed:
@@ -368,6 +368,8 @@ def main() -> None:
         action.add_argument("--precision", default=PRECISION)
         if work in (separate, again):
             action.add_argument("--ranks", type=lambda text: [int(r) for r in text.split(",")], default=RANKS)
+        if work in (separate, advised):
+            action.add_argument("--seeds", type=int, default=SEEDS)
         action.set_defaults(run=work)
     given = parser.parse_args()
     given.run(given)
