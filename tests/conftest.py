@@ -8,11 +8,10 @@ from pathlib import Path
 
 # What tests measure on a busy machine must not reach the user's cache; one place, so that kernels compile once.
 os.environ.setdefault("LORAFIT_CACHE", str(Path(tempfile.gettempdir()) / "lorafit-tests"))
+# The tensors are tiny: a second thread only waits for the first, and where tests run side by side, ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch
 from hypothesis import HealthCheck, settings
-
-torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits for the first
 
 # No deadline: what a test takes depends on the machine. The same examples every time: a red law is red for all.
 settings.register_profile(

@@ -118,7 +118,7 @@ def _losses(config: ScaleConfig, sources: Mapping[str, str], console: Console) -
     from lorafit.methods import table
     from lorafit.opening import open_target
 
-    torch.set_num_threads(config.threads or machine.physical_cores())
+    torch.set_num_threads(config.threads or machine.usual_threads())
     opened = open_target(config.run, None, 1.0, config.precision, config.trust_remote_code, console)
     if not opened.has_adapter:
         raise ConfigError(f"{config.run} is a model without an adapter", "Give a run directory")

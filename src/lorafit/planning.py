@@ -80,7 +80,7 @@ def plan(config: PlanConfig, log: Console, out: Console | None) -> dict[str, Any
     _check(config)
     method = MethodConfig(**config.model_dump(include={"method", "variant", "layers", "r"}))
     spec = model_spec.describe(config.model)
-    threads = config.threads or machine.physical_cores()
+    threads = config.threads or machine.usual_threads()
     if config.calibrate:
         from lorafit.train.calibrate import calibrate  # needs torch
 

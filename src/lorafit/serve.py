@@ -75,7 +75,7 @@ def serve(config: ServeConfig, console: Console, ready: Callable[[Up], None]) ->
     if abs(config.scale) > config.max_scale:
         raise ConfigError(f"--scale {config.scale:g} is above --max-scale {config.max_scale:g}", "Raise --max-scale")
     targets = _targets(config.runs)
-    torch.set_num_threads(config.threads or machine.physical_cores())
+    torch.set_num_threads(config.threads or machine.usual_threads())
     with (
         listen.ended_by_signals(),
         tempfile.TemporaryDirectory(prefix="lorafit-serve-") as directory,
@@ -327,7 +327,7 @@ def _by_llama_cpp(
         directory,
         context=context,
         parallel=config.parallel,
-        threads=config.threads or machine.physical_cores(),
+        threads=config.threads or machine.usual_threads(),
         stops=frozenset().union(*(one.stops for one in served)),
         tokenizer=own,
     )
@@ -370,5 +370,5 @@ def _by_transformers(
     base = (loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
     served = _offered(targets, told, base)
     tokenizers = [tokenizer for tokenizer, _ in [*told, base]]
-    threads = config.threads or machine.physical_cores()
+    threads = config.threads or machine.usual_threads()
     return ByTransformers([*models, loaded.model], tokenizers, context, threads), served

@@ -33,7 +33,7 @@ def merge(config: MergeConfig, console: Console) -> dict[str, Any]:
     cast_difference: how far the cast to `dtype` moved them. Of a merge tensor by tensor see `shipping.stream`. Raises
     LorafitError for whatever the user can mend.
     """
-    torch.set_num_threads(machine.physical_cores())
+    torch.set_num_threads(machine.usual_threads())
     found = find(config.run, None)
     spec = read_base(config.run, found)
     if found.adapter is None:
@@ -126,7 +126,7 @@ def _open(config: MergeConfig, console: Console, full: bool = False) -> Any:
 
 def export(config: ExportConfig, console: Console) -> dict[str, Any]:
     """Write a run for another program. Returns what was written. Raises LorafitError for whatever the user can mend."""
-    torch.set_num_threads(machine.physical_cores())
+    torch.set_num_threads(machine.usual_threads())
     write = EXPORTERS.get(config.format)
     if write is None:
         hint = did_you_mean(config.format, EXPORTERS) or f"Known: {listed(EXPORTERS)}"

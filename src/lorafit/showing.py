@@ -79,7 +79,7 @@ def _of_run(directory: Path, config: ReportConfig, log: Console, out: Console | 
     if config.samples:
         from lorafit.before_after import answers_of  # needs transformers
 
-        torch.set_num_threads(config.threads or machine.physical_cores())
+        torch.set_num_threads(config.threads or machine.usual_threads())
         try:
             samples = answers_of(run, config, log)
         except LorafitError as error:  # the model may be gone; all else is still there

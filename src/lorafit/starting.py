@@ -242,7 +242,7 @@ def _limit(config: TrainConfig) -> int:
 def _chosen(config: TrainConfig, earlier: Checkpoint | None, is_encoder: bool) -> dict[str, Any]:
     """What is chosen by measuring is chosen once: a resumed run uses what the first one found. Sets torch's threads."""
     found = earlier.identity["chosen"] if earlier else {}
-    threads = found.get("threads") or config.threads or machine.physical_cores()
+    threads = found.get("threads") or config.threads or machine.usual_threads()
     torch.set_num_threads(threads)
     precision = found.get("precision") or _precision(config, is_encoder)
     given = config.lr if config.lr != "auto" else None  # of auto the usual one is where the search begins

@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, Any]:
 
     Raises LorafitError for whatever the user can mend.
     """
-    torch.set_num_threads(config.threads or machine.physical_cores())
+    torch.set_num_threads(config.threads or machine.usual_threads())
     rows = list(islice(locate(config.data).unseen().rows(), config.rows))
     labelled = _tells_labels(config)
     examples = [] if labelled and not config.answers else read_examples(rows, config.format, config.rename)
@@ -175,7 +175,7 @@ def _print_samples(samples: list[dict[str, Any]], rows: str, console: Console) -
 
 def chat(config: ChatConfig, console: Console, stdin: TextIO, stdout: TextIO) -> None:
     """Talk to a run or a model; see `infer.chat`. Raises LorafitError for whatever the user can mend."""
-    torch.set_num_threads(config.threads or machine.physical_cores())
+    torch.set_num_threads(config.threads or machine.usual_threads())
     opened = open_target(
         config.target, config.adapter, config.scale, config.precision, config.trust_remote_code, console
     )

@@ -146,6 +146,14 @@ def test_the_process_knows_its_memory_and_the_machine_its_own() -> None:
     assert machine.physical_cores() >= 1
 
 
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("2,4", 2), ("", None), ("0", None), ("many", None)])
+def test_threads_are_as_many_as_openmp_is_told_or_one_a_core(
+    given: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert machine.usual_threads() == (threads or machine.physical_cores())
+
+
 @pytest.mark.parametrize("part", ["runtime", "weights", "adapter", "activations", "logits", "workspace"])
 def test_the_description_names_every_part(part: str, tmp_path: Path) -> None:
     spec = model_spec.read(str(tiny.write_model(tmp_path / "model")))

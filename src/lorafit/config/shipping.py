@@ -115,6 +115,6 @@ class ScaleConfig(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""

@@ -219,7 +219,7 @@ class TrainConfig(MethodConfig, RowsConfig):
     memory: str | None = None
     """Stay below this, such as 2GiB, by splitting steps and recomputing layers. Default: what the machine has free."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
 

@@ -40,7 +40,7 @@ class EvalConfig(RowsConfig):
     base_storage: Literal["auto", "keep", "nf4", "int8"] = "auto"
     """Evaluate with frozen weights that stay in fewer bits, as for train. Default: as the run was trained."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -110,7 +110,7 @@ class PlanConfig(Frozen):
     gpu: str | None = None
     """A GPU to compare with, by its datasheet, such as l4 or rtx-4090."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     html: str | None = None
     """Write the plan as a page to this file, with a picture of each run's memory."""
     calibrate: bool = False
@@ -145,7 +145,7 @@ class ChatConfig(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -188,7 +188,7 @@ class ServeConfig(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base, for transformers."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -217,7 +217,7 @@ class TrialsConfig(RowsConfig):
     seed: int = Field(0, ge=0, lt=2**63)
     """The first seed; also of the split of rows and of whatever is drawn."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: one per physical core."""
+    """CPU threads. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -285,6 +285,6 @@ class ReportConfig(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the frozen base for these answers."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads for these answers. Default: one per physical core."""
+    """CPU threads for these answers. Default: OMP_NUM_THREADS, or one per physical core."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""

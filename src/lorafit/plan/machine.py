@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ def available_bytes() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
         free = min(free, max(0, int(text) - int(used.read_text())))
     return free
+
+
+def usual_threads() -> int:
+    """Threads where none are asked for: as many as OMP_NUM_THREADS says, which torch heeds too, or one a core."""
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # one a level of nesting
+    return int(given) if given.isdigit() and int(given) else physical_cores()
 
 
 def physical_cores() -> int:

@@ -17,6 +17,8 @@ def print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, 
     shown = {name: repr(value) for name, value in config.model_dump().items()}
     if config.precision == "auto":
         shown["precision"] += f" (measured: {chosen['precision']})"
+    if config.threads is None:
+        shown["threads"] += f" ({chosen['threads']})"
     given = {name: source[name] for name in shown if source.get(name, "default") != "default"}
     for name, where in given.items():
         console.print(f"  {name} = {shown[name]}  ({where})", markup=False, highlight=False)

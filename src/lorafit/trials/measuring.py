@@ -36,7 +36,7 @@ def train(settings: dict[str, Any], console: Console) -> dict[str, Any]:
 
 def open_model(target: str, config: TrialsConfig, precision: str, console: Console) -> Opened:
     """A run or a model, in its settings. Raises LorafitError."""
-    torch.set_num_threads(config.threads or machine.physical_cores())
+    torch.set_num_threads(config.threads or machine.usual_threads())
     found = open_target(target, None, 1.0, precision, config.trust_remote_code, console, labelled=True)
     if config.template:
         use_template(found.tokenizer, config.template)
