@@ -126,6 +126,23 @@ def test_a_glance_is_at_a_quarter_of_the_pieces_or_at_enough_and_only_the_rest_i
         assert plain and plain.nats.tolist() == whole.nats.tolist()
 
 
+def test_the_best_evaluation_of_the_run_is_what_its_update_loses_and_is_not_measured_again() -> None:
+    losses = iter((3.0, 2.0, 2.0, 4.0, 5.0, 6.0))
+
+    def measure(pieces: Sequence[int]) -> halving.HeldOut:
+        nats, tokens = np.array([next(losses), 0.0]), np.array([1, 0])
+        return halving.HeldOut(nats, tokens, tokens)
+
+    held = halving.Held(measure, 2)
+    assert [held.loss() for _ in range(4)] == [3.0, 2.0, 2.0, 4.0]
+    kept = held.trained(2.0)
+    assert kept and kept.loss == 2.0
+    another = held.trained(1.5)  # found before the run was stopped, and resumed
+    assert another and another.loss == 5.0
+    unknown = held.trained(None)
+    assert unknown and unknown.loss == 6.0
+
+
 @pytest.mark.parametrize("count", [0, 9, 130])
 def test_all_ranks_together_measure_held_out_pieces_as_often_as_is_said_before(
     count: int, inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +174,7 @@ def test_a_stopped_run_goes_on_bitwise(left: str, inputs: dict[str, Any], halved
         files = [path / part / "adapter_model.safetensors" for path in (halved[0], again)]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert result["by_rank"] == halved[1]["by_rank"]
+    assert RunDir(again).read_held_out() == RunDir(halved[0]).read_held_out()
 
 
 def test_a_run_that_is_interrupted_while_it_is_halved_says_so_and_goes_on_bitwise(
@@ -176,6 +194,7 @@ def test_a_run_that_is_interrupted_while_it_is_halved_says_so_and_goes_on_bitwis
     monkeypatch.undo()
     result, _ = run({**inputs, "output": str(tmp_path / "run")}, resume=True)
     assert result["by_rank"] == halved[1]["by_rank"]
+    assert RunDir(tmp_path / "run").read_held_out() == RunDir(halved[0]).read_held_out()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers will drop

@@ -88,12 +88,6 @@ def plain(dora: Path) -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
-
-
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=1000)
 

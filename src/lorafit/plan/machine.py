@@ -36,9 +36,10 @@ def available_bytes() -> int:
 
 
 def usual_threads() -> int:
-    """Threads where none are asked for: as many as OMP_NUM_THREADS says, which torch heeds too, or one a core."""
+    """Threads where none are asked for: one a core, or as few as OMP_NUM_THREADS says, which torch heeds too."""
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # one a level of nesting
-    return int(given) if given.isdigit() and int(given) else physical_cores()
+    cores = physical_cores()  # never more: Ray sets the variable to hyper-threads
+    return min(int(given), cores) if given.isdecimal() and int(given) else cores
 
 
 def physical_cores() -> int:

@@ -125,6 +125,7 @@ def at_a_glance(count: int) -> list[int]:
 class Held:
     """Measures the model as it is on the held-out pieces: on all of them, or at a glance on every few.
 
+    Of the evaluations during the run it keeps the best, which is of the update that the run leaves.
     measure: of pieces by their numbers. count: how many there are; where there are none, nothing is measured.
     """
 
@@ -142,7 +143,10 @@ class Held:
         return one.loss
 
     def trained(self, loss: float | None) -> HeldOut | None:
-        """On all of them, of the update as the run leaves it, which has this loss; what is known of it stands."""
+        """On all of them, of the update as the run leaves it, whose loss this was: the run's best.
+
+        A resumed run may have found it before it was stopped; then it is measured again.
+        """
         return self._least if self._least and self._least.loss == loss else self.whole()
 
     def glance(self) -> HeldOut | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lorafit.config import TrainConfig
 from lorafit.methods.method import Attached
+from lorafit.plan import machine
 from lorafit.units import format_bytes, format_count, format_seconds, format_share
 
 
@@ -24,6 +25,10 @@ def print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, 
         console.print(f"  {name} = {shown[name]}  ({where})", markup=False, highlight=False)
     rest = ", ".join(f"{name} = {value}" for name, value in shown.items() if name not in given)
     console.print(f"  by default: {rest}", style="dim", markup=False, highlight=False)
+    usual, cores = machine.usual_threads(), machine.physical_cores()
+    if config.threads is None and usual < cores:
+        told = f"threads: {usual} of {cores} cores, as OMP_NUM_THREADS says; --threads {cores} takes all"
+        console.print(told, style="yellow", highlight=False)
 
 
 def print_attached(attached: Attached, console: Console) -> None:
