@@ -1,4 +1,4 @@
-"""While a trial runs, the screen shows what it says last; elsewhere nothing is shown."""
+"""While a trial runs, the screen shows what it says last; elsewhere a line tells of it now and then."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lorafit.trials import watching
 from lorafit.trials.watching import NAME, last_line, watched
 
 
@@ -24,17 +25,43 @@ def test_the_last_line_is_the_last_that_says_something(text: str, last: str, tmp
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_what_a_trial_says_is_shown_on_a_terminal_alone(is_terminal: bool, tmp_path: Path) -> None:
+def test_what_a_trial_says_is_shown_on_a_terminal_at_once_and_elsewhere_after_a_while(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "SECONDS_TO_FIRST_LINE", 0.2)
     heard = io.StringIO()
-    console = Console(file=heard, force_terminal=is_terminal, width=80)
+    console = Console(file=heard, force_terminal=is_terminal, width=30)
     log = tmp_path / "log"
-    with watched(console, "training [rank] 4", log):
-        log.write_text("step 3/9 · loss 1.234\n")
+    log.write_text("step 3/9\n")
+    with watched(console, "training [4]", log):
         deadline = time.monotonic() + 20
-        while is_terminal and "step 3/9" not in heard.getvalue() and time.monotonic() < deadline:
+        while "step 3/9" not in heard.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert ("training [rank] 4 · step 3/9 · loss 1.234" in heard.getvalue()) == is_terminal
-    assert bool(heard.getvalue()) == is_terminal
+    assert "training [4] · step 3/9" in heard.getvalue()
+
+
+def test_where_there_is_no_terminal_lines_come_ever_more_seldom_and_none_of_what_is_soon_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, pauses = io.StringIO(), list[float]()
+    console = Console(file=heard, width=20)
+    with watched(console, "soon done", tmp_path / "log"):
+        pass
+    assert heard.getvalue() == ""
+
+    class Ended(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is None:  # of the thread itself, that it has started
+                return super().wait()
+            pauses.append(timeout)
+            return len(pauses) > 3
+
+    monkeypatch.setattr(watching.threading, "Event", Ended)
+    with watched(console, "a longer one than the width", tmp_path / "log"):
+        while len(pauses) < 4:
+            time.sleep(0.01)
+    assert pauses == [60.0, 120.0, 240.0, 480.0]
+    assert heard.getvalue() == 3 * "a longer one than the width\n"
 
 
 def test_an_error_comes_through_and_nobody_looks_after_it(tmp_path: Path) -> None:
