@@ -16,7 +16,7 @@ from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitEr
 from lorafit.lora.tokens import token_rows
 from lorafit.model import spec as model_spec
 from lorafit.opening import open_target
-from lorafit.plan import memory, trained
+from lorafit.plan import machine, memory, trained
 from lorafit.run import Start, train
 from tests import tiny
 
@@ -279,6 +279,18 @@ def test_every_method_goes_on_bitwise_after_a_resume(
     _, printed = run(settings, resume=True)
     assert "resuming after step" in printed
     assert saved.read_bytes() == before
+
+
+def test_that_openmp_is_told_to_take_fewer_threads_than_there_are_cores_is_said(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(machine, "physical_cores", lambda: 3)
+    _, usual = run({**inputs, "threads": None, "output": str(tmp_path / "usual")})
+    assert "threads = None (1)" in usual
+    assert "threads: 1 of 3 cores, as OMP_NUM_THREADS says; --threads 3 takes all" in usual
+    _, given = run({**inputs, "threads": 1, "output": str(tmp_path / "given")})
+    assert "OMP_NUM_THREADS" not in given
 
 
 def test_a_run_tells_later_ones_how_long_they_will_take(

@@ -26,7 +26,7 @@ def print_config(config: TrainConfig, source: dict[str, str], chosen: dict[str, 
     rest = ", ".join(f"{name} = {value}" for name, value in shown.items() if name not in given)
     console.print(f"  by default: {rest}", style="dim", markup=False, highlight=False)
     usual, cores = machine.usual_threads(), machine.physical_cores()
-    if config.threads is None and usual < cores:
+    if config.threads is None and chosen["threads"] == usual < cores:
         told = f"threads: {usual} of {cores} cores, as OMP_NUM_THREADS says; --threads {cores} takes all"
         console.print(told, style="yellow", highlight=False)
 
