@@ -312,6 +312,21 @@ def test_a_loss_that_is_not_finite_is_none_and_never_the_best(
     assert kept[2]["nats"][0] is None and None not in kept[6]["nats"] + kept[4]["nats"]
 
 
+def test_an_evaluation_of_the_run_itself_that_is_not_finite_ends_it_as_without_lower_ranks(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = lorafit.run.row_scores
+
+    def scores(*given: Any) -> Any:
+        nats, *others = real(*given)
+        return nats * math.inf, *others
+
+    monkeypatch.setattr(lorafit.run, "row_scores", scores)
+    with pytest.raises(NumericsError, match="the loss is inf, not a finite number"):
+        run({**inputs, "epochs": 1, "output": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_without_held_out_rows_the_ranks_are_there_all_the_same(inputs: dict[str, Any], tmp_path: Path) -> None:
     result, printed = run({**inputs, "eval": None, "epochs": 1, "output": str(tmp_path / "run")})
     assert [one["loss"] for one in result["by_rank"]] == [None] * 4

@@ -30,14 +30,14 @@ def test_what_a_trial_says_is_shown_on_a_terminal_at_once_and_elsewhere_after_a_
 ) -> None:
     monkeypatch.setattr(watching, "SECONDS_TO_FIRST_LINE", 0.2)
     heard = io.StringIO()
-    console = Console(file=heard, force_terminal=is_terminal, width=30)
+    console = Console(file=heard, force_terminal=is_terminal, width=80)
     log = tmp_path / "log"
     log.write_text("step 3/9\n")
-    with watched(console, "training [4]", log):
+    with watched(console, "training [rank] 4", log):
         deadline = time.monotonic() + 20
         while "step 3/9" not in heard.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert "training [4] · step 3/9" in heard.getvalue()
+    assert "training [rank] 4 · step 3/9" in heard.getvalue()
 
 
 def test_where_there_is_no_terminal_lines_come_ever_more_seldom_and_none_of_what_is_soon_done(
@@ -58,7 +58,8 @@ def test_where_there_is_no_terminal_lines_come_ever_more_seldom_and_none_of_what
 
     monkeypatch.setattr(watching.threading, "Event", Ended)
     with watched(console, "a longer one than the width", tmp_path / "log"):
-        while len(pauses) < 4:
+        deadline = time.monotonic() + 20
+        while len(pauses) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert pauses == [60.0, 120.0, 240.0, 480.0]
     assert heard.getvalue() == 3 * "a longer one than the width\n"
