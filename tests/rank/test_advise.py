@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafit.errors import NumericsError
 from lorafit.rank.advise import advise, standard_error
 
 TOKENS = [4] * 50
@@ -109,3 +110,11 @@ def test_the_advice_goes_with_shares_of_the_loss_and_not_with_its_unit(
     plain, scaled = (advise({r: own * by for r, own in nats.items()}, [3] * 40) for by in (1.0, unit))
     assert plain.r == scaled.r and scaled.error == pytest.approx(unit * plain.error)
     assert plain.error <= max(one.se for one in plain.curve)
+
+
+def test_a_rank_without_a_finite_loss_is_no_reason_with_a_number() -> None:
+    broken = [math.nan, *rows(1.0, 0.01, 1)[1:]]
+    found = advise({2: broken, 4: rows(1.0, 0.01, 2), 8: rows(1.1, 0.01, 3)}, TOKENS)
+    assert found.r == 4 and found.reason == "it has the lowest loss, and r = 2 has no finite loss"
+    with pytest.raises(NumericsError, match="no rank has a finite loss"):
+        advise({2: broken, 4: broken}, TOKENS)

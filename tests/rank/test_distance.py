@@ -16,9 +16,9 @@ from lorafit.rank import distance
 from tests import tiny
 
 
-def encoded(records: list[dict[str, Any]]) -> Any:
+def encoded(records: list[dict[str, Any]], seq_len: int = 512) -> Any:
     examples = read_examples([Row(record, f"row {n}") for n, record in enumerate(records)])
-    return encode_all(examples, tiny.tokenizer(), 512).encoded
+    return encode_all(examples, tiny.tokenizer(), seq_len).encoded
 
 
 def test_the_models_own_answers_are_nearer_than_rows_of_another_kind_and_their_loss_is_its_entropy() -> None:
@@ -49,3 +49,13 @@ def test_the_rows_that_are_furthest_come_first() -> None:
     order = found.furthest(2)
     assert len(order) == 2 and found.by_row[order[0]] == found.by_row.max()
     assert found.data == pytest.approx((found.by_row * found.tokens).sum() / found.tokens.sum())
+
+
+def test_rows_longer_than_the_context_are_gone_on_with_where_there_is_room() -> None:
+    model, tokenizer = tiny.llama().requires_grad_(False), tiny.tokenizer()  # reads 512 tokens
+    (text,) = encoded([{"text": "it is said " * 100}], 2048)
+    (own,) = distance.own_answers(model, tokenizer, [text], 0)
+    assert len(text.input_ids) > 1024 and own.prompt_length == 256
+    long, short = encoded([tiny.chat_row("a" * 600, "no"), tiny.chat_row("is 1 odd?", "yes")], 2048)
+    (own,) = distance.own_answers(model, tokenizer, [long, short], 0)
+    assert own.prompt_length == short.prompt_length

@@ -9,7 +9,7 @@ from lorafit.rank.energies import Spectrum, allocate, held, mean_effective_rank
 
 
 def spectrum(shape: tuple[int, int], energies: list[float], rest: float = 0.0) -> Spectrum:
-    return Spectrum(shape, np.array(energies), rest, np.sqrt(energies))
+    return Spectrum(shape, np.array(energies), rest)
 
 
 def test_shares_and_effective_ranks_of_known_spectra() -> None:
@@ -18,6 +18,7 @@ def test_shares_and_effective_ranks_of_known_spectra() -> None:
     assert even.effective_rank == pytest.approx(4) and steep.effective_rank == pytest.approx(2)
     assert held({"a": even, "b": steep}, 1) == pytest.approx((1 + 4) / 12)
     assert mean_effective_rank({"a": even, "b": steep}) == pytest.approx((4 * 4 + 8 * 2) / 12)
+    assert spectrum((9, 2), [4.0, 2.0], rest=1.0).held(2) == 1  # an update of rank 2 is any matrix of two columns
     nothing = spectrum((9, 7), [0.0, 0.0])
     assert nothing.held(1) == 1 and mean_effective_rank({"a": nothing}) == 0
 

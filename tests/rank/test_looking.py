@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from lorafit.config import RankConfig
 from lorafit.data.store import Encoded
@@ -15,6 +18,7 @@ from lorafit.engine.engine import plain
 from lorafit.rank import looking
 from lorafit.rank.distance import evenly
 from lorafit.rank.looking import _row_s, _steps, _within
+from lorafit.trials.rows import KEEP
 from tests import tiny
 
 
@@ -57,3 +61,11 @@ def test_a_held_out_row_takes_its_share_of_the_first_passes_forward(monkeypatch:
     clock = iter((10.0, 14.0))
     monkeypatch.setattr(looking.time, "perf_counter", lambda: next(clock))
     assert _row_s(engine, steps) == pytest.approx(4.0 / (looking.PACED_STEPS * config.batch_size))
+
+
+def test_a_look_says_what_the_run_will_compute_in(tmp_path: Path) -> None:
+    model = str(tiny.write_model(tmp_path / "model"))
+    rows = str(tiny.write_rows(tmp_path / "rows.jsonl", [tiny.chat_row(f"is {n} odd?", "no") for n in range(8)]))
+    config = RankConfig(model=model, data=rows, output="o", batch_size=4, precision="int8", threads=1)
+    found = looking.look(config, 2, rows, 2, str(KEEP), Console(file=io.StringIO()))
+    assert (found["precision"], found["run_precision"]) == ("bf16", "int8")

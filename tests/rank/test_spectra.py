@@ -59,7 +59,6 @@ def test_a_sketch_as_wide_as_the_weight_gives_its_gradients_own_energies() -> No
     for name, gradients in whole().items():
         G = torch.stack(gradients).double()
         expected = torch.linalg.eigvalsh((G @ G.mT).mean(0)).flip(0)
-        mean = torch.linalg.svdvals(G.mean(0))
         own = found[name]
         if gradients[0].shape[0] > gradients[0].shape[1]:
             continue  # an adapter as wide as it has outputs has a higher rank than it can hold
@@ -67,7 +66,6 @@ def test_a_sketch_as_wide_as_the_weight_gives_its_gradients_own_energies() -> No
         # Both are sums of squares in float32: each off by eps times the largest, times the root of what is summed up.
         close = torch.finfo(torch.float32).eps * 64 * float(expected[0])
         torch.testing.assert_close(torch.tensor(own.energies[:count]), expected[:count], rtol=0, atol=close)
-        torch.testing.assert_close(torch.tensor(own.mean[:count]), mean[:count], rtol=0, atol=close**0.5)
         assert own.rest == 0 and own.total == pytest.approx(float(expected.sum()), rel=1e-5)
 
 

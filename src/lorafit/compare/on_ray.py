@@ -165,6 +165,8 @@ def _on_worker(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], 
         return "done", child.call(work, arguments, Path(log))
     except child.Killed as error:
         return "killed", (error.what, error.do)
+    except child.Refused as error:
+        return "refused", (error.what, error.do, error.kind)
     except LorafitError as error:
         return "refused", (error.what, error.do)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafit.errors import NumericsError
+
 # Of the best rank's loss, what another may lose more and still be as good: where rows tell every difference, one that
 # nobody would pay twice the parameters for.
 LEAST = 0.01
@@ -51,12 +53,14 @@ def advise(nats: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Advice
     that counts. A rank beyond one that is worse is not as good.
 
     nats: of each rank its loss on each held-out row, added up over the row's tokens. tokens: supervised ones of each
-    row. A rank whose loss is not finite is never advised.
+    row. A rank whose loss is not finite is never advised. Raises NumericsError where there is no other.
     """
     weights = np.array(tokens, dtype=np.float64)
     rows = {r: np.array(nats[r], dtype=np.float64) for r in sorted(nats)}
     losses = {r: float(own.sum() / weights.sum()) for r, own in rows.items()}
     best = min(losses, key=lambda r: (losses[r] if math.isfinite(losses[r]) else math.inf, r))
+    if not math.isfinite(losses[best]):
+        raise NumericsError("no rank has a finite loss on the held-out rows", "Begin anew with a lower --lr")
     errors = {r: 0.0 if r == best else standard_error(own - rows[best], weights) for r, own in rows.items()}
     error = error_between_trainings(losses, errors, best)
     alike = as_good_as(best, losses, error)
@@ -123,10 +127,15 @@ def _reason(curve: Sequence[AtRank], best: int, error: float) -> str:
         )
     if chosen.r == lowest:
         return "it has the lowest loss, and is the smallest that was tried"
-    below = next(one for one in reversed(curve) if one.r < chosen.r)
-    errors = f" ({below.gap / error:.1f} standard errors of what two trainings differ by)" if error else ""
-    more = f"r = {below.r} loses {below.gap:.3g} nats a token more than the best{errors}"
+    more = _told_of_worse(next(one for one in reversed(curve) if one.r < chosen.r), error)
     if chosen.r == best:
         return f"it has the lowest loss, and {more}"
     how = "within one standard error" if chosen.gap <= error else f"within {LEAST:.0%}"
     return f"its loss is {how} of the lowest, which is that of r = {best}; {more}"
+
+
+def _told_of_worse(one: AtRank, error: float) -> str:
+    if not math.isfinite(one.loss):
+        return f"r = {one.r} has no finite loss"
+    errors = f" ({one.gap / error:.1f} standard errors of what two trainings differ by)" if error else ""
+    return f"r = {one.r} loses {one.gap:.3g} nats a token more than the best{errors}"

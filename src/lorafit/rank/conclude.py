@@ -54,6 +54,7 @@ def conclude(
         "model": config.model,
         "data": config.data,
         "rows": rows.counts,
+        "files": files_of(config, rows),
         "notes": [*rows.notes, *still_falling(evaluations)],
         "recommended_r": r,
         "recommended_alpha": 2 * r,
@@ -61,9 +62,9 @@ def conclude(
         "targets": "all-linear",
         "reason": advice.reason,
         "curve": _curve(advice, curve, spec, look["is_text"]),
-        "error_between_trainings": advice.error if math.isfinite(advice.error) else None,
+        "error_between_trainings": finite(advice.error),
         "distance": look["distance"],
-        "capacity": _capacity(spec, r, look["supervised_tokens"], config.epochs),
+        "capacity": _capacity(spec, r, look["supervised_tokens"]),
         "gradients": _gradients(look, list(nats), r),
         "run": {
             "lr": result["settings"]["lr"], "race": result.get("race"), "epochs": config.epochs,
@@ -72,7 +73,7 @@ def conclude(
             "precision": result["precision"], "by_rank": result["by_rank"],
             "evaluations": list(evaluations), "expected_s": look.get("expected"),
         },
-        "seconds": {"look": look["seconds"], "train": made["wall_s"]},
+        "seconds": {"look": look["seconds"], "train": max(made["wall_s"], _counted_s(result))},
         "training_s": _training_s(result),
         "verified": None,
     }  # fmt: skip
@@ -82,6 +83,12 @@ def conclude(
 def _training_s(result: Found) -> float | None:
     """What the run took without a race and lower ranks; None of one that an earlier version made."""
     return result["load_s"] + result["train_s"] + result["eval_s"] if "eval_s" in result else None
+
+
+def _counted_s(result: Found) -> float:
+    """What the run itself counted: more than it took from its start to its end where it was resumed meanwhile."""
+    race = (result.get("race") or {"seconds": 0.0})["seconds"]
+    return (_training_s(result) or 0.0) + float(race) + float(result["halving_s"])
 
 
 def still_falling(evaluations: Sequence[float]) -> list[str]:
@@ -95,15 +102,27 @@ def still_falling(evaluations: Sequence[float]) -> list[str]:
     ]
 
 
+def files_of(config: RankConfig, rows: Rows) -> Found:
+    """Where what was trained on and judged by is: as the user named it, or as the search split it."""
+    if rows.as_given:
+        return {"train": config.data, "valid": config.eval}
+    return {side: rows.path(side) for side in ("train", "valid")}
+
+
+def finite(number: float) -> float | None:
+    """None for what JSON has no number for: a loss that was none, the error of a single row."""
+    return number if math.isfinite(number) else None
+
+
 def _curve(advice: Advice, curve: Curve, spec: ModelSpec, is_text: bool) -> list[Found]:
     """A line for each rank. right: share of rows whose reply is the greedy answer; None of running text."""
     return [
         {
             "r": one.r,
-            "loss": one.loss if math.isfinite(one.loss) else None,
-            "standard_error": one.loss_se,
-            "gap": one.gap if math.isfinite(one.gap) else None,
-            "gap_standard_error": one.se,
+            "loss": finite(one.loss),
+            "standard_error": finite(one.loss_se),
+            "gap": finite(one.gap),
+            "gap_standard_error": finite(one.se),
             "as_good": one.as_good,
             "right": None if is_text else float(np.mean(np.equal(curve[one.r]["likeliest"], curve[one.r]["tokens"]))),
             "params": lora_params(spec, one.r),
@@ -112,7 +131,7 @@ def _curve(advice: Advice, curve: Curve, spec: ModelSpec, is_text: bool) -> list
     ]
 
 
-def _capacity(spec: ModelSpec, r: int, supervised: int, epochs: int) -> Found:
+def _capacity(spec: ModelSpec, r: int, supervised: int) -> Found:
     """How many numbers there are for each token that they learn from."""
     params = lora_params(spec, r)
     return {"params": params, "supervised_tokens": supervised, "params_per_token": params / max(1, supervised)}
@@ -142,7 +161,7 @@ def _gradients(look: Mapping[str, Any], ranks: Sequence[int], r: int) -> Found:
 def spectra_of(look: Mapping[str, Any]) -> dict[str, Spectrum]:
     """Of each weight, as a look has left them."""
     return {
-        name: Spectrum(tuple(one["shape"]), np.array(one["energies"]), one["rest"], np.array(one["mean"]))
+        name: Spectrum(tuple(one["shape"]), np.array(one["energies"]), one["rest"])
         for name, one in look["spectra"].items()
     }
 
@@ -170,17 +189,17 @@ def commands(config: RankConfig, found: Found) -> Found:
     verified = ((found["verified"] or {}).get("trials") or {}).get(PATTERN)
     best = verified["lr"] if verified and verified["loss"] is not None else lr
     layers = f"-o runs/by-layer --config {quote(str(Path(config.output) / BY_LAYER))} --lr {best:g}"
-    alike = len(set(pattern.values())) < 2
+    alike, own = len(set(pattern.values())) < 2, f"-o runs/r{r} --r {r} --alpha {found['recommended_alpha']:g}"
     return {
-        "command": train_command(config, f"-o runs/r{r} --r {r} --alpha {found['recommended_alpha']:g} --lr {lr:g}"),
-        "by_layer": None if alike else train_command(config, layers),
+        "command": train_command(config, found["files"], f"{own} --lr {lr:g}"),
+        "by_layer": None if alike else train_command(config, found["files"], layers),
         "settings_by_layer": None if alike else by_layer(r, pattern),
         "shrink": f"lorafit shrink {quote(str(Path(config.output) / TRIALS / ONE_RUN))} --r {r} -o adapters/r{r}",
     }
 
 
-def train_command(config: RankConfig, what: str) -> str:
-    """A training of the same rows in the same way. what: the flags that differ. Defaults are left out."""
+def train_command(config: RankConfig, rows: Mapping[str, str], what: str) -> str:
+    """A training of the same rows in the same way. rows: `files_of`. what: the flags that differ, without defaults."""
     fields = RankConfig.model_fields
     given = {name: value for name in AS_SEARCHED if (value := getattr(config, name)) != fields[name].default}
     flags = [
@@ -189,5 +208,5 @@ def train_command(config: RankConfig, what: str) -> str:
     ]
     renamed = quote(",".join(f"{old}={new}" for old, new in config.rename.items()))
     flags += [f"--rename {renamed}"] if config.rename else []
-    rows = f"--epochs {config.epochs} --patience 1 --eval {quote(config.eval or '20%')}"
-    return " ".join(["lorafit train", quote(config.model), quote(config.data), what, rows, *flags])
+    judged = f"--epochs {config.epochs} --patience 1 --eval {quote(rows['valid'])}"
+    return " ".join(["lorafit train", quote(config.model), quote(rows["train"]), what, judged, *flags])

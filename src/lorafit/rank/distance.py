@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lorafit.data.store import Encoded
 from lorafit.engine.engine import Engine
 from lorafit.infer.evaluate import row_losses
-from lorafit.infer.generate import answer
+from lorafit.infer.generate import MOST_PROMPT_TOKENS, answer, context_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,10 +86,13 @@ def own_answers(
 ) -> list[Encoded]:
     """Some of the rows, evenly chosen, with what the model writes after their prompts in the place of their replies.
 
-    As long as the reply, at most; running text is gone on with from its middle. Rows it says nothing to are left out.
+    As long as the reply, at most; running text is gone on with from its middle. Rows it says nothing to are left out,
+    and those whose prompt leaves it no room.
     """
-    chosen = [rows[number] for number in evenly(len(rows), OWN_ROWS)]
-    starts = [row.prompt_length or max(1, len(row.input_ids) // 2) for row in chosen]
+    room = context_tokens(model) or MOST_PROMPT_TOKENS
+    fit = [row for row in rows if row.prompt_length < room]
+    chosen = [fit[number] for number in evenly(len(fit), OWN_ROWS)]
+    starts = [row.prompt_length or max(1, min(len(row.input_ids), room) // 2) for row in chosen]
     prompts = [[int(token) for token in row.input_ids[:start]] for row, start in zip(chosen, starts, strict=True)]
     most = [max(1, min(OWN_TOKENS, len(row.input_ids) - start)) for row, start in zip(chosen, starts, strict=True)]
     said = answer(

@@ -16,14 +16,12 @@ class Spectrum:
     """Of the gradients of one weight, step by step.
 
     shape: (out, in) of the weight. energies: (k,) of its leading directions, descending: the mean over steps of the
-    squared norm of the gradient's part along each. rest: energy beyond them, estimated. mean: (k,) singular values of
-    the mean gradient, in the same basis.
+    squared norm of the gradient's part along each. rest: energy beyond them, estimated.
     """
 
     shape: tuple[int, int]
     energies: NDArray[np.float64]
     rest: float
-    mean: NDArray[np.float64]
 
     @property
     def total(self) -> float:
@@ -31,8 +29,11 @@ class Spectrum:
         return float(self.energies.sum()) + self.rest
 
     def held(self, r: int) -> float:
-        """Share of the energy along the first r directions: 0 to 1. 1 for a weight that gets no gradient."""
-        return float(self.energies[:r].sum()) / self.total if self.total else 1.0
+        """Share of the energy along the first r directions: 0 to 1.
+
+        1 for a weight that gets no gradient, or that has no more inputs or outputs: an update of rank r is any matrix.
+        """
+        return float(self.energies[:r].sum()) / self.total if self.total and r < min(self.shape) else 1.0
 
     @property
     def effective_rank(self) -> float:

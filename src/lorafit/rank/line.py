@@ -17,7 +17,7 @@ from lorafit import files
 from lorafit.config import RankConfig, TrainConfig
 from lorafit.data.labels import task_of
 from lorafit.data.load import locate
-from lorafit.errors import ConfigError
+from lorafit.errors import ConfigError, DoesNotFitError, LorafitError, NumericsError
 from lorafit.model import spec as model_spec
 from lorafit.model.spec import ModelSpec
 from lorafit.plan.counts import block_weights
@@ -63,13 +63,13 @@ def rank(config: RankConfig, resume: bool, log: Console, out: Console | None) ->
         setup = settle(config, directory, FREE_TO_CHANGE, inputs, rows, look, "search of the rank")
         log.print(f"looked at base and rows in {format_seconds(setup['look']['seconds'])}", highlight=False)
         if expected := setup["look"].get("expected"):  # a look of an earlier version has none
-            log.print(expected_told(expected, setup["look"]["precision"]), highlight=False)
+            log.print(expected_told(expected, setup["look"].get("run_precision")), highlight=False)
         trials = Trials(config, directory, rows, setup["look"]["precision"], log)
         told = f"ranks 1 to {most} in one run"
         settings = {"r": most, "alpha": 2.0 * most, "lr": config.lr, "rank_schedule": "halving"}
         made = trials.train(ONE_RUN, told, settings)
         if made["result"] is None:
-            raise ConfigError(f"the run of all ranks failed: {made['refused']}", "Lower --lr")
+            raise NumericsError(f"the run of all ranks failed: {made['refused']}", "Begin anew with a lower --lr")
         one = RunDir(directory / TRIALS / ONE_RUN)
         found = conclude(config, spec, rows, setup["look"], made, one.read_held_out(), _evaluations(one))
         if config.verify:
@@ -120,6 +120,15 @@ def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Conso
     return {"look": found}
 
 
+def _what_to_do(refused: child.Refused) -> str:
+    """In the words of this command, which has no --r and no --force."""
+    if isinstance(refused, child.Killed):
+        return "Free memory, and run the same command with --resume; or begin anew with a lower --max-r"
+    if issubclass(refused.kind, DoesNotFitError):
+        return "Begin anew with a lower --max-r or --seq-len, or with --precision bf16"
+    return refused.do
+
+
 class Trials:
     """Runs of a search, each made once."""
 
@@ -128,9 +137,10 @@ class Trials:
         self.config, self.directory, self.rows, self.precision, self.log = config, directory, rows, precision, log
 
     def train(self, name: str, told: str, settings: dict[str, Any]) -> Record:
-        """result: run.json's content, or None, and why as refused. Stops once the held-out loss has risen.
+        """result: run.json's content, or None where the rate was too high, and why as refused.
 
-        told: what it is, for the log.
+        Stops once the held-out loss has risen. told: what it is, for the log. Raises LorafitError for what is in the
+        way of any rate, such as want of memory, which is no record: another try may go better.
         """
         run = self.directory / TRIALS / name
         wanted = {key: getattr(self.config, key) for key in SHARED} | {"patience": 1} | settings
@@ -141,10 +151,10 @@ class Trials:
 
             try:
                 result = child.call(train, (TrainConfig(**wanted).model_dump(),), path)
-            except child.Killed as killed:
-                return {"result": None, "refused": str(killed), "again": True}
             except child.Refused as refused:
-                return {"result": None, "refused": str(refused)}
+                if not issubclass(refused.kind, NumericsError):
+                    raise LorafitError(f"training {told} failed: {refused.what}", _what_to_do(refused)) from None
+                return {"result": None, "refused": refused.what}
             shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a finished run needs none, and they are large
             return {"result": result, "refused": None}
 

@@ -14,6 +14,7 @@ from lorafit.data.batching import step_rows
 from lorafit.data.example import Plain
 from lorafit.data.mask import encode_all
 from lorafit.data.pack import micro_batches
+from lorafit.engine import precision
 from lorafit.engine.engine import Engine, prepare
 from lorafit.rank import distance, spectra
 from lorafit.rank.energies import Spectrum
@@ -40,8 +41,9 @@ MICRO_TOKENS = int(TrainConfig.model_fields["micro_tokens"].default)
 def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, console: Console) -> dict[str, Any]:
     """How far the rows are from what the base knows, and the spectra of their gradients. Raises LorafitError.
 
-    most: the largest rank that is asked for. held_out: rows of the other side. Returns `precision`, `supervised_tokens`
-    of all rows, `distance`, `spectra` by weight, and `expected`, the seconds of the run of all ranks by the pace here.
+    most: the largest rank that is asked for. held_out: rows of the other side. Returns `precision` and `run_precision`,
+    which is int8 where this was bf16, `supervised_tokens` of all rows, `distance`, `spectra` by weight, and `expected`,
+    the seconds of the run of all ranks by the pace here.
     """
     started = time.perf_counter()
     opened = open_model(config.model, config, config.precision, console)
@@ -63,6 +65,7 @@ def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, co
     row_s, pieces = _row_s(engine, steps), round(held_out * len(every) / len(examples))
     return {
         "precision": opened.precision,
+        "run_precision": precision.choose(config.precision),
         "rows": len(examples),
         "is_text": isinstance(examples[0], Plain),
         "supervised_tokens": encoded.supervised_tokens,
@@ -107,7 +110,7 @@ def _told(tokenizer: Any, row: Encoded, far: distance.Distance, number: int) -> 
 
 
 def _as_json(one: Spectrum) -> dict[str, Any]:
-    return {"shape": one.shape, "energies": one.energies.tolist(), "rest": one.rest, "mean": one.mean.tolist()}
+    return {"shape": one.shape, "energies": one.energies.tolist(), "rest": one.rest}
 
 
 def losses(run: str, config: RankConfig, precision: str, valid: str, console: Console) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def curve_rows(found: Found) -> list[tuple[str, ...]]:
         (
             str(one["r"]),
             format_count(one["params"]),
-            "not finite" if one["loss"] is None else f"{one['loss']:.4f} ± {one['standard_error']:.4f}",
+            "not finite" if one["loss"] is None else _with_error(one["loss"], one["standard_error"]),
             _gap(one),
             "-" if one["right"] is None else f"{one['right']:.1%}",
             _remark(one, found["recommended_r"]),
@@ -48,7 +48,12 @@ def curve_rows(found: Found) -> list[tuple[str, ...]]:
 def _gap(one: Found) -> str:
     if one["gap"] is None:
         return "-"
-    return f"{one['gap']:.4f} ± {one['gap_standard_error']:.4f}" if one["gap"] else "the best"
+    return _with_error(one["gap"], one["gap_standard_error"]) if one["gap"] else "the best"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """error: None where it is not known, as of a single row."""
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _remark(one: Found, recommended: int) -> str:
@@ -99,17 +104,23 @@ def verified_told(found: Found) -> list[str]:
     verified = found["verified"]
     if verified is None:
         return []
+    own_r = found["recommended_r"]
     if verified["regret"] is None:
         return ["Verified: no run of the recommended rank by itself ended with a finite loss."]
+    more = _with_error(verified["gap"], verified["gap_standard_error"])
     lines = [
-        f"Trained by itself at its best rate, rank {found['recommended_r']} loses {verified['regret']:.2%} more than "
-        f"rank {verified['best_r']}, the best of it and its neighbours ({verified['gap']:.4f} ± "
-        f"{verified['gap_standard_error']:.4f} nats a token)."
+        f"Trained by itself at its best rate, rank {own_r} "
+        + (
+            "is the best of it and its neighbours."
+            if verified["best_r"] == own_r
+            else f"loses {verified['regret']:.2%} more than rank {verified['best_r']}, the best of it and its "
+            f"neighbours ({more} nats a token)."
+        )
     ]
     smallest = verified.get("as_good_r")  # a search of an earlier version has none
-    if smallest not in (None, found["recommended_r"]):
+    if smallest not in (None, own_r):
         lines.append(f"Of those trained by themselves rank {smallest} is the smallest that is as good as the best.")
-    pattern, own = verified["trials"].get(PATTERN), verified["trials"][str(found["recommended_r"])]
+    pattern, own = verified["trials"].get(PATTERN), verified["trials"][str(own_r)]
     if pattern and pattern["loss"] is not None:
         lines.append(
             f"Ranks by layer from the gradients, with as many parameters: {pattern['loss']:.4f}, where the same rank "
@@ -137,8 +148,8 @@ def _loss(loss: float | None) -> str:
     return "failed" if loss is None else f"{loss:.4f}"
 
 
-def expected_told(expected: Found, precision: str) -> str:
-    """What the run of all ranks will take. precision: of the look, which has no products in int8, as the run has."""
+def expected_told(expected: Found, precision: str | None) -> str:
+    """What the run of all ranks will take. precision: of the run; the look has no products in int8."""
     parts = ", ".join(f"{PARTS[name]} {format_seconds(seconds)}" for name, seconds in expected.items() if seconds)
     near = "at most" if precision == "int8" else "about"
     return f"predicted: all ranks in one run take {near} {format_seconds(sum(expected.values()))} ({parts})"
@@ -188,8 +199,8 @@ def pictures(found: Found) -> list[str]:
             name=f"r = {one['r']}",
             x=one["r"],
             y=one["loss"],
-            low=one["loss"] - one["standard_error"],
-            high=one["loss"] + one["standard_error"],
+            low=one["loss"] - (one["standard_error"] or 0.0),
+            high=one["loss"] + (one["standard_error"] or 0.0),
             in_front=True,
         )
         for one in known

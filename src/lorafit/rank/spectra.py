@@ -81,18 +81,15 @@ def _in_bases(
     for layer in layers:
         rests[layer.name] = _set_basis(layer, sketches[layer.name]) / len(steps)
     grams = {layer.name: torch.zeros(layer.r, layer.r, dtype=torch.float64) for layer in layers}
-    means = {layer.name: torch.zeros_like(layer.lora_A) for layer in layers}
     for step in steps:
         for name, (of_A, _) in _gradients(engine, layers, step).items():
             grams[name] += (of_A @ of_A.T).double() / len(steps)
-            means[name] += of_A / len(steps)
         on_step()
     found = {}
     for layer in layers:
         energies = torch.linalg.eigvalsh(grams[layer.name]).flip(0).clamp_min(0)
         shape = (layer.out_features, layer.in_features)
-        mean = torch.linalg.svdvals(means[layer.name].double())
-        found[layer.name] = Spectrum(shape, energies.numpy(), rests[layer.name], mean.numpy())
+        found[layer.name] = Spectrum(shape, energies.numpy(), rests[layer.name])
         with torch.no_grad():
             layer.lora_B.zero_()
     return found

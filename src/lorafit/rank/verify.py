@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorafit.rank.advise import advise
-from lorafit.rank.conclude import PATTERN, by_layer
+from lorafit.rank.conclude import PATTERN, by_layer, finite
 
 if TYPE_CHECKING:
     from lorafit.rank.line import Trials
@@ -20,6 +21,7 @@ FURTHEST = 4.0
 def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     """Of each of these the best of a few rates, and the regret of the advice: its loss over that of the best.
 
+    Ranks are judged row by row, on the base as its files have it; a rate by what the run itself computes with.
     as_good_r: the smallest rank that is as good as the best by the rule of the advice.
     """
     made = {name: _best(trials, name, found["run"]["lr"], *what) for name, what in candidates(found).items()}
@@ -31,14 +33,17 @@ def verify(trials: Trials, found: Mapping[str, Any]) -> Found:
     rows = {r: trials.losses(one["run"])["nats"] for r, one in uniform.items()}
     tokens = trials.losses(own["run"])["tokens"]
     judged = advise(rows, tokens)
-    best = min(uniform, key=lambda r: uniform[r]["loss"])
+    best = next(one for one in judged.curve if one.gap == 0)
+    advised = next(one for one in judged.curve if one.r == found["recommended_r"])
+    if not math.isfinite(advised.gap):
+        return {"trials": made, "regret": None, "best_r": best.r, "as_good_r": judged.r}
     return {
         "trials": made,
-        "best_r": best,
+        "best_r": best.r,
         "as_good_r": judged.r,
-        "regret": own["loss"] / uniform[best]["loss"] - 1,
-        "gap": next(one.gap for one in judged.curve if one.r == found["recommended_r"]),
-        "gap_standard_error": next(one.se for one in judged.curve if one.r == found["recommended_r"]),
+        "regret": advised.gap / best.loss if best.loss else 0.0,
+        "gap": advised.gap,
+        "gap_standard_error": finite(advised.se),
     }
 
 

@@ -28,7 +28,11 @@ SAVING_S = 60
 
 
 class Refused(LorafitError):
-    """What the child could not do, as it said itself."""
+    """What the child could not do, as it said itself. kind: of the error there."""
+
+    def __init__(self, what: str, do: str = "", kind: type[LorafitError] = LorafitError) -> None:
+        super().__init__(what, do)
+        self.kind = kind
 
 
 class Killed(Refused):
@@ -94,7 +98,7 @@ def _child(connection: Connection, work: Callable[..., dict[str, Any]], argument
         except Interrupted as error:
             said = "interrupted", str(error)
         except LorafitError as error:
-            said = "refused", (error.what, error.do)
+            said = "refused", (error.what, error.do, type(error))
         except Exception as error:
             import traceback
 

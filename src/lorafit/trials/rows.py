@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from lorafit.data.example import Example, Labelled
 from lorafit.data.formats import FormatReader
 from lorafit.data.load import Located, Source, locate
 from lorafit.data.rows import Row
-from lorafit.data.split import DIGEST, digest, held_out, label_of
-from lorafit.errors import ConfigError, DataError
+from lorafit.data.split import DIGEST, digest, held_out, label_of, share_of
+from lorafit.errors import DataError
 
 # What should not be forgotten, where nothing else is given.
 KEEP = Path(__file__).parent / "keep.txt"
@@ -36,12 +36,16 @@ FEW_TEXTS, PART_CHARS = 20, 1000
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of each side are, how many each has, what should be known of them, and where each came from."""
+    """Where the rows of each side are, how many each has, what should be known of them, and where each came from.
+
+    as_given: whether those to train on and those to judge by are what the user named, nothing split and nothing cut.
+    """
 
     directory: Path
     counts: dict[str, int]
     notes: list[str]
     origins: dict[str, list[str]]
+    as_given: bool = False
 
     def path(self, side: str) -> str:
         """The file of a side."""
@@ -71,14 +75,15 @@ def split_in_two(config: TrialsConfig, directory: Path) -> Rows:
     """Train and valid, which --eval says. Writes each side to `directory`. Raises DataError, ConfigError."""
     located = locate(config.data)
     train = _read(located.train(), config)
-    share = _share(config.eval)
+    share, as_given = _share(config.eval), False
     if share is not None:
         train, valid = _divide(train, share, config)
     elif config.eval:
         valid = _read(locate(config.eval).unseen(), config)
+        as_given = not any(len({row.origin for row in rows}) < len(rows) for rows in (train, valid))
     else:
         train, valid = _held_out(train, located, config)
-    return _written({"train": train, "valid": valid}, "valid", directory)
+    return replace(_written({"train": train, "valid": valid}, "valid", directory), as_given=as_given)
 
 
 def _held_out(train: list[Row], located: Located, config: TrialsConfig) -> tuple[list[Row], list[Row]]:
@@ -104,44 +109,44 @@ def _read(source: Source, config: TrialsConfig) -> list[Row]:
     rows, reader = list(source.rows()), FormatReader(config.format, config.rename)
     for row in rows:
         reader.read(row)
-    return _in_parts(rows) if reader.format == "text" and len(rows) < FEW_TEXTS else rows
+    if reader.format != "text" or len(rows) >= FEW_TEXTS:
+        return rows
+    column = next((old for old, new in config.rename.items() if new == "text"), "text")
+    return [Row(row.record | {column: part}, row.origin) for row in rows for part in _in_parts(row.record[column])]
 
 
-def _in_parts(rows: list[Row]) -> list[Row]:
-    """Long texts, cut at ends of lines, so that there is something to split and to draw from."""
-    parts = []
-    for row in rows:
-        (column,) = [name for name, value in row.record.items() if isinstance(value, str)][:1]
-        lines, size = list[str](), 0
-        for line in row.record[column].splitlines(keepends=True):
-            lines.append(line)
-            size += len(line)
-            if size >= PART_CHARS:
-                parts.append(Row({column: "".join(lines)}, row.origin))
-                lines, size = [], 0
-        if "".join(lines).strip():
-            parts.append(Row({column: "".join(lines)}, row.origin))
-    return parts
+def _in_parts(text: str) -> Iterator[str]:
+    """A long text, cut at ends of lines, so that there is something to split and to draw from; none is blank."""
+    own = ""
+    for line in text.splitlines(keepends=True):
+        own += line
+        if len(own) >= PART_CHARS and own.strip():
+            yield own
+            own = ""
+    if own.strip():
+        yield own
 
 
 def _share(text: str | None) -> float | None:
-    if text is None or not text.endswith("%"):
-        return None
-    number = text[:-1].strip()
-    share = float(number) / 100 if number.replace(".", "", 1).isdigit() else math.nan
-    if not 0 < share < 1:
-        raise ConfigError(f"--eval {text!r} is not a share between 0% and 100%", "Give one such as 20%, or a file")
-    return share
+    return share_of(text) if text and text.endswith("%") else None
 
 
 def _divide(rows: list[Row], share: float, config: TrialsConfig) -> tuple[list[Row], list[Row]]:
-    """What stays, and what is held out; equal rows on one side, labels in proportion, each among those that stay."""
+    """What stays, and what is held out; equal rows on one side, labels in proportion, each among those that stay.
+
+    Raises DataError where none can be held out.
+    """
     numbers, reader = dict[str, int](), FormatReader(config.format, config.rename)
-    told = [_labels(reader.read(row), row) for row in rows]
+    examples = [reader.read(row) for row in rows]
+    told = [_labels(example, row) for example, row in zip(examples, rows, strict=True)]
     labels = [numbers.setdefault(own[0], len(numbers)) if len(own) == 1 else -1 for own in told]
     held = held_out(_digests(rows), np.array(labels, dtype=np.int32), share, config.seed)
-    known = {label for own, is_held in zip(told, held, strict=True) if not is_held for label in own}
-    held &= [set(own) <= known for own in told]  # what no method could learn tells none from another
+    if isinstance(examples[0], Labelled):  # what no method could learn tells none from another
+        known = {label for own, is_held in zip(told, held, strict=True) if not is_held for label in own}
+        held &= [set(own) <= known for own in told]
+    if not held.any():
+        what = f"no row of {config.data} can be held out: those that were drawn are the only ones with their label"
+        raise DataError(what, "Give rows to judge by with --eval FILE")
     pairs = list(zip(rows, held, strict=True))
     return [row for row, is_held in pairs if not is_held], [row for row, is_held in pairs if is_held]
 
