@@ -101,8 +101,7 @@ def outward(first: int, loss: Callable[[int], float], last: int = LAST_STEP) -> 
 
 def write_rows(data: Path, name: str, scratch: Path) -> tuple[Path, Path]:
     """(rows to train on, rows to measure), drawn from one file with a seed of their own."""
-    source = data / SETS[name.removesuffix(SHUFFLED)]
-    rows = list(pieces(source.read_text())) if source.suffix == ".txt" else source.read_text().splitlines()
+    rows = lines_of(data, name.removesuffix(SHUFFLED))
     random.Random(0).shuffle(rows)
     rows = rows[: TRAIN + VALID]
     if name.endswith(SHUFFLED):
@@ -111,6 +110,12 @@ def write_rows(data: Path, name: str, scratch: Path) -> tuple[Path, Path]:
     for path, own in zip(sides, (rows[:TRAIN], rows[TRAIN:]), strict=True):
         path.write_text("\n".join(own) + "\n")
     return sides
+
+
+def lines_of(data: Path, name: str) -> list[str]:
+    """All rows of a set."""
+    source = data / SETS[name]
+    return list(pieces(source.read_text())) if source.suffix == ".txt" else source.read_text().splitlines()
 
 
 def pieces(text: str) -> Iterator[str]:

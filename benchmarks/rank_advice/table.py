@@ -153,7 +153,8 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def other_rows(every: list[Result]) -> list[str]:
     """What was measured besides the ranks alone, each with an empty line behind it."""
-    rows = [*curve_rows(every), *layer_rows(every), *intrinsic_rows(every), *scaling_rows(every)]
+    parts = curve_rows, cost_rows, layer_rows, intrinsic_rows, scaling_rows
+    rows = [line for rows_of in parts for line in rows_of(every)]
     told = [line for line in (*told_without_training(every), precision_told(every)) if line]
     return [*rows, *(line for one in told for line in (one, ""))]
 
@@ -221,6 +222,25 @@ def curve_rows(every: list[Result]) -> list[str]:
     names = f"| set | seeds | in | {ranks} | error | between ranks alone | the run | all |"
     head = [names, "|---|---|---|" + "---|" * (len(RANKS) + 4)]
     return [*head, *lines, ""] if lines else []
+
+
+def cost_rows(every: list[Result]) -> list[str]:
+    """What costs.py found: seconds of each part of `lorafit rank`, and all of it in trainings of the largest rank.
+
+    Those as in `curve_rows`; `told`: what was said of the run of all ranks before it began.
+    """
+    lines = []
+    for found in every:
+        for one in found.get("costs", []):
+            run, seconds, training_s = one["run"], one["seconds"], one["training_s"]
+            told = sum(run["expected_s"].values())
+            times = [f"{seconds['look']:.0f} s", f"{told:.0f} s", f"{seconds['train']:.0f} s", f"{one['wall_s']:.0f} s"]
+            whole = f"{sum(seconds.values()) / training_s:.2f}"
+            rows = f"{one['rows']['train']} + {one['rows']['valid']}"
+            race = "yes" if run["race"] else "no"
+            lines.append(f"| {' | '.join([found['set'], run['precision'], rows, race, *times, whole])} |")
+    names = "| set | in | rows | race | the look | the run, told | the run | the command | all, in trainings |"
+    return [names, "|---|---|---|---|---|---|---|---|---|", *lines, ""] if lines else []
 
 
 def told_without_training(every: list[Result]) -> list[str]:
