@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from lorafit.config import RATES, TrainConfig
+from lorafit.config import RATES, EvalConfig, PlanConfig, TrainConfig
 from lorafit.engine import precision
 from lorafit.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, LorafitError, RunDirError
 from lorafit.lora.tokens import token_rows
 from lorafit.model import spec as model_spec
 from lorafit.opening import open_target
 from lorafit.plan import machine, memory, trained
+from lorafit.planning import plan
 from lorafit.run import Start, train
+from lorafit.use import evaluate
 from tests import tiny
 
 KEYS = {
@@ -162,6 +165,34 @@ def test_bad_input_is_one_sentence_and_leaves_no_directory(
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def with_learned_positions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=258, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    ).save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_rows_longer_than_learned_positions_are_refused_with_the_length_to_give(
+    with_learned_positions: str, tmp_path: Path
+) -> None:
+    rows = [tiny.chat_row(f"is {n}?", "it is not " * 9) for n in range(8)]
+    data = str(tiny.write_rows(tmp_path / "rows.jsonl", rows))
+    settings = {"model": with_learned_positions, "data": data, "threads": 1, "max_steps": 1}
+    with pytest.raises(DataError, match=r"positions for 64\. Give --seq-len 64: "):
+        run({**settings, "output": str(tmp_path / "run")})
+    with pytest.raises(DataError, match=r"20 virtual ones among them.* Give --seq-len 44: "):
+        run({**settings, "output": str(tmp_path / "run"), "method": "prefix", "seq_len": 64})
+    result, _ = run({**settings, "output": str(tmp_path / "run"), "seq_len": 64})
+    assert result["rows"]["trained"]["cut_rows"] == len(rows)
+    with pytest.raises(DataError, match=r"a row has .* positions for 64\. Give --seq-len 64: "):
+        evaluate(EvalConfig(target=str(tmp_path / "run"), data=data, threads=1), Console(file=io.StringIO()))
+    with pytest.raises(DataError, match=r"positions for 64\. Give --seq-len 64: "):
+        plan(PlanConfig(model=with_learned_positions, data=data), Console(file=io.StringIO()), None)
 
 
 def test_force_starts_what_the_plan_refuses(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def _rows_of_data(config: PlanConfig, name: str, spec: ModelSpec) -> Rows:
     from lorafit.data.store import led as led_by
 
     some, data = _look(config, name, spec)
+    if spec.most_tokens and data.set.longest > spec.most_tokens:
+        raise model_spec.too_long(data.set.longest, spec.most_tokens)
     pieces, tokens = data.set.pieces, data.set.tokens
     count = config.rows or (None if some.total is None else max(1, round(some.total * pieces / len(some.rows))))
     read_tokens = tokens / pieces * min(pieces, config.batch_size)

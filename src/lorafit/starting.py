@@ -153,6 +153,9 @@ def read(config: TrainConfig, settled: Settled, force: bool, console: Console) -
         use_template(loaded.tokenizer, config.template)
     added = _add_tokens(config, loaded, console)
     data, encoded, held_out = _encode(config, settled.inputs, loaded.tokenizer, labels, settled.is_encoder, console)
+    longest = max(one.longest for one in (encoded, held_out) if one is not None) + config.lead_tokens
+    if spec.most_tokens and longest > spec.most_tokens:
+        raise model_spec.too_long(longest, spec.most_tokens, config.lead_tokens)
     followed = gated.followed_numbers(config, adds.params)
     adds = replace(adds, evaluated=held_out is not None, kept=adds.kept + followed)
     rows = led(encoded.encoded, range(spec.vocab, spec.vocab + config.lead_tokens))

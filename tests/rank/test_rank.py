@@ -137,8 +137,9 @@ def test_the_command_trains_on_the_rows_of_the_search_where_these_were_split_fro
     assert not ended.value.code
     of = {"search": tmp_path / "out" / "trials" / "all-ranks", "command": tmp_path / "runs"}
     of["command"] /= f"r{found['recommended_r']}"
-    read = {name: json.loads((run / "run.json").read_text())["data"] for name, run in of.items()}
-    assert read["search"] == read["command"]
+    read = {name: json.loads((run / "run.json").read_text()) for name, run in of.items()}
+    for what in ("data_sha256", "rows", "eval_data"):
+        assert read["search"][what] == read["command"][what]
 
 
 def test_the_adapter_that_the_search_left_is_taken_by_the_command_that_is_told(

@@ -33,6 +33,7 @@ from lorafit.engine.packing import Packing
 from lorafit.engine.patch import Patches, patch_gated_mlps, patch_norms, patch_rotary
 from lorafit.engine.probe import Probe
 from lorafit.errors import ModelError
+from lorafit.model.spec import OF_POSITIONS, too_long
 from lorafit.slabs import SLABS, trim_heap
 
 ATTRIBUTE = "_lorafit_engine"
@@ -64,6 +65,7 @@ class Engine:
     _wanted: Tensor | None = None
     _configs: list[Any] = field(default_factory=list)
     _stepped: bool = False
+    _most_tokens: int | None = None
 
     @property
     def released(self) -> bool:
@@ -119,7 +121,9 @@ class Engine:
             return loss.head_inputs(self.model, batch)
 
     def _moved(self, batch: Batch) -> Batch:
-        """The batch where the model is."""
+        """The batch where the model is. Raises DataError for a row that it has not enough positions for."""
+        if self._most_tokens and (tokens := int(batch.position_ids.max()) + 1) > self._most_tokens:
+            raise too_long(tokens, self._most_tokens, row="a row")
         device = next(self.model.parameters()).device
         if device.type == "cpu":
             return batch
@@ -215,6 +219,13 @@ def plain(model: nn.Module) -> Engine:
     return Engine(model)
 
 
+def _positions_of(model: nn.Module) -> int | None:
+    """As `ModelSpec.most_tokens`."""
+    learned = any(name.rpartition(".")[2] in OF_POSITIONS for name, _ in model.named_modules())
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    return int(stated) if learned and stated else None
+
+
 @torch.no_grad()
 def prepare(model: nn.Module, share_prefix: bool, release: bool = False) -> Engine:
     """Look at the model, which has its adapters attached, and replace what can be.
@@ -227,7 +238,7 @@ def prepare(model: nn.Module, share_prefix: bool, release: bool = False) -> Engi
     earlier: Engine | None = getattr(model, ATTRIBUTE, None)
     if earlier is not None:
         earlier.close()
-    engine = Engine(model, _configs=attention.configs_of(model))
+    engine = Engine(model, _configs=attention.configs_of(model), _most_tokens=_positions_of(model))
     setattr(model, ATTRIBUTE, engine)
     attention.register()
     with _without_dropout(model):

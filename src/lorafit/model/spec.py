@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit import files
-from lorafit.errors import ModelError
+from lorafit.errors import DataError, ModelError
 from lorafit.model import gguf_config, gguf_header, gguf_names, safetensors_header
 from lorafit.model.find import CONFIG, INDEX, INSTALLED, has_weights, read_json, resolve, weight_files
 from lorafit.model.shapes import shapes_of
@@ -33,6 +33,8 @@ ALIASES = {  # field -> the names it has in config.json, by family
 }
 GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how classes that write text end
 OUTPUT_WEIGHTS = ("lm_head.weight", "embed_out.weight", "output.weight")
+# Modules that learn a vector for each position, and have none beyond the last.
+OF_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")  # stored by older versions
 
 
@@ -71,6 +73,21 @@ class ModelSpec:
         """Whether its config names a class that generates; an encoder gives hidden states alone."""
         stated = self.config.get("architectures") or []
         return self.kind == "gguf" or not stated or any(str(name).endswith(GENERATING) for name in stated)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of a row, where positions are learned; None where they are computed, and rows may be longer than stated."""
+        learned = any(name.split(".")[-2:-1] == [one] for name in self.tensors for one in OF_POSITIONS)
+        return self.max_positions or None if learned else None
+
+
+def too_long(tokens: int, most: int, lead: int = 0, row: str = "the longest row") -> DataError:
+    """What to say of a row of so many tokens, of which `lead` are virtual, where there are positions for `most`."""
+    has = f"{tokens:,} tokens" + (f", {lead} virtual ones among them" if lead else "")
+    return DataError(
+        f"{row} has {has}, and the model has learned positions for {most:,}",
+        f"Give --seq-len {most - lead}: longer rows are cut there, and those cut are counted",
+    )
 
 
 def read(model: str) -> ModelSpec:
