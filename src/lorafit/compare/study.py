@@ -370,7 +370,7 @@ class Study:
 
 def _refusal(refused: child.Refused) -> Record:
     """As a part of a record; again: it may go better another time."""
-    return {"refused": str(refused)} | ({"again": True} if isinstance(refused, child.Killed) else {})
+    return {"refused": str(refused)} | ({"again": True} if refused.may_go_better else {})
 
 
 def _measures() -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafit import files
-from lorafit.errors import Interrupted, LorafitError
+from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, RunDirError
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # What transformers imports late is imported by every child otherwise.
@@ -34,9 +34,19 @@ class Refused(LorafitError):
         super().__init__(what, do)
         self.kind = kind
 
+    @property
+    def may_go_better(self) -> bool:
+        """Whether the same may do another time: with more memory free, or more of the disk."""
+        return issubclass(self.kind, (DoesNotFitError, RunDirError))
+
 
 class Killed(Refused):
-    """The child ended without a word. Another try may go better."""
+    """The child ended without a word."""
+
+    @property
+    def may_go_better(self) -> bool:
+        """As most are killed for want of memory."""
+        return True
 
 
 def call(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: Path) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def _digests(rows: Sequence[Row]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
 def _notes(train: list[Row], unseen: list[Row], side: str) -> list[str]:
     notes = []
     if len(unseen) < FEW_ROWS:
-        notes.append(f"there are {len(unseen)} {side} rows: only large differences can be seen")
+        few = f"there is 1 {side} row" if len(unseen) == 1 else f"there are {len(unseen)} {side} rows"
+        notes.append(f"{few}: only large differences can be seen")
     again = int(np.isin(_digests(unseen), _digests(train)).sum())
     if again:
         notes.append(f"{again} of {len(unseen)} {side} rows are among the training rows too: every run is flattered")
