@@ -98,10 +98,11 @@ def test_a_label_that_no_training_row_has_is_refused_or_learned(rows: dict[str, 
     with pytest.raises(LorafitError, match="'prime', which is none of the 2"):
         compared(tmp_path / "c", model=model, data=rows["data"], eval=rows["new"], methods=["head"])
     once = [{"text": f"{n} is one", "label": f"{n}"} for n in range(10)]
-    data = str(tiny.write_rows(tmp_path / "once.jsonl", once * 1 + [{"text": "so is 0", "label": "0"}] * 20))
+    often = [{"text": f"so is 0, the {n}th time", "label": "0"} for n in range(20)]
+    data = str(tiny.write_rows(tmp_path / "once.jsonl", once + often))
     found = split_in_three(CompareConfig(model=model, data=data, output="unused", eval="20%"), tmp_path / "rows")
     train = Path(found.path("train")).read_text()
-    assert all(f'"label": "{n}"' in train for n in range(10))
+    assert all(f'"label": "{n}"' in train for n in range(10)) and found.counts["test"] > 0
 
 
 def test_whole_numbers_are_predicted_where_that_is_the_task(tmp_path: Path) -> None:
