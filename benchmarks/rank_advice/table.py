@@ -257,7 +257,7 @@ def told_without_training(every: list[Result]) -> list[str]:
 
 
 def scaling_rows(every: list[Result]) -> list[str]:
-    """The best rate of each rank, by scaling, and how far apart those are."""
+    """Of each rank the loss at its best rate, by scaling, and how far apart those rates are."""
     lines = []
     for found in every:
         best = {(one["scaling"], one["r"]): one for one in found.get("best", [])}
@@ -266,12 +266,18 @@ def scaling_rows(every: list[Result]) -> list[str]:
         for scaling in SCALINGS:
             own = [best.get((same_as_usual(r, scaling), r)) for r in sorted(SCALED_RANKS)]
             known = [one["lr"] for one in own if one]
-            cells = " | ".join(told_of([one]) if one else "-" for one in own)
+            cells = " | ".join(f"{loss_of(found, one):.4f} ({told_of([one])})" if one else "-" for one in own)
             apart = f"{max(known) / min(known):.1f}" if len(known) == len(own) else "-"
             lines.append(f"| {found['set']} | {scaling} | {cells} | {apart} |")
     ranks = " | ".join(f"r {r}" for r in sorted(SCALED_RANKS))
     head = [f"| set | B A times | {ranks} | largest / smallest |", "|---|---|" + "---|" * (len(SCALED_RANKS) + 1)]
     return [*head, *lines, ""] if lines else []
+
+
+def loss_of(found: Result, best: Result) -> float:
+    """What the best run of a search of the rate lost, as it evaluated itself."""
+    wanted = {"seed": 0, "step": best["best_step"]} | {key: best[key] for key in ("r", "scaling", "precision")}
+    return float(next(run["eval_loss"] for run in found["runs"] if wanted.items() <= run.items()))
 
 
 def layer_rows(every: list[Result]) -> list[str]:
