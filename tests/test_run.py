@@ -195,6 +195,16 @@ def test_rows_longer_than_learned_positions_are_refused_with_the_length_to_give(
         plan(PlanConfig(model=with_learned_positions, data=data), Console(file=io.StringIO()), None)
 
 
+def test_an_encoders_rows_are_cut_at_its_positions_by_a_plan_as_by_a_training(tmp_path: Path) -> None:
+    model = str(tiny.write_bert(tmp_path / "bert"))
+    most = model_spec.read(model).most_tokens
+    assert most is not None
+    rows = [{"text": f"number {n} " * most, "label": "odd" if n % 2 else "even"} for n in range(8)]
+    data = str(tiny.write_rows(tmp_path / "rows.jsonl", rows))
+    found = plan(PlanConfig(model=model, data=data), Console(file=io.StringIO()), None)
+    assert found["data"]["longest"] == most and found["data"]["cut"] == len(rows)
+
+
 def test_force_starts_what_the_plan_refuses(inputs: dict[str, Any], tmp_path: Path) -> None:
     result, _ = run({**inputs, "output": str(tmp_path / "run"), "memory": "1MiB"}, force=True)
     assert result["predicted_peak_bytes"] > 1 << 20

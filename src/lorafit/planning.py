@@ -182,6 +182,8 @@ def _look(config: PlanConfig, name: str, spec: ModelSpec) -> tuple[Sample, Data]
         use_template(tokenizer, config.template)
     some = sample(locate(name).train())
     seq_len = config.seq_len or TrainConfig.model_fields["seq_len"].default
+    if not spec.writes_text and spec.most_tokens:
+        seq_len = min(seq_len, spec.most_tokens)  # where a training cuts an encoder's rows
     found, task = None, task_of(locate(name).train(), config.format, config.rename)
     if task != "generate":
         found = names_of(some.rows, config.format, config.rename, skip_bad=True, task=task)
