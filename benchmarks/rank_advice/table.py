@@ -210,8 +210,7 @@ def curve_rows(every: list[Result]) -> list[str]:
             own = {r: statistics.mean(curve[r] for curve in curves) for r in losses}
             off = " | ".join(f"{own[r] / losses[r] - 1:+.1%}" if r in losses else "-" for r in RANKS_BY_SIZE)
             run = advice[0]["run"]
-            others = (run.get("race") or {"seconds": 0.0})["seconds"]  # of the rates that lost
-            took = 1 + (run["halving_s"] + others) / run["train_s"]
+            took = in_trainings(run)
             quiet = advice[0].get("threads") is None
             timed = "training_s" in advice[0] and quiet
             whole = f"{sum(advice[0]['seconds'].values()) / advice[0]['training_s']:.2f}" if timed else "-"
@@ -222,6 +221,12 @@ def curve_rows(every: list[Result]) -> list[str]:
     names = f"| set | seeds | in | {ranks} | error | between ranks alone | the run | all |"
     head = [names, "|---|---|---|" + "---|" * (len(RANKS) + 4)]
     return [*head, *lines, ""] if lines else []
+
+
+def in_trainings(run: Result) -> float:
+    """The time of the run of all ranks in trainings of its largest, without evaluations."""
+    others = (run.get("race") or {"seconds": 0.0})["seconds"]  # of the rates that lost
+    return float(1 + (run["halving_s"] + others) / run["train_s"])
 
 
 def cost_rows(every: list[Result]) -> list[str]:
@@ -235,12 +240,14 @@ def cost_rows(every: list[Result]) -> list[str]:
             run, seconds, training_s = one["run"], one["seconds"], one["training_s"]
             told = sum(run["expected_s"].values())
             times = [f"{seconds['look']:.0f} s", f"{told:.0f} s", f"{seconds['train']:.0f} s", f"{one['wall_s']:.0f} s"]
-            whole = f"{sum(seconds.values()) / training_s:.2f}"
+            whole = f"{in_trainings(run):.2f} | {sum(seconds.values()) / training_s:.2f}"
             rows = f"{one['rows']['train']} + {one['rows']['valid']}"
             race = "yes" if run["race"] else "no"
             lines.append(f"| {' | '.join([found['set'], run['precision'], rows, race, *times, whole])} |")
-    names = "| set | in | rows | race | the look | the run, told | the run | the command | all, in trainings |"
-    return [names, "|---|---|---|---|---|---|---|---|---|", *lines, ""] if lines else []
+    names = (
+        "| set | in | rows | race | the look | the run, told | the run | the command | the run, in trainings | all |"
+    )
+    return [names, "|---|---|---|---|---|---|---|---|---|---|", *lines, ""] if lines else []
 
 
 def told_without_training(every: list[Result]) -> list[str]:
