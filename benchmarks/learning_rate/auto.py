@@ -202,7 +202,7 @@ class Found:
 
 def fixed_told() -> str:
     """How far the better of the rates that race is from the best of the grid, and one rate for all; of texts alone."""
-    found = [json.loads(path.read_text()) for path in sorted(GRIDS.glob("*.json"))]
+    found = [one for path in sorted(GRIDS.glob("*.json")) if (one := json.loads(path.read_text()))["set"] in SETS]
     searched = [
         above_best(one["runs"], best) for one in found for best in one.get("best", []) if best["scaling"] == USUAL
     ]

@@ -9,7 +9,8 @@
 
 DIR holds the sets that SETS names. Of each, TRAIN rows are trained on and VALID others of the same file measured after
 each of EPOCHS epochs; the best of these evaluations counts, and its loss is measured row by row. A set whose name ends
-in SHUFFLED has its words exchanged for each other, the same everywhere: a language that no model knows.
+in SHUFFLED has its words exchanged for each other, the same everywhere: a language that no model knows. One whose name
+ends in LONGER is the set itself, trained for LONG_EPOCHS.
 
 `separate` searches the rate of every rank with the first seed on a grid of four rates a decade, from the best one of
 the nearest rank outwards, until both neighbours of the best have been tried; other seeds run at that rate. `advise` is
@@ -78,6 +79,7 @@ SCALED_RANKS = (16, 4, 1, 64)
 # A run with ranks by layer in the place of one everywhere. A small one, which leaves the most to be gained by it.
 BY_LAYER, LAYERED_RANK = "by layer", 4
 SHUFFLED = " shuffled"
+LONGER, LONG_EPOCHS = " longer", 8
 WORD = re.compile(r"[^\W\d_]+")
 RESULTS = Path(__file__).resolve().parent / "results"
 Result = dict[str, Any]
@@ -101,7 +103,7 @@ def outward(first: int, loss: Callable[[int], float], last: int = LAST_STEP) -> 
 
 def write_rows(data: Path, name: str, scratch: Path) -> tuple[Path, Path]:
     """(rows to train on, rows to measure), drawn from one file with a seed of their own."""
-    rows = lines_of(data, name.removesuffix(SHUFFLED))
+    rows = lines_of(data, name.removesuffix(SHUFFLED).removesuffix(LONGER))
     random.Random(0).shuffle(rows)
     rows = rows[: TRAIN + VALID]
     if name.endswith(SHUFFLED):
@@ -185,7 +187,8 @@ class Set:
         self.scratch.mkdir()
         self.threads, self.precision = given.threads, given.precision
         self.train, self.valid = write_rows(given.data, name, scratch)
-        new = {"set": name, "machine": machine(), "rows": [TRAIN, VALID], "epochs": EPOCHS, "runs": []}
+        self.epochs = LONG_EPOCHS if name.endswith(LONGER) else EPOCHS
+        new = {"set": name, "machine": machine(), "rows": [TRAIN, VALID], "epochs": self.epochs, "runs": []}
         self.found: Result = json.loads(self.file.read_text()) if self.file.exists() else new
 
     def run(self, r: int, step: int, seed: int, scaling: str = USUAL, *, rows: bool = False) -> Result:
@@ -217,7 +220,7 @@ class Set:
             "model": MODEL,
             "data": str(self.train),
             "eval": str(self.valid),
-            "epochs": EPOCHS,
+            "epochs": self.epochs,
             "precision": self.precision,
         }
         return own | {"r": r, "alpha": 2 * r, "lr": rate(step), "seed": seed, "threads": self.threads}
@@ -226,7 +229,7 @@ class Set:
         """Ranks by layer, from the spectra of the gradients, with as many parameters as LAYERED_RANK everywhere."""
         if "pattern" not in self.found:
             place = {"model": MODEL, "data": str(self.train), "output": str(self.scratch)}
-            config = RankConfig(**place, precision=self.precision, threads=self.threads, epochs=EPOCHS)
+            config = RankConfig(**place, precision=self.precision, threads=self.threads, epochs=self.epochs)
             given = config, max(RANKS), str(self.train), VALID, str(KEEP)
             look = child.call(looking.look, given, self.scratch / "log.txt")
             self.found["pattern"] = allocate(spectra_of(look), LAYERED_RANK, least=1)
@@ -336,8 +339,8 @@ def advised(given: argparse.Namespace) -> None:
 def asked(one: Set, seed: int, out: Path) -> Result:
     """The advice of the command itself."""
     shutil.rmtree(out, ignore_errors=True)
-    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", EPOCHS, "--precision", one.precision]
-    words += ["--seed", seed, *(["--threads", one.threads] if one.threads else [])]
+    words = ["rank", MODEL, one.train, "--eval", one.valid, "-o", out, "--epochs", one.epochs, "--seed", seed]
+    words += ["--precision", one.precision, *(["--threads", one.threads] if one.threads else [])]
     command = [sys.executable, "-m", "lorafit", *map(str, words), "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     found["gradients"].pop("by_weight")

@@ -25,7 +25,7 @@ from rank_advice.run import (
     RESULTS,
     SCALED_RANKS,
     SCALINGS,
-    SHUFFLED,
+    SETS,
     USUAL,
     best_runs,
     same_as_usual,
@@ -253,7 +253,7 @@ def cost_rows(every: list[Result]) -> list[str]:
 def told_without_training(every: list[Result]) -> list[str]:
     """How what is known without training goes with the rank that a set needs."""
     own = [found for found in every if found.get("advice") and is_whole(compared(found))]
-    known = [found for found in own if not found["set"].endswith(SHUFFLED)]
+    known = [found for found in own if found["set"] in SETS]
     lines = []
     for number, name in enumerate(MEASURES if len(known) > 3 else ()):
         pair = [measures(one["advice"][0])[number] for one in known], [float(needed(compared(one))) for one in known]
