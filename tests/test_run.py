@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorafit.config import RATES, EvalConfig, PlanConfig, TrainConfig
 from lorafit.engine import precision
@@ -169,12 +168,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_directory(
 
 @pytest.fixture(scope="module")
 def with_learned_positions(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("gpt2")
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=258, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
-    ).save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
+    return str(tiny.write_gpt2(tmp_path_factory.mktemp("gpt2"), positions=64))
 
 
 def test_rows_longer_than_learned_positions_are_refused_with_the_length_to_give(

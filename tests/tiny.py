@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -110,6 +118,16 @@ def write_bert(directory: Path, seed: int = 0) -> Path:
     """The encoder and its tokenizer as a Hugging Face directory."""
     bert(seed).save_pretrained(directory)
     bert_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_gpt2(directory: Path, positions: int = 64) -> Path:
+    """A model with learned positions, as a Hugging Face directory."""
+    config = GPT2Config(
+        vocab_size=258, n_positions=positions, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -40,12 +40,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafit.compare import measure
 from lorafit.config import CompareConfig, RankConfig
-from lorafit.rank import looking
 from lorafit.rank.conclude import by_layer, spectra_of
 from lorafit.rank.energies import allocate
-from lorafit.trials import child, measuring
+from lorafit.trials import child
 from lorafit.trials.rows import KEEP
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -161,7 +159,7 @@ def texts(value: Any, key: str = "") -> Iterator[str]:
 def trained(settings: Result, run: Path) -> Result:
     """One run and its best held-out loss; a loss of None where training failed. run: the directory it leaves."""
     try:
-        told = child.call(measuring.train, (settings | {"output": str(run)},), run.parent / "log.txt")
+        told = child.call(child.TRAIN, (settings | {"output": str(run)},), run.parent / "log.txt")
     except child.Refused as error:
         return {"eval_loss": None, "error": str(error)}
     kept = ("eval_loss", "train_loss", "train_s", "steps", "precision", "trainable_params", "tokens_computed")
@@ -174,7 +172,7 @@ def by_row(run: Path, settings: Result, precision: str) -> Result:
     """What a run loses on each of its held-out rows, in nats, and their tokens."""
     config = CompareConfig(model=MODEL, data=settings["data"], output=str(run.parent), threads=settings["threads"])
     log = run.parent / "log.txt"
-    rows = child.call(measure.losses, (str(run), config, precision, settings["eval"]), log)
+    rows = child.call("lorafit.compare.measure:losses", (str(run), config, precision, settings["eval"]), log)
     return {"nats": [round(n, 5) for n in rows["nats"]], "tokens": rows["tokens"]}
 
 
@@ -231,7 +229,7 @@ class Set:
             place = {"model": MODEL, "data": str(self.train), "output": str(self.scratch)}
             config = RankConfig(**place, precision=self.precision, threads=self.threads, epochs=self.epochs)
             given = config, max(RANKS), str(self.train), VALID, str(KEEP)
-            look = child.call(looking.look, given, self.scratch / "log.txt")
+            look = child.call("lorafit.rank.looking:look", given, self.scratch / "log.txt")
             self.found["pattern"] = allocate(spectra_of(look), LAYERED_RANK, least=1)
             self.write()
         return dict(self.found["pattern"])

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 from lorafit import files
-from lorafit.errors import RunDirError
+from lorafit.errors import CheckpointError, RunDirError
 
 FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "ranks", "checkpoints", "README.md")
 LOCK = ".lock"
@@ -179,3 +179,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def check_same(what: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on under other settings or inputs. what: such as `run`, as it is called in the sentence.
+
+    Raises CheckpointError that shows each difference.
+    """
+    changed = [
+        f"{name} was {earlier[part].get(name)!r}, now {now[part].get(name)!r}"
+        for part in ("config", "sha256")
+        for name in sorted(earlier[part].keys() | now[part].keys())
+        if earlier[part].get(name) != now[part].get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"this {what} was started otherwise: {'; '.join(changed)}",
+            "Resume with the same settings and files, or start anew in another directory with -o",
+        )

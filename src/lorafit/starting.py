@@ -34,7 +34,7 @@ from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
 from lorafit.plan import machine, memory, trained
 from lorafit.plan.memory import Split
-from lorafit.rundir import RunDir
+from lorafit.rundir import RunDir, check_same
 from lorafit.slabs import SLABS
 from lorafit.train import checkpoint, halving, outcome
 from lorafit.train.checkpoint import Checkpoint
@@ -283,7 +283,7 @@ def earlier_of(run: RunDir, console: Console) -> Checkpoint | None:
 
 def _check_same_run(earlier: dict[str, Any], now: dict[str, Any], console: Console) -> None:
     """Refuse to resume under other settings or inputs. Raises CheckpointError that shows each difference."""
-    checkpoint.check_same("run", earlier, now)
+    check_same("run", earlier, now)
     if earlier["versions"] != now["versions"]:
         console.print(
             "versions differ from those the run began with: the result may differ in rounding", style="yellow"

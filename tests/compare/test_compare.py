@@ -253,12 +253,12 @@ def fill_up(console: Console) -> dict[str, Any]:
 
 def test_a_child_says_why_it_ended_and_whether_it_may_go_better(tmp_path: Path) -> None:
     with pytest.raises(child.Killed, match="ended with -9") as killed:
-        child.call(die, (), tmp_path / "a.log")
+        child.call(f"{__name__}:die", (), tmp_path / "a.log")
     with pytest.raises(child.Refused, match=r"this cannot be used. Mend it.") as refused:
-        child.call(refuse, (), tmp_path / "b.log")
+        child.call(f"{__name__}:refuse", (), tmp_path / "b.log")
     assert "on the way" in (tmp_path / "b.log").read_text()
     with pytest.raises(child.Refused, match="no space left") as full:
-        child.call(fill_up, (), tmp_path / "c.log")
+        child.call(f"{__name__}:fill_up", (), tmp_path / "c.log")
     ended = killed.value, refused.value, full.value
     assert [one.may_go_better for one in ended] == [True, False, True]
     assert refused.value.kind is DataError

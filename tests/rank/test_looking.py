@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def test_a_held_out_row_takes_its_share_of_the_first_passes_forward(monkeypatch:
     clock = iter((10.0, 14.0))
     monkeypatch.setattr(looking.time, "perf_counter", lambda: next(clock))
     assert _row_s(engine, steps) == pytest.approx(4.0 / (looking.PACED_STEPS * config.batch_size))
+
+
+def test_the_reference_text_is_cut_to_what_learned_positions_hold(tmp_path: Path) -> None:
+    model = str(tiny.write_gpt2(tmp_path / "model", positions=96))
+    rows = str(tiny.write_rows(tmp_path / "rows.jsonl", [tiny.chat_row(f"{n} odd?", "no") for n in range(8)]))
+    config = RankConfig(model=model, data=rows, output="o", batch_size=4, precision="fp32", threads=1)
+    found = looking.look(config, 2, rows, 2, str(KEEP), Console(file=io.StringIO()))
+    assert math.isfinite(found["distance"]["reference"])
 
 
 def test_a_look_says_what_the_run_will_compute_in(tmp_path: Path) -> None:

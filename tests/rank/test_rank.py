@@ -7,6 +7,8 @@ import json
 import math
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,37 @@ def test_a_search_goes_on_where_it_was_and_refuses_other_settings(
     again = line.rank(config(inputs, copy), True, quiet(), None)
     named = {name: again[name] for name in ("shrink", "by_layer")}  # what names the directory
     assert again == found | named and all(str(copy) in command for command in named.values())
+
+
+# A search that goes on, and one that begins, of which the look is refused at once.
+WITHOUT_TORCH = """
+import io, json, sys
+from rich.console import Console
+from lorafit.config import RankConfig
+from lorafit.rank import line
+from lorafit.trials import child
+
+def call(*_):
+    raise child.Refused("not today")
+
+child.call = call
+searched, begun = (RankConfig(**settings) for settings in json.loads(sys.argv[1]))
+line.rank(searched, True, Console(file=io.StringIO()), None)
+try:
+    line.rank(begun, False, Console(file=io.StringIO()), None)
+except child.Refused:
+    sys.exit("torch" in sys.modules or "transformers" in sys.modules)
+"""
+
+
+def test_only_children_take_the_time_and_memory_of_torch(
+    searched: tuple[Path, dict[str, Any], str], inputs: dict[str, str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(searched[0], copy)
+    both = [config(inputs, output).model_dump() for output in (copy, tmp_path / "new")]
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, json.dumps(both)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from lorafit.compare.candidate import candidates
 from lorafit.compare.conclude import conclude
 from lorafit.compare.on_ray import Cluster, connect, what_is_there
 from lorafit.compare.show import page, print_comparison, read_curves
-from lorafit.compare.study import Study
+from lorafit.compare.study import MEASURE, Study
 from lorafit.config import CompareConfig, parse_seconds
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
@@ -119,9 +119,8 @@ def _use(cluster: Cluster, study: Study, log: Console) -> None:
 
 def _look(config: CompareConfig, directory: Path, rows: Rows, log: Console) -> dict[str, Any]:
     """What is settled once: the precision that all are measured in, whether answers are compared, labels."""
-    from lorafit.compare import measure  # needs torch
-
-    seen = child.call(measure.look, (config, rows.path("train"), rows.path("test")), directory / "trials" / "setup.log")
+    arguments = (config, rows.path("train"), rows.path("test"))
+    seen = child.call(f"{MEASURE}:look", arguments, directory / "trials" / "setup.log")
     longest = seen["longest_reply"]
     generate = longest is not None and (
         config.metric == "accuracy" or (config.metric == "auto" and longest <= SHORT_REPLY_TOKENS)

@@ -131,7 +131,7 @@ def _right(opened: Opened, examples: Sequence[Example]) -> list[bool] | None:
 def _keep(engine: Engine, opened: Opened, keep: str) -> dict[str, Any]:
     """Loss on what was known before."""
     engine.model.eval()
-    nats, tokens = row_losses(engine, text_to_keep(keep, opened.tokenizer).encoded, KEEP_TOKENS)
+    nats, tokens = row_losses(engine, text_to_keep(keep, opened).encoded, KEEP_TOKENS)
     return {"nats": nats.tolist(), "tokens": tokens.tolist()}
 
 

@@ -43,7 +43,7 @@ class Cluster:
     under_way: set[Any] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
 
-    def call(self, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: Path) -> dict[str, Any]:
+    def call(self, work: str, arguments: tuple[Any, ...], log: Path) -> dict[str, Any]:
         """As `child.call`, on some node. A worker that died is Killed: the trial may be run again."""
         task = self.ray.remote(num_cpus=self.cpus, max_retries=RETRIES)(_on_worker)
         said = task.remote(work, arguments, str(log))
@@ -159,7 +159,7 @@ def _first_line(error: BaseException) -> str:
 # --- on a node --------------------------------------------------------------------------------------------------------
 
 
-def _on_worker(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: str) -> tuple[str, Any]:
+def _on_worker(work: str, arguments: tuple[Any, ...], log: str) -> tuple[str, Any]:
     """What the child said, as values: an error that crosses machines would lose its sentences."""
     try:
         return "done", child.call(work, arguments, Path(log))

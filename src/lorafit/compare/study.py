@@ -32,6 +32,8 @@ from lorafit.trials.watching import watched
 from lorafit.units import format_seconds
 
 LEAST_SEARCH_STEPS = 20
+# What children compute beside trainings.
+MEASURE = "lorafit.compare.measure"
 # What a comparison says of all its runs.
 SHARED = (
     "model", "r", "epochs", "batch_size", "loss_on", "precision", "threads", "trust_remote_code", "format", "rename",
@@ -61,7 +63,7 @@ class Study:
     notes: list[str] = field(default_factory=list)
     floors: dict[str, Record] = field(default_factory=dict)
     labels: dict[str, Any] | None = None
-    call: Callable[[Callable[..., Record], tuple[Any, ...], Path], Record] = field(default=child.call)
+    call: Callable[[str, tuple[Any, ...], Path], Record] = field(default=child.call)
     slots: int = 1
 
     @property
@@ -107,7 +109,7 @@ class Study:
         arguments = (self.config, self.rows.path("train"), self.rows.path("test"))
         works: dict[str, Work] = {
             "mean" if labels["task"] == "regress" else "most_frequent": partial(
-                self.call, _measures().constant, arguments
+                self.call, f"{MEASURE}:constant", arguments
             )
         }
         self.notes.append("no untuned base: without a head, or examples, it was never told of the labels")
@@ -124,7 +126,7 @@ class Study:
     def _few_shot(self, generate: bool, log: Path) -> Record:
         arguments = (self.config, self.precision, self.rows.path("train"), self.rows.path("test"), generate)
         try:
-            return self.call(_measures().few_shot, arguments, log)
+            return self.call(f"{MEASURE}:few_shot", arguments, log)
         except child.Refused as refused:
             return {"shots": 0} | _refusal(refused)
 
@@ -306,7 +308,7 @@ class Study:
             best = min(one.rates.values(), key=lambda record: math.inf if record["loss"] is None else record["loss"])
             arguments = (str(self.directory / best["run"]), self.config, self.precision, self.rows.path("valid"))
             name = f"{best['run'].removeprefix('trials/')}.valid"
-            sides = [self._once(name, lambda log: self.call(_measures().losses, arguments, log))]
+            sides = [self._once(name, lambda log: self.call(f"{MEASURE}:losses", arguments, log))]
         return Scores(np.array([side["nats"] for side in sides]).T, np.array(sides[0]["tokens"], dtype=np.float64))
 
     # --- one trial --------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ class Study:
 
         def work(log: Path) -> Record:
             try:
-                result = self.call(_train(), (wanted,), log)
+                result = self.call(child.TRAIN, (wanted,), log)
             except child.Refused as refused:
                 return {"run": f"trials/{name}", "result": None} | _refusal(refused)
             shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none, and they are large
@@ -338,7 +340,7 @@ class Study:
     def _measure(self, target: str, sides: tuple[str, ...], timed: bool, log: Path) -> Record:
         paths = {side: self.rows.path(side) for side in sides}
         arguments = (target, self.config, self.precision, paths, self.keep, self.generate, timed)
-        return self.call(_measures().measure, arguments, log)
+        return self.call(f"{MEASURE}:measure", arguments, log)
 
     def _ahead(self, jobs: Sequence[Callable[[], object]]) -> None:
         """Where there are slots, make these records at the same time; each is found when its turn comes."""
@@ -371,16 +373,3 @@ class Study:
 def _refusal(refused: child.Refused) -> Record:
     """As a part of a record; again: it may go better another time."""
     return {"refused": str(refused)} | ({"again": True} if refused.may_go_better else {})
-
-
-def _measures() -> Any:
-    """What the children run: only here, as it needs torch."""
-    from lorafit.compare import measure
-
-    return measure
-
-
-def _train() -> Any:
-    from lorafit.trials.measuring import train
-
-    return train

@@ -33,6 +33,8 @@ from lorafit.trials.watching import watched
 from lorafit.units import format_seconds
 
 FILE_NAMES = ("rank.json", "report.html", BY_LAYER, SETUP, "rows", TRIALS)
+# What children compute beside trainings.
+LOOKING = "lorafit.rank.looking"
 # What may differ when a search is resumed.
 FREE_TO_CHANGE = frozenset({"output", "model", "data", "eval", "verify"})
 # What all runs of a search have in common.
@@ -109,12 +111,10 @@ def _check_rows(config: RankConfig) -> None:
 
 
 def _look(config: RankConfig, most: int, directory: Path, rows: Rows, log: Console) -> dict[str, Any]:
-    from lorafit.rank import looking  # needs torch
-
     arguments = (config, most, rows.path("train"), rows.counts["valid"], str(KEEP))
     path = directory / TRIALS / "look.log"
     with watched(log, "looking at base and rows, without training", path):
-        found = child.call(looking.look, arguments, path)
+        found = child.call(f"{LOOKING}:look", arguments, path)
     for row in found["distance"]["furthest"]:
         row["origin"] = rows.given("train", row["origin"])
     return {"look": found}
@@ -147,10 +147,8 @@ class Trials:
         wanted |= {"data": self.rows.path("train"), "eval": self.rows.path("valid"), "output": str(run)}
 
         def work(path: Path) -> Record:
-            from lorafit.trials.measuring import train  # needs torch
-
             try:
-                result = child.call(train, (TrainConfig(**wanted).model_dump(),), path)
+                result = child.call(child.TRAIN, (TrainConfig(**wanted).model_dump(),), path)
             except child.Refused as refused:
                 if not issubclass(refused.kind, NumericsError):
                     raise LorafitError(f"training {told} failed: {refused.what}", _what_to_do(refused)) from None
@@ -168,10 +166,9 @@ class Trials:
         """What a run loses on each held-out row: nats and tokens."""
 
         def work(path: Path) -> Record:
-            from lorafit.rank import looking  # needs torch
-
             run = str(self.directory / TRIALS / name)
-            return child.call(looking.losses, (run, self.config, self.precision, self.rows.path("valid")), path)
+            arguments = (run, self.config, self.precision, self.rows.path("valid"))
+            return child.call(f"{LOOKING}:losses", arguments, path)
 
         return self._once(f"{name}.losses", work, "measuring it on the held-out rows")
 

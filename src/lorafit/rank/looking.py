@@ -51,7 +51,7 @@ def look(config: RankConfig, most: int, train: str, held_out: int, keep: str, co
     encoded = encode_all(examples, opened.tokenizer, config.seq_len, config.loss_on)
     every = encoded.encoded
     chosen = [every[n] for n in distance.evenly(len(every), _within(len(every) // ROWS_BY, LEAST_ROWS, MOST_ROWS))]
-    reference = text_to_keep(keep, opened.tokenizer).encoded
+    reference = text_to_keep(keep, opened).encoded
     bare = prepare(opened.model, share_prefix=True)  # layers that hold sketches cost a quarter more
     load_s = time.perf_counter() - started
     far = distance.measure(bare, opened.model, opened.tokenizer, chosen, reference, config.seq_len, config.seed)

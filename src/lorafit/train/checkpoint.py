@@ -118,21 +118,3 @@ def _numbered(directory: Path) -> list[Path]:
     """Checkpoints below `directory`, newest first."""
     found = [path for path in directory.iterdir() if NAME.fullmatch(path.name)] if directory.is_dir() else []
     return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def check_same(what: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on under other settings or inputs. what: such as `run`, as it is called in the sentence.
-
-    Raises CheckpointError that shows each difference.
-    """
-    changed = [
-        f"{name} was {earlier[part].get(name)!r}, now {now[part].get(name)!r}"
-        for part in ("config", "sha256")
-        for name in sorted(earlier[part].keys() | now[part].keys())
-        if earlier[part].get(name) != now[part].get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"this {what} was started otherwise: {'; '.join(changed)}",
-            "Resume with the same settings and files, or start anew in another directory with -o",
-        )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from lorafit import files
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, RunDirError
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# One run of a training.
+TRAIN = "lorafit.trials.measuring:train"
 # What transformers imports late is imported by every child otherwise.
 PRELOADED = ["lorafit.run", "lorafit.trials.measuring", "transformers.modeling_utils", "transformers.modeling_layers"]
 # How long a run may take to save what it has when it is interrupted.
@@ -49,11 +51,11 @@ class Killed(Refused):
         return True
 
 
-def call(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: Path) -> dict[str, Any]:
+def call(work: str, arguments: tuple[Any, ...], log: Path) -> dict[str, Any]:
     """work(*arguments, console) in a process of its own; what it prints is added to `log`.
 
-    Raises Refused where it raised a LorafitError, Killed where it said nothing, Interrupted on Ctrl-C, once it has
-    saved its state.
+    work: as `module:function`, so that what it needs, torch above all, is imported there alone. Raises Refused where
+    it raised a LorafitError, Killed where it said nothing, Interrupted on Ctrl-C, once it has saved its state.
     """
     with files.explained(log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def _hear(connection: Connection) -> tuple[str, Any] | None:
         return None
 
 
-def _child(connection: Connection, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], log: str) -> None:
+def _child(connection: Connection, work: str, arguments: tuple[Any, ...], log: str) -> None:
     _die_with_parent()
     with open(log, "a", encoding="utf-8", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
@@ -104,7 +106,7 @@ def _child(connection: Connection, work: Callable[..., dict[str, Any]], argument
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            said: tuple[str, Any] = "done", work(*arguments, Console(file=file, width=200))
+            said: tuple[str, Any] = "done", pkgutil.resolve_name(work)(*arguments, Console(file=file, width=200))
         except Interrupted as error:
             said = "interrupted", str(error)
         except LorafitError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit import files
 from lorafit.config import TrialsConfig
 from lorafit.errors import RunDirError
-from lorafit.rundir import LOCK
+from lorafit.rundir import LOCK, check_same
 from lorafit.trials.rows import Rows
 
 SETUP = "setup.json"
@@ -68,8 +68,6 @@ def settle(
     hashes = {**inputs, **{side: files.sha256(Path(rows.path(side))) for side in rows.counts}}
     if path.is_file():
         earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        from lorafit.train.checkpoint import check_same  # needs torch, which bad settings never wait for
-
         check_same(what, earlier, {"config": settings, "sha256": hashes})
         return earlier
     found = {"config": settings, "sha256": hashes} | find()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,9 +21,6 @@ from lorafit.opening import Opened, open_target
 from lorafit.plan import machine
 from lorafit.run import Start
 from lorafit.run import train as train_run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Text to be kept is cut into pieces of so many tokens, so that a long one is not read at once.
 KEEP_TOKENS = 512
@@ -48,9 +45,11 @@ def examples_of(path: str, config: TrialsConfig) -> list[Example]:
     return read_examples(locate(path).train().rows(), config.format, config.rename)
 
 
-def text_to_keep(path: str, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+def text_to_keep(path: str, model: Opened) -> EncodedSet:
     """What should not be forgotten. A long text is read in pieces. Raises DataError."""
-    return encode_all(read_examples(locate(path).unseen().rows()), tokenizer, KEEP_TOKENS)
+    most = model.spec.most_tokens
+    piece = min(KEEP_TOKENS, most // 2) if most else KEEP_TOKENS  # half is left for virtual tokens in front
+    return encode_all(read_examples(locate(path).unseen().rows()), model.tokenizer, piece)
 
 
 def losses_of(engine: Engine, model: Opened, examples: Sequence[Example], config: TrialsConfig) -> dict[str, Any]:
