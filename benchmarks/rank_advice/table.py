@@ -86,14 +86,32 @@ def errors_told(advice: list[Result], runs: dict[int, list[Result]]) -> str:
     The latter in the mean over pairs of ranks, and the least and most of them.
     """
     best, losses, error = errors_of(advice[0]["curve"])
-    alone = []
-    for a, b in itertools.combinations([own[0] for own in runs.values() if own], 2):
-        weights = np.array(a["tokens"], dtype=np.float64)
-        between = math.prod(sum(run["nats"]) / weights.sum() for run in (a, b)) ** 0.5
-        alone.append(standard_error(np.subtract(a["nats"], b["nats"]), weights) / between)
+    alone = errors_alone(runs)
     spread = f" ({min(alone):.1%} to {max(alone):.1%})" if len(alone) > 1 else ""
     told = f"{statistics.mean(alone):.1%}{spread}" if alone else "-"
     return f"{error / losses[best]:.1%} | {told}"
+
+
+def errors_alone(runs: dict[int, list[Result]]) -> list[float]:
+    """The standard error of the difference between each two ranks that were trained alone, in shares of their losses."""
+    found = []
+    for a, b in itertools.combinations([own[0] for own in runs.values() if own], 2):
+        weights = np.array(a["tokens"], dtype=np.float64)
+        between = math.prod(sum(run["nats"]) / weights.sum() for run in (a, b)) ** 0.5
+        found.append(standard_error(np.subtract(a["nats"], b["nats"]), weights) / between)
+    return found
+
+
+def by_chance(runs: dict[int, list[Result]]) -> float:
+    """What a rank would lose more than the best of these in the mean if all were equally good, in shares of the loss.
+
+    Of n normal deviates the largest is expected at the integral of x n f(x) F(x)^(n - 1) (Arnold et al. 1992, 5.2).
+    """
+    x = np.linspace(-8, 8, 4001)
+    density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    below = np.array([(1 + math.erf(one / math.sqrt(2))) / 2 for one in x])
+    largest = float((x * len(runs) * density * below ** (len(runs) - 1)).sum() * (x[1] - x[0]))
+    return largest * statistics.mean(errors_alone(runs)) / math.sqrt(2)
 
 
 def needed(runs: dict[int, list[Result]]) -> int:
@@ -162,7 +180,8 @@ def other_rows(every: list[Result]) -> list[str]:
 def separate_rows(every: list[Result]) -> list[str]:
     """Each rank's loss at its best rate, and what was advised with each seed; `-` where a rank was not trained yet."""
     ranks = " | ".join(f"r {r}" for r in RANKS_BY_SIZE)
-    lines = [f"| set | seeds | {ranks} | needed | advised | regret |", "|---|---|" + "---|" * (len(RANKS) + 3)]
+    head = f"| set | seeds | {ranks} | needed | advised | regret | by chance |"
+    lines = [head, "|---|---|" + "---|" * (len(RANKS) + 4)]
     for found in every:
         runs, advice = compared(found), found.get("advice", [])
         losses = mean_losses(runs)
@@ -178,7 +197,8 @@ def separate_rows(every: list[Result]) -> list[str]:
         if is_whole(runs):
             smallest = str(needed(runs))
         seeds = min(map(len, runs.values()), default=0)
-        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret])} |")
+        chance = f"{by_chance(runs):.1%}" if len(runs) > 1 else "-"
+        lines.append(f"| {' | '.join([found['set'], str(seeds), *cells, smallest, told, regret, chance])} |")
     return lines
 
 
