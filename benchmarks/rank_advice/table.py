@@ -93,7 +93,7 @@ def errors_told(advice: list[Result], runs: dict[int, list[Result]]) -> str:
 
 
 def errors_alone(runs: dict[int, list[Result]]) -> list[float]:
-    """The standard error of the difference between each two ranks that were trained alone, in shares of their losses."""
+    """The standard error of the difference between each two ranks trained alone, in shares of their losses."""
     found = []
     for a, b in itertools.combinations([own[0] for own in runs.values() if own], 2):
         weights = np.array(a["tokens"], dtype=np.float64)
