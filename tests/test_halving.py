@@ -22,13 +22,14 @@ from peft import PeftModel
 from rich.console import Console
 
 import lorafit.run
-from lorafit import adapters
-from lorafit.config import EvalConfig, ShrinkConfig, TrainConfig
+from lorafit import adapters, opening
+from lorafit.config import EvalConfig, ReportConfig, ShrinkConfig, TrainConfig
 from lorafit.errors import ConfigError, Interrupted, NumericsError
 from lorafit.export import arithmetic, saved
 from lorafit.run import Start, train
 from lorafit.rundir import RunDir
-from lorafit.train import halving
+from lorafit.showing import report
+from lorafit.train import halving, loop
 from lorafit.use import evaluate
 from tests import tiny
 
@@ -226,10 +227,14 @@ def test_what_shrink_writes_is_what_the_run_trained_or_the_nearest_to_it_and_pef
 
 def test_a_rank_that_there_is_no_adapter_of_is_refused(inputs: dict[str, Any], halved: Halved, tmp_path: Path) -> None:
     shrunk({"run": str(halved[0]), "r": 2, "output": str(tmp_path / "small")})
-    with pytest.raises(ConfigError, match="is no run that leaves other ranks"):
-        loss(tmp_path / "small", Path(inputs["eval"]), r=1)
-    with pytest.raises(ConfigError, match=r"--r 3 is given, and .* has adapters of rank 1, 2, 4, 6"):
-        loss(halved[0], Path(inputs["eval"]), r=3)
+    for target, r, told in (
+        (tmp_path / "small", 1, r"small leaves no other ranks\. Make .*: lorafit shrink .*small --r 1 -o DIR"),
+        (halved[0], 3, r"has adapters of rank 1, 2, 4, 6\. Give one of these, or make it: lorafit shrink"),
+        (halved[0], 64, r"has adapters of rank 1, 2, 4, 6\. Give one of these\.$"),
+        (inputs["model"], 2, r"is a model without an adapter"),
+    ):
+        with pytest.raises(ConfigError, match=rf"--r {r} is given, and .*{told}"):
+            loss(target, Path(inputs["eval"]), r=r)
 
 
 def test_layers_of_a_lower_rank_stay_as_they_are_until_it_is_their_turn_and_tied_ones_follow(
@@ -240,6 +245,92 @@ def test_layers_of_a_lower_rank_stay_as_they_are_until_it_is_their_turn_and_tied
     assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
     for one in result["by_rank"]:
         assert loss(tmp_path / "run", Path(inputs["eval"]), r=one["r"]) == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_lower_ranks_read_rows_as_the_run_did(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """By its template, and after the system message of its rows."""
+    system = {"role": "system", "content": "Be short."}
+    rows = [{"messages": [system, *tiny.chat_row(f"What is {n}?", f"{n * 7}")["messages"]]} for n in range(12)]
+    data, out = tiny.write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    more = {"data": str(data), "eval": str(data), "epochs": 1, "template": "alpaca"}
+    result, _ = run({**inputs, **more, "output": str(out)})
+    for one in result["by_rank"][:-1]:
+        assert loss(out, data, r=one["r"]) == pytest.approx(one["loss"], rel=1e-5)
+        assert loss(out / "ranks" / f"r{one['r']}", data) == pytest.approx(one["loss"], rel=1e-5)
+    assert [opening.find(str(out / place), None).system for place in ("", "ranks/r2")] == ["Be short."] * 2
+    _, printed = shrunk({"run": str(out), "r": 2, "output": str(tmp_path / "small")})
+    assert f"lorafit chat {tmp_path / 'small'} --system 'Be short.'" in printed
+
+
+def test_what_rounding_the_base_changes_is_in_the_losses_of_a_smaller_adapter(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    out, small, held_out = tmp_path / "run", tmp_path / "small", Path(inputs["eval"])
+    result, _ = run({**inputs, "base_storage": "int8", "epochs": 1, "output": str(out)})
+    found, printed = shrunk({"run": str(out), "r": 2, "output": str(small), "data": str(held_out)})
+    assert found["loss_before"] == pytest.approx(result["eval_loss"], rel=1e-5)
+    assert found["loss_after"] == pytest.approx(result["by_rank"][1]["loss"], rel=1e-5)
+    assert f"lorafit eval {small} TEST.jsonl --base-storage int8" in printed
+
+
+def test_ranks_begin_at_the_largest_that_a_layer_has(inputs: dict[str, Any], tmp_path: Path) -> None:
+    more = {"r": 16, "alpha": 24.0, "targets": "q_proj,v_proj", "rank_pattern": {"q_proj": 6, "v_proj": 5}}
+    result, _ = run({**inputs, **more, "epochs": 1, "output": str(tmp_path / "run")})
+    assert [one["r"] for one in result["by_rank"]] == [1, 2, 4, 6]
+
+
+def test_a_run_that_was_never_evaluated_is_measured_with_its_lower_ranks(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {"eval_every": 100, "schedule": "constant", "epochs": 1}
+    result, printed = run({**inputs, **more, "output": str(tmp_path / "run")})
+    assert result["eval_loss"] is None
+    assert result["by_rank"][-1]["loss"] == pytest.approx(loss(tmp_path / "run", Path(inputs["eval"])), rel=1e-5)
+    assert "held-out loss by rank:" in printed
+
+
+@pytest.mark.parametrize("stop_at", ["after an early stop", "in the last step"])
+def test_a_signal_before_lower_ranks_leaves_a_run_to_go_on_from(
+    stop_at: str, inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, module = (halving.truncate, halving) if stop_at == "after an early stop" else (loop.train_one_step, loop)
+    more = {"eval_every": 1, "patience": 1, "lr": 0.5, "save_every": 100} if module is halving else {"epochs": 1}
+
+    def interrupted(*given: Any) -> None:
+        real(*given)
+        if module is halving or given[0].progress.step == given[0].work.total_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, real.__name__, interrupted)
+    with pytest.raises(Interrupted, match="while the ranks below were trained; the run itself is saved"):
+        run({**inputs, **more, "output": str(tmp_path / "run")})
+    monkeypatch.undo()
+    result, printed = run({**inputs, **more, "output": str(tmp_path / "run")}, resume=True)
+    assert f"resuming after step {result['steps']}" in printed
+    assert result["stopped_early"] == (module is halving) and len(result["by_rank"]) == 4
+
+
+def test_what_a_killed_halving_left_half_written_is_removed(
+    inputs: dict[str, Any], halved: Halved, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(halved[0], again)
+    (again / "run.json").unlink()
+    (again / "ranks" / "r4").rename(again / "ranks" / ".r4.x1y2z3")
+    run({**inputs, "output": str(again)}, resume=True)
+    assert sorted(path.name for path in (again / "ranks").iterdir()) == ["held_out.json", "r1", "r2", "r4"]
+
+
+def test_the_report_shows_ranks_and_the_rate_that_was_found(inputs: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result, _ = run({**inputs, "lr": "auto", "epochs": 12, "output": str(out)})
+    heard = io.StringIO()
+    report(ReportConfig(directory=str(out), samples=0), Console(file=io.StringIO()), Console(file=heard, width=200))
+    page = (out / "report.html").read_text()
+    for told in (heard.getvalue(), page):
+        assert "raced over the first" in told and f"{result['race']['lr']:g} went on" in told
+        assert all(f"{one['loss']:.4f}" in told for one in result["by_rank"])
+    assert f"auto (measured: {result['race']['lr']:g})" in page
 
 
 @pytest.mark.parametrize("more", [{"scaling_rule": "alpha/sqrt(r)"}, {"lr": "auto", "epochs": 12}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -15,12 +16,12 @@ from rich.table import Table
 
 from lorafit import files
 from lorafit.chart import Mark, Panel, chart
-from lorafit.config import CombineConfig, EvalConfig, ScaleConfig, ShrinkConfig
+from lorafit.config import ROUNDED, CombineConfig, EvalConfig, ScaleConfig, ShrinkConfig
 from lorafit.errors import ConfigError
 from lorafit.export import arithmetic
 from lorafit.export.merge import check_output
 from lorafit.plan import machine
-from lorafit.rundir import RunDir
+from lorafit.rundir import RunDir, run_of_rank
 from lorafit.units import format_count
 
 
@@ -54,12 +55,24 @@ def shrink(config: ShrinkConfig, console: Console) -> dict[str, Any]:
     console.print(f"wrote {config.output}: {_told_shrunk(found)}", highlight=False, markup=False)
     for line in _told_by_rank(by_rank, config.r):
         console.print(line, highlight=False)
+    system, storage = _of_run(config.run)
     if config.data:
-        losses = [_loss(config, str(path), console) for path in (directory, Path(config.output))]
+        losses = [_loss(config, str(path), storage, console) for path in (directory, Path(config.output))]
         found |= {"loss_before": losses[0], "loss_after": losses[1]}
         console.print(f"loss on {config.data}: {losses[0]:.4f} before, {losses[1]:.4f} after", highlight=False)
-    _say_next(config.output, console)
+    _say_next(config.output, console, system, storage)
     return found
+
+
+def _of_run(name: str) -> tuple[str | None, str]:
+    """What a run knows and a directory of an adapter alone does not: its rows' system message, how its base was stored.
+
+    The latter is `auto` where that changes no number.
+    """
+    run = RunDir(name) if RunDir(name).exists else run_of_rank(Path(name))
+    result = run.read_result() if run else {}
+    storage = result.get("base_storage", "auto")
+    return result.get("system"), storage if storage in ROUNDED else "auto"
 
 
 def _least_above(by_rank: list[dict[str, Any]], r: int) -> int:
@@ -195,14 +208,21 @@ def _adapter(name: str) -> Path:
     return directory
 
 
-def _loss(config: ShrinkConfig, target: str, console: Console) -> float:
+def _loss(config: ShrinkConfig, target: str, storage: str, console: Console) -> float:
     from lorafit.use import evaluate  # needs transformers
 
     settings = {"target": target, "data": config.data, "rows": config.rows, "generate": False, "samples": 0}
-    settings["precision"] = "fp32"  # so that what differs is the adapter
+    settings |= {"precision": "fp32", "base_storage": storage}  # so that what differs is the adapter
     loss = evaluate(EvalConfig.model_validate(settings), console)["loss"]
     return float(loss) if loss is not None else math.inf
 
 
-def _say_next(output: str, console: Console) -> None:
-    console.print(f"Next:\n  lorafit eval {output} TEST.jsonl\n  lorafit chat {output}", highlight=False, markup=False)
+def _say_next(output: str, console: Console, system: str | None = None, storage: str = "auto") -> None:
+    """What to type next; with what belongs to the run and is no part of an adapter."""
+    rounded = "" if storage == "auto" else f" --base-storage {storage}"
+    spoken = "" if system is None else f" --system {shlex.quote(system)}"
+    if rounded:
+        what = f"the run's base was rounded to {storage}: eval does that by --base-storage, chat takes it as it is"
+        console.print(what, style="yellow", highlight=False)
+    commands = f"lorafit eval {output} TEST.jsonl{rounded}\n  lorafit chat {output}{spoken}"
+    console.print(f"Next:\n  {commands}", highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from lorafit.config import ROUNDED
 from lorafit.engine import precision
 from lorafit.errors import AdapterError, ConfigError, ModelError, listed
 from lorafit.export import saved
@@ -22,7 +23,7 @@ from lorafit.methods import table
 from lorafit.methods.labels import Labels, put_head
 from lorafit.model import load as model_load
 from lorafit.model import spec as model_spec
-from lorafit.rundir import RunDir
+from lorafit.rundir import RunDir, run_of_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def open_target(
         raise ConfigError(f"--scale must be a finite number, got {scale}", "0 is the base model, 1 the tuned one")
     found = find(target, adapter)
     if r is not None:
-        found = replace(found, adapter=_of_rank(target, r))
+        found = replace(found, adapter=_of_rank(target, found, r))
     if full:
         found = replace(found, storage="auto")
     labels = saved.labels_of(found.adapter) if found.adapter is not None else None
@@ -122,7 +123,7 @@ def open_target(
         tokenizer = tokenizer_of(found.adapter, loaded.model, loaded.tokenizer)
     decoded = storage == "auto"
     what = f"{found.base} with the adapter in {found.adapter} at scale {scale:g}" if found.adapter else found.base
-    rounded = f", rounded to {found.storage} as in training" if found.storage in ("nf4", "int8") else ""
+    rounded = f", rounded to {found.storage} as in training" if found.storage in ROUNDED else ""
     rounded += "" if decoded else f", weights kept as {storage}"
     console.print(f"opened {what} in {chosen}{rounded}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return Opened(
@@ -149,29 +150,40 @@ def find(target: str, adapter: str | None) -> Found:
             )
         return Found(target, Path(adapter))
     if run.exists:
-        result = run.read_result()
-        return Found(
-            base=result["model"],
-            adapter=run.adapter,
-            system=result.get("system"),
-            precision=result.get("precision"),
-            storage=result.get("base_storage", "auto"),
-            model_sha256=result.get("model_sha256"),
-        )
-    return Found(_base_of(path), path) if is_adapter else Found(target, None)
+        return _of_run(run, run.adapter)
+    if not is_adapter:
+        return Found(target, None)
+    owner = run_of_rank(path)
+    return _of_run(owner, path) if owner else Found(_base_of(path), path)
 
 
-def _of_rank(target: str, r: int) -> Path:
+def _of_run(run: RunDir, adapter: Path) -> Found:
+    result = run.read_result()
+    return Found(
+        base=result["model"],
+        adapter=adapter,
+        system=result.get("system"),
+        precision=result.get("precision"),
+        storage=result.get("base_storage", "auto"),
+        model_sha256=result.get("model_sha256"),
+    )
+
+
+def _of_rank(target: str, found: Found, r: int) -> Path:
     """The run's adapter of that rank. Raises ConfigError where there is none."""
     run = RunDir(target)
-    path, ranks = run.adapter_of(r), [one["r"] for one in run.by_rank()]
-    if path is None:
-        has = f"has adapters of rank {listed(map(str, ranks))}" if ranks else "is no run that leaves other ranks"
+    if path := run.adapter_of(r):
+        return path
+    if found.adapter is None:
         raise ConfigError(
-            f"--r {r} is given, and {target} {has}",
-            f"Make one of that rank first: lorafit shrink {target} --r {r} -o DIR",
+            f"--r {r} is given, and {target} is a model without an adapter", "Leave it out, or give a run"
         )
-    return path
+    given, ranks = f"--r {r} is given, and {target}", [one["r"] for one in run.by_rank()]
+    shrink = f"lorafit shrink {target if run.exists else found.adapter} --r {r} -o DIR"
+    if not ranks:
+        raise ConfigError(f"{given} leaves no other ranks", f"Make an adapter of a lower rank: {shrink}")
+    do = f"Give one of these, or make it: {shrink}" if r < ranks[-1] else "Give one of these"
+    raise ConfigError(f"{given} has adapters of rank {listed(map(str, ranks))}", do)
 
 
 def read_base(target: str, found: Found) -> model_spec.ModelSpec:

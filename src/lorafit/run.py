@@ -81,7 +81,8 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
         config = config.model_copy(update={"lr": settled.chosen["lr"]})
         given = read(config, settled, start.force, console)
         ready = _make_ready(config, settled, given, run, console)
-        held = halving.Held(partial(_measure, ready), len(ready.held_out or ())) if halving.ranks(config) else None
+        is_halved = config.rank_schedule == halving.NAME
+        held = halving.Held(partial(_measure, ready), len(ready.held_out or ())) if is_halved else None
         work = _work(config, settled, ready, held)
         load_s = time.time() - start.started_at
         begun = None
@@ -89,10 +90,12 @@ def train(config: TrainConfig, source: dict[str, str], start: Start, console: Co
             work, begun = _with_found_rate(work, settled, earlier, run, console)
             config = work.config
         run.write_config(asked.model_dump())
-        progress = _fit(run, work, earlier, begun, console)
+        progress, stopped = _fit(run, work, earlier, begun, console)
         result = _finish(config, settled, given, ready, work, progress, run) | {"load_s": load_s, "sources": source}
         if held:
-            result |= _halve(config, ready, work, held, result, run, console)
+            if stopped:  # by its last step, after which the rest may take long
+                raise halving.interrupted(stopped)
+            result |= _halve(config, given, ready, work, held, result, run, console)
         files.write_atomic(run.readme, card.render(result))
         files.write_json(run.run_json, result)
     print_result(run.path, result, console)
@@ -236,8 +239,10 @@ def _with_found_rate(
 # --- a run and its resumption -------------------------------------------------------------------------------------
 
 
-def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, begun: race.Begun | None, console: Console) -> Progress:
-    """To the end, from an earlier run or from a race of rates."""
+def _fit(
+    run: RunDir, work: Work, earlier: Checkpoint | None, begun: race.Begun | None, console: Console
+) -> tuple[Progress, int]:
+    """To the end, from an earlier run or from a race of rates. And the signal that asked to stop by then, or 0."""
     log = MetricsLog(run.metrics, earlier.progress.step if earlier else 0)
     if begun:
         log.write_steps(begun.steps)
@@ -248,7 +253,7 @@ def _fit(run: RunDir, work: Work, earlier: Checkpoint | None, begun: race.Begun 
 
     done = state.progress.step if state else 0
     with ConsoleReporter(log, console, work.total_steps, done) as report, stop_on_signals() as stop:
-        return fit(work, state, save, stop, report)
+        return fit(work, state, save, stop, report), stop.signal
 
 
 # --- what happened ----------------------------------------------------------------------------------------------------
@@ -283,6 +288,7 @@ def _finish(
 
 def _halve(
     config: TrainConfig,
+    given: Given,
     ready: Ready,
     work: Work,
     held: halving.Held,
@@ -295,7 +301,7 @@ def _halve(
     def save(r: int) -> None:
         one = next(layer for layer in inject.owners(ready.model).values() if layer.r == r)
         kept = config.model_copy(update={"r": r, "alpha": one.alpha})
-        saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), tokenizer=None)
+        saved.save(ready.model, run.of_rank(r), kept, outcome.lasting(config.model), given.loaded.tokenizer)
 
     found, pieces = halving.halve(work, result["tokens_computed"], result["eval_loss"], held, save, console)
     if ready.held_out:

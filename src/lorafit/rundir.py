@@ -16,8 +16,9 @@ import tomli_w
 from lorafit import files
 from lorafit.errors import CheckpointError, RunDirError
 
-FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", "ranks", "checkpoints", "README.md")
 LOCK = ".lock"
+RANKS = "ranks"
+FILE_NAMES = ("run.toml", "run.json", "metrics.jsonl", "adapter", RANKS, "checkpoints", "README.md")
 
 
 class RunDir:
@@ -95,7 +96,7 @@ class RunDir:
 
     def clean(self) -> None:
         """Remove what a killed process left half-written. Call it under the lock."""
-        for directory in (self.path, self.checkpoints):
+        for directory in (self.path, self.checkpoints, self.path / RANKS):
             for entry in directory.glob(".*") if directory.is_dir() else ():
                 if entry.is_dir():
                     shutil.rmtree(entry, ignore_errors=True)
@@ -136,7 +137,7 @@ class RunDir:
 
     def of_rank(self, r: int) -> Path:
         """Where the adapter of a rank below the run's own is, if it leaves one."""
-        return self.path / "ranks" / f"r{r}"
+        return self.path / RANKS / f"r{r}"
 
     @property
     def held_out(self) -> Path:
@@ -166,6 +167,13 @@ class RunDir:
         if r not in ranks:
             return None
         return self.adapter if r == ranks[-1] else self.of_rank(r)
+
+
+def run_of_rank(adapter: Path) -> RunDir | None:
+    """The finished run that left this adapter of a rank below its own; None where it is no such adapter."""
+    path = adapter.resolve()
+    run = RunDir(path.parent.parent)
+    return run if path.parent.name == RANKS and run.finished else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

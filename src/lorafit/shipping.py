@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit import files
-from lorafit.config import MergeConfig
+from lorafit.config import ROUNDED, MergeConfig
 from lorafit.data.formats import read_examples
 from lorafit.data.load import locate
 from lorafit.data.mask import EncodedSet, encode_all
@@ -33,7 +33,6 @@ from lorafit.opening import Found, Opened, check_same_model, tokenizer_of
 from lorafit.plan import machine
 from lorafit.units import format_bytes, format_count
 
-ROUNDED = ("nf4", "int8")
 # Weights in float32, and the originals of those that are merged, which are kept until the logits have been compared.
 BYTES_A_PARAMETER = 8
 FORCED = "that is more than rounding explains, and was written since --force says so"

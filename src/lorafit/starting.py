@@ -229,7 +229,7 @@ def _plan(
         console.print(f"steps are split into {chosen['micro_tokens']} tokens, to stay below it", highlight=False)
     found = expected(spec, config, chosen["precision"], rows, split, chosen["threads"], adds)
     if found and found.told:
-        more = f", the ranks below it {halving.SHARE:.0%} more" if halving.ranks(config) else ""
+        more = f", the ranks below it {halving.SHARE:.0%} more" if config.rank_schedule == halving.NAME else ""
         console.print(f"{found.told}{more}", highlight=False)
     return estimate, found
 

@@ -143,7 +143,7 @@ def print_evaluation(report: dict[str, Any], console: Console) -> None:
             table.add_row(name, f"{100 * report[name]:.1f}%", meaning)
     console.print(table)
     scale = "" if report["scale"] is None else f" at scale {report['scale']:g}"
-    scale += "" if report["r"] is None else f", its first {report['r']} components alone"
+    scale += "" if report["r"] is None else f", its adapter of rank {report['r']}"
     rows, tokens = format_count(report["rows"]), format_count(report["tokens_supervised"])
     line = (
         f"{report['target']}{scale} ({report['precision']}) on {rows} rows of {report['data']}, "

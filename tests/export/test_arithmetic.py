@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorafit.config import LoRAConfig
@@ -127,6 +129,43 @@ def test_shrinking_loses_what_it_says(tmp_path: Path) -> None:
     assert found["lost"] == pytest.approx(lost / whole, rel=1e-4) and 0 < found["lost"] < 1
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
     assert arithmetic.shrink(path, 6, path, tmp_path / "same")["lost"] == pytest.approx(0, abs=1e-6)
+
+
+TIED = {"targets": "all-linear,embed_tokens"}
+
+
+@pytest.mark.parametrize("r", [2, 3])
+def test_a_lower_rank_of_a_weight_that_is_embedding_and_head_stays_one_update(r: int, tmp_path: Path) -> None:
+    source = saved(tmp_path / "a", 1, **TIED)
+    told = arithmetic.shrink(source, r, beside=source, out=tmp_path / "cut")
+    before, after = updates(source), updates(tmp_path / "cut")  # loading refuses two that differ
+    assert before.keys() == after.keys() >= {"model.embed_tokens", "lm_head"}
+    once = before.keys() - {"lm_head"}
+    lost = sum(float((before[name] - after[name]).square().sum()) for name in once)
+    whole = sum(float(before[name].square().sum()) for name in once)
+    assert told["lost"] == pytest.approx(math.sqrt(lost / whole), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("how", "weights"), [("cat", WEIGHTS), ("svd", WEIGHTS), ("magnitude-prune", (-0.7, -0.4))])
+def test_a_sum_of_such_updates_is_one_again(how: str, weights: tuple[float, float], tmp_path: Path) -> None:
+    both = [saved(tmp_path / str(seed), seed, **TIED) for seed in (1, 2)]
+    r = 6 if how == "svd" else None
+    arithmetic.combine(both, weights, how, 1.0, r, seed=0, out=tmp_path / "out")
+    parts, found = [updates(path) for path in both], updates(tmp_path / "out")  # loading refuses two that differ
+    if how != "magnitude-prune":
+        for name, one in found.items():
+            expected = sum(weight * own[name] for weight, own in zip(weights, parts, strict=True))
+            torch.testing.assert_close(one, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_one_update_in_some_of_the_adapters_alone_is_refused(tmp_path: Path) -> None:
+    tied, apart = saved(tmp_path / "tied", 1, **TIED), saved(tmp_path / "apart", 2, **TIED)
+    weights = apart / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    (head,) = [name for name in tensors if name.endswith("lm_head.lora_A.weight")]
+    save_file(tensors | {head: 2 * tensors[head]}, weights)
+    with pytest.raises(AdapterError, match=r"lm_head has the update of model\.embed_tokens in some of the"):
+        arithmetic.combine([tied, apart], WEIGHTS, "cat", 1.0, None, seed=0, out=tmp_path / "out")
 
 
 def test_what_cannot_be_added_up_is_refused(tmp_path: Path) -> None:

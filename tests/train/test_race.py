@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import shutil
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 from rich.console import Console
 
 from lorafit.config import RATES, TrainConfig
-from lorafit.errors import ConfigError
+from lorafit.errors import ConfigError, Interrupted, RunDirError
 from lorafit.run import Start, train
 from lorafit.train import loop, race
 from lorafit.train.race import FACTORS, SHARE
@@ -148,7 +152,10 @@ def test_a_resumed_run_keeps_what_was_found(
     ("given", "why"),
     [
         ({"epochs": 5}, "50 steps, 10 an epoch, leave 4 for a race, which takes 5"),
-        ({"eval": "25%", "eval_every": 2, "epochs": 8}, "64 steps, 8 an epoch, leave 1 for a race, which takes 5"),
+        (
+            {"eval": "25%", "eval_every": 2, "epochs": 8},
+            "64 steps, evaluated after 2, leave 1 for a race",
+        ),
         ({"batch_size": 20, "epochs": 50}, "100 steps, 2 an epoch, leave 1 for a race, which takes 5"),
     ],
 )
@@ -159,6 +166,49 @@ def test_a_run_that_is_too_short_has_the_usual_rate_and_says_so(
     assert result["settings"]["lr"] == RATES["lora"]
     assert result["race"] is None
     assert f"learning rate 0.002, the usual one: {why}" in printed
+
+
+def test_a_race_that_is_interrupted_says_so_and_leaves_nothing(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, steps = race.train_one_step, iter(range(99))
+
+    def interrupted(*given: Any) -> None:
+        real(*given)
+        if next(steps) == 6:  # the second rate's second
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(race, "train_one_step", interrupted)
+    with pytest.raises(Interrupted, match="in the race of learning rates, of which nothing is kept") as stopped:
+        run(places, tmp_path / "run")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert next(steps) == 7 and not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_is_said_to_be(places: dict[str, str], tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(RunDirError, match=r"before_the_race.*the file would exceed the size limit"):
+            run(places, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_rows_to_come_that_have_no_loss_are_passed_over(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = race.micro_batches, list[int]()
+
+    def unsupervised(encoded: Any, rows: Any, *more: Any) -> Any:
+        asked.append(len(rows))
+        batches = real(encoded, rows, *more)
+        silent = [replace(batch, supervised_tokens=0) for batch in batches]
+        return silent if len(rows) < 12 else batches
+
+    monkeypatch.setattr(race, "micro_batches", unsupervised)
+    result, _ = run(places, tmp_path / "run")
+    assert asked == [4, 8, 12] * 2 and None not in result["race"]["ahead"]
 
 
 def test_a_head_beside_something_else_keeps_its_own_rate(

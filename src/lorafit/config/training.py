@@ -57,6 +57,8 @@ METHOD_VARIANTS = {
     "full": ("full",),
     "head": ("head",),
 }
+# What --base-storage rounds frozen weights to; the others change no number.
+ROUNDED = ("nf4", "int8")
 # The peak learning rate where none is given: what is far from the weights, or small in number, wants a larger one.
 RATES = {
     "lora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2, "ia3": 1e-2, "bitfit": 1e-2, "full": 1e-4,

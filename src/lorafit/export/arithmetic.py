@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory. parts: by module, as PEFT calls it."""
+    """An adapter directory. parts: by module, as PEFT calls it.
+
+    tied: modules whose update is that of another one transposed, as both are one weight of the base, and that one.
+    """
 
     directory: Path
     config: AdapterConfig
     parts: dict[str, Part]
+    tied: dict[str, str]
 
 
 def read(directory: Path) -> Adapter:
@@ -68,7 +72,41 @@ def read(directory: Path) -> Adapter:
         raise AdapterError(
             f"{directory} also holds {listed(left, 3)}, which cannot be added up", "Train without --add-tokens"
         )
-    return Adapter(directory, config, parts)
+    return Adapter(directory, config, parts, _tied(parts))
+
+
+def _tied(parts: Mapping[str, Part]) -> dict[str, str]:
+    """A head whose factors are those of an embedding, transposed and in the other order, and that embedding."""
+    embeddings = [name for name, part in parts.items() if part.keys[0].endswith(KEYS[1][0])]
+    return {
+        name: owner
+        for owner in embeddings
+        for name, part in parts.items()
+        if name not in embeddings and _is_transposed(part.factors, parts[owner].factors)
+    }
+
+
+def _is_transposed(one: Factors, other: Factors) -> bool:
+    return one.scaling == other.scaling and torch.equal(one.A, other.B.T) and torch.equal(one.B, other.A.T)
+
+
+def _with_tied(adapters: Sequence[Adapter], made: dict[str, Part]) -> dict[str, Part]:
+    """What was made, with the update of every tied module taken from its owner's: made apart, they would differ.
+
+    Raises AdapterError where they are tied in some adapters alone.
+    """
+    for name, owner in {pair for adapter in adapters for pair in adapter.tied.items()}:
+        having = [adapter for adapter in adapters if adapter.parts.keys() & {name, owner}]
+        if any(adapter.tied.get(name) != owner for adapter in having):
+            raise AdapterError(
+                f"{name} has the update of {owner} in some of the adapters and another one in others",
+                "Train all of them with the same targets",
+            )
+        A, B, factor = made[owner].factors
+        A, factor = (-A, -factor) if factor < 0 else (A, factor)  # so that both factors are saved at one scaling
+        made[owner] = replace(made[owner], factors=Factors(A, B, factor))
+        made[name] = replace(made[name], factors=Factors(B.T, A.T, factor))
+    return made
 
 
 def _part(keys: tuple[str, str], A: Tensor, B: Tensor, name: str, config: AdapterConfig) -> Part:
@@ -106,7 +144,7 @@ def combine(
         recipe = Recipe([weight for _, weight in own], density, r, generator)
         found = HOWS[how]([part.factors for part, _ in own], recipe)
         made[name] = Part(own[0][0].keys, own[0][0].shapes, found)
-    _write(adapters[0], made, out, adapters[0].directory)
+    _write(adapters[0], _with_tied(adapters, made), out, adapters[0].directory)
     everywhere = sum(all(name in adapter.parts for adapter in adapters) for name in names)
     ranks = sorted({part.factors.r for part in made.values()})
     return {"adapter": str(out), "how": how, "modules": len(names), "in_all": everywhere, "ranks": ranks}
@@ -120,11 +158,12 @@ def shrink(directory: Path, r: int, beside: Path, out: Path) -> dict[str, Any]:
     adapter = read(directory)
     made, lost, total = {}, 0.0, 0.0
     for name, part in adapter.parts.items():
-        found, share = truncated(part.factors, min(r, part.factors.r))
-        size = norm(part.factors)
-        lost, total = lost + (share * size) ** 2, total + size**2
-        made[name] = Part(part.keys, part.shapes, found)
-    _write(adapter, made, out, beside)
+        found, share = truncated(part.factors, r) if r < part.factors.r else (part.factors, 0.0)
+        made[name] = replace(part, factors=found)
+        if name not in adapter.tied:  # one weight counts once
+            size = norm(part.factors)
+            lost, total = lost + (share * size) ** 2, total + size**2
+    _write(adapter, _with_tied([adapter], made), out, beside)
     before = sorted({part.factors.r for part in adapter.parts.values()})
     share = math.sqrt(lost / total) if total else 0.0
     return {"adapter": str(out), "ranks_before": before, "r": r, "lost": share}

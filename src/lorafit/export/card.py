@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lorafit.config import ROUNDED
 from lorafit.units import format_bytes, format_count, format_seconds, format_share
 
 SETTINGS = {
@@ -189,7 +190,7 @@ def _in_peft(result: dict[str, Any], adapter: str) -> str:
         room = "rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)\n"
         room += "base.resize_token_embeddings(rows, mean_resizing=False)\n"
     rounded = ""
-    if result.get("base_storage") in ("nf4", "int8"):
+    if result.get("base_storage") in ROUNDED:
         rounded = (
             f"\n\nIt was trained on a base rounded to {result['base_storage']}; this loads the base as it was before."
         )

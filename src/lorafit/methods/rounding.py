@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lorafit.config import ROUNDED
 from lorafit.errors import ConfigError, ModelError
 from lorafit.lora.inject import attached_layers
 from lorafit.lora.layer import LoRALayer
@@ -34,7 +35,7 @@ def check(init: str, storage: str, variant: str) -> None:
     """Raise ConfigError where there is no rounding to start from."""
     if init not in INITS:
         return
-    if storage not in ("nf4", "int8"):
+    if storage not in ROUNDED:
         raise ConfigError(
             f"--init {init} starts from what rounding the base changes, and nothing is rounded here",
             "Give --base-storage nf4 or int8 with it, or leave it out",

@@ -11,6 +11,7 @@ from lorafit.chart import Point, heat, scatter
 from lorafit.page import inside, render
 from lorafit.rank.conclude import PATTERN
 from lorafit.report.places import place
+from lorafit.report.show import raced
 from lorafit.tables import Table, print_table
 from lorafit.units import format_count, format_seconds
 
@@ -91,12 +92,7 @@ def rate_told(found: Found) -> list[str]:
     race = found["run"].get("race")  # a search of an earlier version has none
     if race is None:
         return []
-    each = ", ".join(
-        f"{lr:g} {'failed' if loss is None else f'loses {loss:.4f}'}"
-        for lr, loss in zip(race["rates"], race["ahead"], strict=True)
-    )
-    steps = max(map(len, race["losses"]))
-    return [f"Rates raced over the first {steps} steps, and on the rows to come {each}: {race['lr']:g} went on."]
+    return [f"Rates {raced(race)}."]
 
 
 def verified_told(found: Found) -> list[str]:

@@ -9,8 +9,8 @@ from lorafit.report.updates import trained
 from lorafit.rundir import RunDir
 
 Found = dict[str, Any]
-# Settings whose value was chosen by measuring: setting -> where run.json has what was chosen.
-CHOSEN = {"precision": "precision", "threads": "threads", "micro_tokens": "micro_tokens"}
+# Settings whose value was chosen by measuring.
+CHOSEN = ("precision", "threads", "micro_tokens", "lr")
 # What the page shows in other places, or is longer than a line.
 NOT_SHOWN = frozenset({"sources", "rows", "predicted_parts", "left_out", "label_counts", "not_exported"})
 
@@ -69,10 +69,10 @@ def _predicted(result: Found) -> Found:
 
 def _settings(settings: Found, result: Found) -> list[Found]:
     """Every setting that has a value, what was given first. source: flag, file or default; None where unknown."""
-    sources = result.get("sources", {})
+    sources, used = result.get("sources", {}), result.get("settings", {}) | result
     rows = []
     for name, value in settings.items():
-        chosen = result.get(CHOSEN[name]) if name in CHOSEN else None
+        chosen = used.get(name) if name in CHOSEN else None
         found = {"name": name, "value": value, "source": sources.get(name)}
         rows.append(found | ({"chosen": chosen} if chosen not in (None, value) else {}))
     return sorted(rows, key=lambda row: row["source"] in (None, "default"))

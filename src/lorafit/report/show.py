@@ -49,6 +49,8 @@ def outcome(found: Found) -> list[tuple[str, str]]:
         rows.append(("held-out loss", f"{_number(result['eval_loss'])} after step {result['best_step']}"))
     if result.get("eval_accuracy") is not None:
         rows.append(("held-out accuracy", f"{result['eval_accuracy']:.1%}, macro-F1 {result['eval_macro_f1']:.3f}"))
+    if result.get("race"):
+        rows.append(("learning rates", raced(result["race"])))
     rows.append(("training took", f"{format_seconds(result['train_s'])} ({speed:,.0f} tokens/s)"))
     rows.append(("loading took", format_seconds(result["load_s"])))
     rows.append(("peak memory", format_bytes(result["peak_rss_bytes"])))
@@ -88,6 +90,27 @@ def by_kind(found: Found, spread: bool) -> Table:
     return Table("What was trained, means over layers", columns, rows)
 
 
+def by_rank(found: Found) -> Table | None:
+    """The adapters that the run leaves, where it leaves one of each rank."""
+    ranks = found["result"].get("by_rank") or []
+    columns = ("rank", "held-out loss", "steps of its own")
+    rows = [
+        (str(one["r"]), "-" if one["loss"] is None else f"{one['loss']:.4f}", format_count(one["steps"] or 0))
+        for one in ranks
+    ]
+    return Table("Ranks", columns, rows) if rows else None
+
+
+def raced(race: Found) -> str:
+    """What a race of learning rates came to. race: as run.json has it."""
+    each = ", ".join(
+        f"{lr:g} {'failed' if loss is None else f'loses {loss:.4f}'}"
+        for lr, loss in zip(race["rates"], race["ahead"], strict=True)
+    )
+    steps = max(map(len, race["losses"]))
+    return f"raced over the first {steps} steps, and on the rows to come {each}: {race['lr']:g} went on"
+
+
 def _mean(values: Sequence[float], spread: bool) -> str:
     if not values:
         return "-"
@@ -112,6 +135,8 @@ def print_report(found: Found, out: Console) -> None:
     out.print(table)
     out.print()
     print_table(Table("Predicted, measured", ("", "predicted", "measured", "of it"), expected(found)), out)
+    if ranks := by_rank(found):
+        print_table(ranks, out)
     print_table(by_kind(found, spread=False), out)
     for sample in found["samples"]["rows"] if found["samples"] else ():
         for name in ("prompt", "expected", "base", "tuned"):
@@ -216,6 +241,7 @@ def page(found: Found) -> str:
         curves=loss_pictures(found),
         maps=maps(found),
         by_kind=by_kind(found, spread=True),
+        by_rank=by_rank(found),
         expected=expected(found),
         most=most,
         parts=[(name, count) for name, count in parts.items() if count],

@@ -23,12 +23,14 @@ from lorafit.config import RATES, TrainConfig
 from lorafit.data.batching import step_rows
 from lorafit.data.pack import micro_batches
 from lorafit.errors import ConfigError, Interrupted, NumericsError
+from lorafit.lora.inject import owners
 from lorafit.lora.truncate import truncate
 from lorafit.methods.spectral import MOVING
 from lorafit.train.loop import Work, fit
 from lorafit.train.reporting import StepReport
 from lorafit.train.signals import StopRequest, stop_on_signals
 
+NAME = "halving"  # of --rank-schedule
 CAN_BE_HALVED = ("lora", "lora-fa")
 # Of the tokens that the run has computed, what steps after halving compute; rank b has a share in b ** -FALL of it, up
 # to HEALED: above, halving loses next to nothing, and a few steps do more harm than good.
@@ -50,17 +52,12 @@ def ladder(r: int) -> list[int]:
     return [2**k for k in range((r - 1).bit_length())] + [r]
 
 
-def ranks(config: TrainConfig) -> list[int]:
-    """The ranks of which a run of these settings leaves an adapter, its own last; none by default."""
-    return ladder(max([config.r, *config.rank_pattern.values()])) if config.rank_schedule == "halving" else []
-
-
 def check(config: TrainConfig, labelled: bool) -> None:
     """Refuse to halve what is no product of two factors alone. Raises ConfigError.
 
     labelled: whether a head of labels is trained.
     """
-    if not ranks(config):
+    if config.rank_schedule != NAME:
         return
     reasons = {
         f"--method {config.method}, which has no rank": config.method != "lora",
@@ -68,7 +65,7 @@ def check(config: TrainConfig, labelled: bool) -> None:
         f"--init {config.init}, whose update is saved together with what W0 gave up": config.init in MOVING,
         "--add-tokens, and tokens have no rank": bool(config.add_tokens),
         "rows with labels, and a head of labels has no rank": labelled,
-        "rank 1, below which there is none": ranks(config) == [1],
+        "rank 1, below which there is none": max([config.r, *config.rank_pattern.values()]) == 1,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason:
@@ -85,16 +82,17 @@ class Healing:
     lr: float
 
 
-def plan(config: TrainConfig, run: int, step: float) -> list[Healing]:
+def plan(config: TrainConfig, most: int, run: int, step: float) -> list[Healing]:
     """What each rank below the run's own is trained on, from the largest.
 
-    run: tokens that it has computed. step: tokens that a step of `batch_size_of` rows computes. The smaller the rank,
-    the more a halving has lost, and the more steps there are for it, at a higher rate.
+    most: the largest rank of a layer. run: tokens that it has computed. step: tokens that a step of `batch_size_of`
+    rows computes. The smaller the rank, the more a halving has lost, and the more steps there are for it, at a higher
+    rate.
     """
-    below, batch_size = ranks(config)[-2::-1], batch_size_of(config)
+    below, batch_size = ladder(most)[-2::-1], batch_size_of(config)
     lr = RATE * math.sqrt(config.peak_rate * RATES["lora"])
     shares = {r: r**-FALL if r <= HEALED else 0.0 for r in below}
-    whole = SHARE * run / step / sum(shares.values())
+    whole = SHARE * run / step / sum(shares.values()) if shares else 0.0
     return [Healing(r, round(whole * share), batch_size, float(f"{lr / r:.3g}")) for r, share in shares.items()]
 
 
@@ -183,16 +181,18 @@ def halve(
 ) -> tuple[dict[str, Any], dict[int, HeldOut]]:
     """Bring the update that was trained to each rank below, one after the other. The model is left at rank 1.
 
-    computed: tokens, by the run until now. loss: of the update as it is. save: called with each rank while the model
-    has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own training, whether that helped (what is
-    saved is the update as it was halved where it did not), and the held-out loss of what is saved (both None without
-    such rows, the latter also where it is not finite); and `halving_s`, without evaluations. And what each rank loses
-    on each held-out piece, where there are any. Raises Interrupted: it begins again when the run is resumed.
+    computed: tokens, by the run until now. loss: of the update as it is, None where it was not evaluated. save: called
+    with each rank while the model has it. Returns `by_rank`, from the smallest rank: r, steps and lr of its own
+    training, whether that helped (what is saved is the update as it was halved where it did not), and the held-out loss
+    of what is saved (both None without such rows, the latter also where it is not finite); and `halving_s`, without
+    evaluations. And what each rank loses on each held-out piece, where there are any. Raises Interrupted: it begins
+    again when the run is resumed.
     """
-    healings, took = plan(work.config, computed, _tokens_of_a_step(work)), 0.0
-    most = ranks(work.config)[-1]
-    found: list[dict[str, Any]] = [{"r": most, "steps": None, "lr": None, "helped": None, "loss": loss}]
+    most = max(layer.r for layer in owners(work.model).values())
+    healings, took = plan(work.config, most, computed, _tokens_of_a_step(work)), 0.0
     measured = {most: held.trained(loss)}
+    known = _loss(measured[most]) if loss is None else loss
+    found: list[dict[str, Any]] = [{"r": most, "steps": None, "lr": None, "helped": None, "loss": known}]
     with stop_on_signals() as stop, _Told(console, sum(healing.steps for healing in healings)) as told:
         for healing in healings:
             started = time.perf_counter()
@@ -204,7 +204,7 @@ def halve(
             found.append({"r": healing.r, **own})
             told.rank(found[-1])
             if stop.signal:
-                raise _interrupted(stop.signal)
+                raise interrupted(stop.signal)
     pieces = {r: one for r, one in sorted(measured.items()) if one}
     return {"by_rank": found[::-1], "halving_s": took}, pieces
 
@@ -256,19 +256,20 @@ def _is_better(healed: HeldOut | None, cut: HeldOut | None) -> bool:
 def _heal(work: Work, healing: Healing, stop: StopRequest, told: _Told) -> str | None:
     """Train on for a few steps. Returns why that failed, if it did."""
     # No warm-up, as nothing starts anew; another seed, so that these are not the rows that the run began with.
-    own = {"max_steps": healing.steps, "batch_size": healing.batch_size, "lr": healing.lr}
-    own |= {"warmup": 0.0, "seed": work.config.seed ^ healing.r}
+    own: dict[str, Any] = {"max_steps": healing.steps, "batch_size": healing.batch_size, "lr": healing.lr}
+    own |= {"warmup": 0.0, "schedule": "linear", "seed": work.config.seed ^ healing.r}
     short = replace(work, config=work.config.model_copy(update=own), evaluate=None)
     try:
         fit(short, None, lambda state: None, stop, told)
     except NumericsError as error:
         return error.what
     except Interrupted as error:
-        raise _interrupted(error.signal_number) from None
+        raise interrupted(error.signal_number) from None
     return None
 
 
-def _interrupted(signal_number: int) -> Interrupted:
+def interrupted(signal_number: int) -> Interrupted:
+    """What to raise once the run is saved and not all ranks below are."""
     return Interrupted(
         f"stopped by signal {signal_number} while the ranks below were trained; the run itself is saved",
         "Run the same command with --resume to go on",

@@ -78,7 +78,7 @@ def fit(
         epoch_ended = progress.step % work.steps_per_epoch == 0 or progress.step == work.total_steps
         if work.evaluate and (progress.step % config.eval_every == 0 if config.eval_every else epoch_ended):
             _evaluate(loop, work.evaluate, report)
-        if stop.signal or epoch_ended or loop.save_is_due():
+        if stop.signal or epoch_ended or progress.stopped_early or loop.save_is_due():
             loop.save()
         if stop.signal and progress.step < work.total_steps:
             raise Interrupted(
@@ -281,6 +281,5 @@ def _evaluate(loop: Loop, evaluate: Callable[[], float], report: Reporter) -> No
     progress.stopped_early = config.patience is not None and progress.evaluations_without_gain >= config.patience
     report.evaluated(progress.step, loss, better)
     if progress.stopped_early:
-        report.note(
-            progress.step, f"stopped early: {progress.evaluations_without_gain} evaluations without a better loss"
-        )
+        many = progress.evaluations_without_gain
+        report.note(progress.step, f"stopped early: {many} evaluation{'s' * (many > 1)} without a better loss")

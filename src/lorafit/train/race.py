@@ -22,13 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from safetensors.torch import load_file, save_file
 
+from lorafit import files
 from lorafit.data.batching import step_rows
 from lorafit.data.pack import micro_batches
-from lorafit.errors import NumericsError
+from lorafit.errors import Interrupted, NumericsError
 from lorafit.train import checkpoint
 from lorafit.train.checkpoint import Checkpoint
 from lorafit.train.loop import Loop, Work, train_one_step
 from lorafit.train.reporting import StepReport
+from lorafit.train.signals import StopRequest, stop_on_signals
 
 # Rates that race, as multiples of the usual one, the smallest first.
 FACTORS = (0.5, 1.6)
@@ -110,8 +112,9 @@ def _steps_ahead(count: int) -> int:
 
 def why_not(work: Work) -> str | None:
     """Why there is no race, if there is none."""
-    count = steps_of(work)
-    short = f"{work.total_steps} steps, {work.steps_per_epoch} an epoch, leave {count} for a race, which takes {FEWEST}"
+    count, every, epoch = steps_of(work), work.config.eval_every, work.steps_per_epoch
+    first = f"evaluated after {every}" if every and every < epoch else f"{epoch} an epoch"
+    short = f"{work.total_steps} steps, {first}, leave {count} for a race, which takes {FEWEST}"
     return short if count < FEWEST else None
 
 
@@ -124,17 +127,18 @@ def run(work: Work, usual: float, scratch: Path, console: Console) -> tuple[Race
     if why_not(work):
         return None
     started, count = time.perf_counter(), steps_of(work)
-    scratch.mkdir(parents=True, exist_ok=True)
     beginning = scratch / "before_the_race.safetensors"
-    save_file({name: value.contiguous() for name, value in work.method.state(work.model).items()}, beginning)
+    with files.explained(beginning):
+        scratch.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in work.method.state(work.model).items()}, beginning)
     rates = [float(f"{factor * usual:.2g}") for factor in FACTORS]
     runners = list[_Runner]()
     try:
-        with _Told(console, rates, count) as told:
+        with _Told(console, rates, count) as told, stop_on_signals() as stop:
             for lr in rates:
                 work.method.load_state(work.model, load_file(beginning))
                 to_beat = min((runner.loss for runner in runners), default=math.inf)
-                runners.append(_run(work, lr, count, scratch / "best", to_beat, told))
+                runners.append(_run(work, lr, count, scratch / "best", to_beat, told, stop))
     finally:
         work.method.load_state(work.model, load_file(beginning))
         beginning.unlink()
@@ -163,8 +167,11 @@ class _Runner:
     loss: float
 
 
-def _run(work: Work, lr: float, count: int, best: Path, to_beat: float, told: _Told) -> _Runner:
-    """The first steps of the run at one rate; where that loses less than `to_beat`, its state is left in `best`."""
+def _run(work: Work, lr: float, count: int, best: Path, to_beat: float, told: _Told, stop: StopRequest) -> _Runner:
+    """The first steps of the run at one rate; where that loses less than `to_beat`, its state is left in `best`.
+
+    Raises Interrupted: a race begins again when the run is resumed.
+    """
 
     def save(state: Checkpoint) -> None:
         shutil.rmtree(best, ignore_errors=True)  # a state is several times what is trained: never two of them
@@ -175,6 +182,9 @@ def _run(work: Work, lr: float, count: int, best: Path, to_beat: float, told: _T
     try:
         while loop.progress.step < count and len(told.steps) == loop.progress.step:
             train_one_step(loop, told)
+            if stop.signal:
+                what = f"stopped by signal {stop.signal} in the race of learning rates, of which nothing is kept"
+                raise Interrupted(what, "Run the same command again to begin it anew", stop.signal)
     except NumericsError:  # what it says, the run says too where no rate does better
         return _Runner(lr, told.steps, math.inf)
     loss = _loss_ahead(work, count) if len(told.steps) == count else math.inf
@@ -186,12 +196,15 @@ def _run(work: Work, lr: float, count: int, best: Path, to_beat: float, told: _T
 @torch.no_grad()
 def _loss_ahead(work: Work, count: int) -> float:
     """Nats per supervised token, without dropout, of the rows that the run sees next in its first epoch."""
-    last = min(count + _steps_ahead(count), work.steps_per_epoch)
-    size, seed = work.config.batch_size, work.config.order_seed
-    rows = [row for step in range(count, last) for row in step_rows(len(work.rows), size, seed, 0, step)]
-    batches = micro_batches(work.rows, rows, work.micro_tokens, work.engine.packing)
-    work.engine.model.eval()
-    return sum(float(work.engine.loss(batch)) for batch in batches) / sum(batch.supervised_tokens for batch in batches)
+    size, seed, epoch = work.config.batch_size, work.config.order_seed, work.steps_per_epoch
+    for last in range(min(count + _steps_ahead(count), epoch), epoch + 1):  # further where none of them has a loss
+        rows = [row for step in range(count, last) for row in step_rows(len(work.rows), size, seed, 0, step)]
+        batches = micro_batches(work.rows, rows, work.micro_tokens, work.engine.packing)
+        supervised = sum(batch.supervised_tokens for batch in batches)
+        if supervised:
+            work.engine.model.eval()
+            return sum(float(work.engine.loss(batch)) for batch in batches) / supervised
+    return math.inf
 
 
 class _Told:

@@ -93,7 +93,7 @@ def _by_rank(result: dict[str, Any]) -> list[str]:
     if not found:
         return []
     took = f"{len(found) - 1} ranks below took {format_seconds(result['halving_s'])}"
-    if result["eval_loss"] is None:
+    if all(one["loss"] is None and one["helped"] is None for one in found):
         return [f"{took}; no rows to measure them on: --eval names some"]
     width = len(str(found[-1]["r"]))
     shown = ["not finite" if one["loss"] is None else f"{one['loss']:.4f}" for one in found]
