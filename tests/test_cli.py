@@ -142,7 +142,7 @@ def test_an_output_below_a_file_is_one_sentence(
 def test_a_signal_saves_and_exits_and_resume_finishes(
     number: int, code: int, inputs: tuple[str, str], tmp_path: Path
 ) -> None:
-    command = ["train", *inputs, "-o", str(tmp_path / "run"), *FAST, "--max-steps", "400"]
+    command = ["train", *inputs, "-o", str(tmp_path / "run"), *FAST, "--max-steps", "100"]
     process = subprocess.Popen([*LORAFIT, *command], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -158,7 +158,7 @@ def test_a_signal_saves_and_exits_and_resume_finishes(
     done = _typed(*command, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {steps}" in done.stderr
-    assert json.loads(done.stdout)["steps"] == 400
+    assert json.loads(done.stdout)["steps"] == 100
 
 
 def _limited(*arguments: str) -> subprocess.CompletedProcess[str]:

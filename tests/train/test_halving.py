@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorafit.config import TrainConfig
 from lorafit.errors import ConfigError
-from lorafit.train.halving import SHARE, check, ladder, plan, ranks
+from lorafit.train.halving import SHARE, check, ladder, plan
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -26,16 +26,15 @@ def test_the_ranks_are_powers_of_two_and_the_whole(r: int, expected: list[int]) 
     assert ladder(r) == expected
 
 
-def test_the_largest_rank_of_any_layer_is_the_whole() -> None:
-    assert ranks(config(rank_pattern={"q_proj": 20})) == [1, 2, 4, 8, 16, 20]
-    assert ranks(config(rank_schedule="none")) == []
+def test_below_rank_1_nothing_is_planned() -> None:
+    assert plan(config(), 1, 1000, 10.0) == []
 
 
 @given(st.integers(2, 128), st.integers(1, 64), st.integers(1, 10**6), st.floats(1.0, 1e4))
 def test_the_ranks_below_compute_less_than_half_of_what_the_run_has_and_smaller_ones_more(
     r: int, batch_size: int, run: int, step: float
 ) -> None:
-    found = plan(config(r=r, batch_size=batch_size), run, step)
+    found = plan(config(batch_size=batch_size), r, run, step)
     assert [one.r for one in found] == ladder(r)[-2::-1]
     computed = sum(one.steps for one in found) * step
     assert abs(computed - SHARE * run) <= len(found) * step / 2 * (1 + 1e-9)  # each is rounded to whole steps
