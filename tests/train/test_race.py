@@ -156,7 +156,7 @@ def test_a_resumed_run_keeps_what_was_found(
             {"eval": "25%", "eval_every": 2, "epochs": 8},
             "64 steps, evaluated after 2, leave 1 for a race",
         ),
-        ({"batch_size": 20, "epochs": 50}, "100 steps, 2 an epoch, leave 1 for a race, which takes 5"),
+        ({"batch_size": 20, "epochs": 29}, "58 steps, 2 an epoch, leave 1 for a race, which takes 5"),
     ],
 )
 def test_a_run_that_is_too_short_has_the_usual_rate_and_says_so(
