@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from lorafit.errors import NumericsError
 
-# Of the best rank's loss, what another may lose more and still be as good: where rows tell every difference, one that
-# nobody would pay twice the parameters for.
-LEAST = 0.01
+# Of the best rank's loss, what another may lose more and still be as good where rows tell every difference: half of the
+# 1% that the advice may cost, as the curve of one run is off as well.
+LEAST = 0.005
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _reason(curve: Sequence[AtRank], best: int, error: float) -> str:
     if chosen.r == lowest and len(alike) > 1:
         if all(one.gap <= error for one in alike):
             return f"these rows cannot tell r = {chosen.r} from r = {alike[-1].r}: the smallest is enough"
-        return f"no rank loses {LEAST:.0%} less than r = {chosen.r}: the smallest is enough"
+        return f"no rank loses {LEAST:.1%} less than r = {chosen.r}: the smallest is enough"
     if chosen.r == best == highest:
         return (
             f"the loss still falls at r = {best}, the highest that was tried: these rows may need more, or less where "
@@ -130,7 +130,7 @@ def _reason(curve: Sequence[AtRank], best: int, error: float) -> str:
     more = _told_of_worse(next(one for one in reversed(curve) if one.r < chosen.r), error)
     if chosen.r == best:
         return f"it has the lowest loss, and {more}"
-    how = "within one standard error" if chosen.gap <= error else f"within {LEAST:.0%}"
+    how = "within one standard error" if chosen.gap <= error else f"within {LEAST:.1%}"
     return f"its loss is {how} of the lowest, which is that of r = {best}; {more}"
 
 
