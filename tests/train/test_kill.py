@@ -121,7 +121,7 @@ def test_killed_before_any_durable_call_and_resumed_the_adapter_is_the_same(
 def test_killed_at_random_moments_again_and_again_the_adapter_is_the_same(
     reference: tuple[dict[str, Any], bytes, int], tmp_path: Path
 ) -> None:
-    settings = {**reference[0], "epochs": 12, "output": str(tmp_path / "alone")}
+    settings = {**reference[0], "epochs": 6, "output": str(tmp_path / "alone")}
     started = time.monotonic()
     _finish(settings)
     run_s, expected = time.monotonic() - started, _result(tmp_path / "alone")
