@@ -143,6 +143,7 @@ def test_a_lower_rank_of_a_weight_that_is_embedding_and_head_stays_one_update(r:
     once = before.keys() - {"lm_head"}
     lost = sum(float((before[name] - after[name]).square().sum()) for name in once)
     whole = sum(float(before[name].square().sum()) for name in once)
+    # Where nothing is lost, float32 rounds the factors' scaling.
     assert told["lost"] == pytest.approx(math.sqrt(lost / whole), rel=1e-5, abs=1e-6)
 
 
@@ -155,7 +156,8 @@ def test_a_sum_of_such_updates_is_one_again(how: str, weights: tuple[float, floa
     if how != "magnitude-prune":
         for name, one in found.items():
             expected = sum(weight * own[name] for weight, own in zip(weights, parts, strict=True))
-            torch.testing.assert_close(one, expected, atol=1e-5, rtol=1e-4)
+            # Six products of factors that are each rounded once, and their sums: entries are below 4.
+            torch.testing.assert_close(one, expected, atol=4 * 6 * 2**-23, rtol=0)
 
 
 def test_what_is_one_update_in_some_of_the_adapters_alone_is_refused(tmp_path: Path) -> None:

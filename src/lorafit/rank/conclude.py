@@ -98,7 +98,7 @@ def still_falling(evaluations: Sequence[float]) -> list[str]:
         return []
     return [
         f"The held-out loss still fell by {fell:.0%} in the last epoch. At too low a rate or in too few steps a larger "
-        "rank looks better than it is: the same command with --resume --verify trains this one and its neighbours by "
+        "rank looks better than it is. --verify, with --resume also afterwards, trains this one and its neighbours by "
         "themselves, each at its own rate."
     ]
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lorafit.chart import Point, heat, scatter
 from lorafit.page import inside, render
+from lorafit.rank.advise import LEAST
 from lorafit.rank.conclude import PATTERN
 from lorafit.report.places import place
 from lorafit.report.show import raced
@@ -239,6 +240,7 @@ def page(found: Found) -> str:
         verified_told=verified_told(found),
         kinds=kinds,
         costs=costs_told(found),
+        least=LEAST,
         left=LEFT,
         layers=LAYERS,
     )

@@ -122,7 +122,7 @@ def run(work: Work, usual: float, scratch: Path, console: Console) -> tuple[Race
     """Let rates around the usual one race. None where the run is too short for that, or no rate came to the end.
 
     scratch: a directory for what each has trained, which in memory would be more than training needs. The model is left
-    as it was, bit by bit.
+    as it was, bit by bit. Raises Interrupted where it is stopped, RunDirError where `scratch` cannot be written.
     """
     if why_not(work):
         return None
